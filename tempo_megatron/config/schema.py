@@ -1,0 +1,255 @@
+"""The typed tree of all settings.  One YAML file fills it; every key is read by something.
+
+Pydantic in strict mode: an unknown key or a wrong type is refused (see ``config.load`` for how that is
+told).  Cross-field rules that need the model's own numbers (heads, layers) live in ``config.check``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class ParallelConfig(Section):
+    """Megatron layout of one role; data parallelism is what remains of the world."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tp(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+class OptimizerConfig(Section):
+    """AdamW on fp32 masters; ``lr`` 0 freezes the role (the frozen-critic ablation)."""
+
+    lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: int | None = Field(None, ge=1, description="optimizer steps until min_lr; needed unless constant")
+    distributed: bool = Field(True, description="Megatron's distributed optimizer (states sharded over DP)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_pairs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            values = {**values, "betas": tuple(values["betas"])}
+        return values
+
+    @model_validator(mode="after")
+    def _decay_needs_steps(self) -> OptimizerConfig:
+        if self.decay != "constant" and self.decay_steps is None:
+            raise ValueError(f"decay: {self.decay} needs decay_steps (optimizer steps until min_lr)")
+        return self
+
+
+class RoleConfig(Section):
+    """One trained model: the actor or the critic."""
+
+    init: str = Field(description="HF folder, one of our checkpoints, or a run folder (its newest checkpoint)")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    layer_spec: Literal["auto", "torch", "te"] = Field(
+        "auto", description="auto: te where installed on a GPU, else torch"
+    )
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_tokens_per_microbatch: int = Field(16384, ge=1, description="token budget of one packed micro-batch")
+    recompute: bool = Field(False, description="full activation recomputation")
+
+
+class CriticConfig(RoleConfig):
+    init_head: bool = Field(False, description="make a fresh value head when the checkpoint is a policy without one")
+    head_bias: float = Field(0.5, description="bias of a fresh head; its weight is 0, so V = bias everywhere at first")
+
+
+class DataConfig(Section):
+    train_files: list[str] = Field(
+        [], description="prompt parquet (plain or verl schema); sft: prompt+response parquet"
+    )
+    labeled_prompts_per_step: int = Field(0, ge=0)
+    unlabeled_prompts_per_step: int = Field(0, ge=0)
+    max_prompt_tokens: int = Field(2048, ge=1)
+    max_response_tokens: int = Field(16384, ge=1)
+    sft_batch_size: int = Field(256, ge=1, description="sequences per optimizer step of the sft stage")
+
+
+class RolloutConfig(Section):
+    samples_per_prompt: int = Field(8, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    tensor_parallel_size: int = Field(1, ge=1, description="ranks of one vLLM replica; must divide the world size")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache per rank, GiB")
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(8192, ge=1)
+    bucket_mib: int = Field(512, ge=1, description="largest piece of new weights in flight during a sync, MiB")
+    max_log_prob_diff: float | None = Field(
+        None, gt=0, description="first-step gate: mean |log p(vLLM) - log p(Megatron)| above this stops the run"
+    )
+
+
+class EStepConfig(Section):
+    order: Literal["before", "after_values"] = "before"
+    every: int = Field(1, ge=1, description="E-step on every k-th step")
+    updates: int = Field(1, ge=1, description="optimizer steps on each labelled batch (epochs x mini-batches)")
+    minibatches: int = Field(1, ge=1)
+    value_clip: float | None = Field(None, gt=0, description="sequence-mean value clip (spec 2.4); none: off")
+    loss_agg: Literal["token-mean", "seq-mean-token-mean"] = "seq-mean-token-mean"
+
+
+class MStepConfig(Section):
+    rows: Literal["unlabeled", "all"] = "all"
+    minibatches: int = Field(1, ge=1)
+    loss: Literal["gspo", "ppo"] = "gspo"
+    clip_low: float = Field(3e-4, gt=0)
+    clip_high: float = Field(5e-4, gt=0)
+    dual_clip: float | None = Field(None, gt=1, description="PPO dual clip c for negative advantages")
+    loss_agg: Literal["token-mean", "seq-mean-token-mean"] = "seq-mean-token-mean"
+    terminal_value: Literal["pre_last", "post_last"] = "post_last"
+    clamp_terminal: bool = True
+    advantage: Literal["whiten", "scale", "none"] = "whiten"
+
+
+class FilterConfig(Section):
+    """Drop labelled prompts whose samples are all right or all wrong; top up from the sampler."""
+
+    enabled: bool = False
+    apply_to_critic: bool = Field(False, description="also keep the dropped rows from the critic")
+    max_rounds: int = Field(10, ge=1, description="generation rounds per step before giving up")
+
+
+class GateConfig(Section):
+    """Critic-only E-steps until the terminal values rank fresh labelled rollouts well enough."""
+
+    enabled: bool = True
+    auroc: float = Field(0.95, gt=0.5, le=1)
+    close_below: float = Field(0.8, ge=0.5, le=1, description="a moving average below this closes the gate again")
+    smoothing: float = Field(0.7, ge=0, lt=1, description="weight of the past in the moving average")
+    min_steps: int = Field(10, ge=0)
+    max_steps: int = Field(200, ge=1, description="critic-only steps in a row before the run stops with an error")
+
+    @model_validator(mode="after")
+    def _hysteresis(self) -> GateConfig:
+        if self.close_below > self.auroc:
+            raise ValueError(f"close_below: {self.close_below} must not be above auroc: {self.auroc}")
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps: {self.min_steps} must not be above max_steps: {self.max_steps}")
+        return self
+
+
+#: What each preset changes; explicit keys win over it.  See docs/algorithm.md for the sources.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "estep": {"order": "before"},
+        "mstep": {"rows": "unlabeled", "terminal_value": "post_last", "clamp_terminal": True},
+        "filter": {"enabled": False},
+        "gate": {"enabled": False},
+    },
+    "reference": {
+        # eps_v 0.1 on the reference's +-1 targets is 0.05 on {0,1}
+        "estep": {"order": "after_values", "value_clip": 0.05},
+        "mstep": {"rows": "all", "terminal_value": "pre_last", "clamp_terminal": False},
+        "filter": {"enabled": True, "apply_to_critic": True},
+        "gate": {"enabled": False},
+    },
+    "anchored": {
+        "estep": {"order": "before"},
+        "mstep": {"rows": "all", "terminal_value": "post_last", "clamp_terminal": True},
+        "filter": {"enabled": False},
+        "gate": {"enabled": True},
+    },
+}
+
+
+class AlgorithmConfig(Section):
+    preset: Literal["anchored", "paper", "reference"] = "anchored"
+    estep: EStepConfig = EStepConfig()
+    mstep: MStepConfig = MStepConfig()
+    filter: FilterConfig = FilterConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        name = values.get("preset", "anchored") if isinstance(values, dict) else None
+        preset = PRESETS.get(name) if isinstance(name, str) else None
+        if preset is None:
+            return values  # a wrong name is reported by the field itself
+        merged = dict(values)
+        for section, changes in preset.items():
+            given = values.get(section, {})
+            merged[section] = {**changes, **given} if isinstance(given, dict) else given
+        return merged
+
+
+class EvalSet(Section):
+    name: str
+    files: list[str]
+    samples_per_prompt: int = Field(16, ge=1)
+    limit: int | None = Field(None, ge=1, description="first so many prompts only")
+    trained_on: bool = Field(False, description="its prompts are also D_U: reported apart from held-out sets")
+
+
+class EvaluationConfig(Section):
+    sets: list[EvalSet] = []
+    every: int | None = Field(None, ge=1, description="steps between evaluations; none: only at start and end")
+    at_start: bool = True
+    at_end: bool = True
+    pass_k: int = Field(8, ge=1)
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(None, ge=1, description="steps between checkpoints; none: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    export_hf: bool = Field(False, description="also write HF folders of both roles at the end")
+
+
+class TelemetryConfig(Section):
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "tempo_megatron"
+    logged_rollouts: int = Field(4, ge=0, description="rollouts with token values kept per evaluation for the report")
+
+
+class LaunchConfig(Section):
+    nproc_per_node: int = Field(1, ge=1, description="ranks that `train` starts itself on one node")
+    threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
+    timeout_s: int = Field(600, ge=1, description="longest wait in one collective, seconds")
+
+
+class Config(Section):
+    stage: Literal["sft", "rlvr", "tempo"]
+    output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
+    seed: int = 0
+    steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (rlvr, tempo)")
+    resume: str = Field(
+        "auto", description="auto: newest complete checkpoint of output_dir; never; or a checkpoint folder"
+    )
+    actor: RoleConfig
+    critic: CriticConfig | None = None
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    launch: LaunchConfig = LaunchConfig()

@@ -1,0 +1,1 @@
+"""HF config -> Megatron-Core model, for both roles; one declarative weight map per family."""

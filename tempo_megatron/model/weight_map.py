@@ -1,0 +1,131 @@
+"""The vocabulary in which a family's weight map is written.
+
+A rule ties one Megatron parameter to the HF tensors that it is made of.  Its transform knows both ways:
+``shard`` makes one tensor-parallel rank's part from the full HF tensors, ``unshard`` makes the HF tensors
+from all ranks' parts.  Both only move bytes, so a round trip is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LAYER = "{layer}"
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """Sizes that transforms need: attention heads, KV heads, head size, and rows of the HF vocabulary."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+class Transform(Protocol):
+    tp_sharded: bool
+
+    def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+        """Part of tensor-parallel rank ``rank`` of ``size``, from the full HF tensors in the rule's order."""
+        ...
+
+    def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
+        """Full HF tensors in the rule's order, from the parts of all tensor-parallel ranks in rank order."""
+        ...
+
+
+class Replicated:
+    """Every tensor-parallel rank holds the whole tensor (norms, value head)."""
+
+    tp_sharded = False
+
+    def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+        return tensors[0]
+
+    def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
+        return [shards[0]]
+
+
+class Split:
+    """One tensor, cut evenly along ``dim``: 0 for column-parallel, 1 for row-parallel layers."""
+
+    tp_sharded = True
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+        return tensors[0].chunk(size, self.dim)[rank]
+
+    def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
+        return [torch.cat(list(shards), self.dim)]
+
+
+class Vocab:
+    """Embedding rows, padded with zeros to a multiple of the tensor-parallel size, then cut."""
+
+    tp_sharded = True
+
+    def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+        full = tensors[0]
+        missing = padded_vocab_size(full.shape[0], size) - full.shape[0]
+        if missing:
+            full = torch.cat([full, full.new_zeros(missing, *full.shape[1:])])
+        return full.chunk(size, 0)[rank]
+
+    def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
+        return [torch.cat(list(shards), 0)[: dims.vocab_size]]
+
+
+class QKV:
+    """q, k and v weights; Megatron interleaves them by KV group: [q of group 0, k 0, v 0, q of group 1, ...]."""
+
+    tp_sharded = True
+
+    def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+        groups = dims.num_kv_heads // size
+        q, k, v = (t.chunk(size, 0)[rank] for t in tensors)
+        parts = [t.reshape(groups, -1, t.shape[-1]) for t in (q, k, v)]
+        return torch.cat(parts, 1).reshape(-1, q.shape[-1])
+
+    def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
+        full = torch.cat(list(shards), 0)
+        width = full.shape[-1]
+        per_group = dims.num_heads // dims.num_kv_heads * dims.head_dim
+        grouped = full.reshape(dims.num_kv_heads, per_group + 2 * dims.head_dim, width)
+        return [t.reshape(-1, width) for t in grouped.split([per_group, dims.head_dim, dims.head_dim], 1)]
+
+
+class GateUp:
+    """gate and up projections; each tensor-parallel rank holds [its gate rows, its up rows]."""
+
+    tp_sharded = True
+
+    def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
+        return torch.cat([t.chunk(size, 0)[rank] for t in tensors], 0)
+
+    def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
+        halves = [s.chunk(2, 0) for s in shards]
+        return [torch.cat([h[i] for h in halves], 0) for i in (0, 1)]
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Vocabulary rows in Megatron: the HF count rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """``megatron`` parameter name and the ``hf`` tensor names it is made of; ``{layer}`` is the global layer index."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    transform: Transform
+
+    def hf_names(self, layer: int | None) -> tuple[str, ...]:
+        return tuple(name.replace(LAYER, str(layer)) for name in self.hf)

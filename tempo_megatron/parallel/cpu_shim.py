@@ -1,0 +1,187 @@
+"""Run unmodified Megatron-Core 0.16.1 on CPU over gloo.
+
+``install()`` must run before other ``megatron.core`` imports.  It does nothing on a machine with a GPU.
+Each patch names what in Megatron-Core needs it.  No patch changes a number: they redirect device names,
+replace CUDA-only bookkeeping and give CPU the optimizer interface that Transformer Engine gives GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+from tempo_megatron.parallel.device import use_cuda
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def install() -> bool:
+    """Patch torch and megatron.core for CPU training; True if this call did it, False if not needed."""
+    global _installed
+    if _installed or use_cuda():
+        return False
+    _installed = True
+    _quieten_megatron()
+    _patch_torch_cuda()
+    _patch_factories()
+    _patch_rng()
+    _patch_tensor_type()
+    _patch_megatron()
+    return True
+
+
+def _quieten_megatron() -> None:
+    # at import Megatron warns once per module that Transformer Engine and Apex are absent: on CPU that is the plan
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|flash|Flash|mamba|nvidia).*")
+    warnings.filterwarnings("ignore", message=".*(lru_cache|CPU RNG state changed|torch.jit.script).*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+class _NoStream:
+    """Stands in for torch.cuda.Stream and Event: a CPU has one stream."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, *_: Any) -> _NoStream:
+        return self
+
+    def elapsed_time(self, *_: Any) -> float:
+        return 0.0
+
+
+def _patch_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU  # p2p buffers, DDP buffers, rope tables: device=torch.cuda.current_device()
+    cuda.set_device = lambda *_, **__: None
+    cuda.synchronize = lambda *_, **__: None  # batched p2p (p2p_communication.py), timers
+    cuda.empty_cache = lambda: None
+    cuda.Stream = cuda.Event = _NoStream  # all-to-all dispatcher, DDP overlap
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: _NoStream()
+    cuda.stream = lambda *_, **__: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self  # clip_grads.py, tensor_parallel/data.py
+
+
+def _patch_factories() -> None:
+    """device="cuda" literals in schedules.py (total_num_tokens), clip_grads.py, FullyParallel checkpoint strategies."""
+
+    def redirect(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(fn)
+        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+            where = kwargs.get("device")
+            if where is not None and torch.device(where).type == "cuda":
+                kwargs["device"] = _CPU
+            return fn(*args, **kwargs)
+
+        return wrapped
+
+    # fill the cache that `with torch.device(...)` uses before wrapping: it must hold the original factories
+    torch.utils._device._device_constructors()
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, redirect(getattr(torch, name)))
+
+
+def _patch_rng() -> None:
+    """tensor_parallel/random.py keeps CUDA generator states: here the CPU generator is that generator."""
+    cuda: Any = torch.cuda
+    # not torch.manual_seed, which calls cuda.manual_seed_all and so would recurse
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _patch_tensor_type() -> None:
+    """optimizer.py, distrib_optimizer.py and clip_grads.py compare tensor.type() with 'torch.cuda.FloatTensor'."""
+    original: Any = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        name = original(self)
+        return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
+
+    cast: Any = torch.Tensor
+    cast.type = tensor_type
+
+
+class CpuFusedAdam(torch.optim.Optimizer):
+    """AdamW with Transformer Engine's FusedAdam interface: ``step`` lives in the parameter group.
+
+    torch's own AdamW keeps ``step`` per parameter, on which DistributedOptimizer's sharded load fails
+    (distrib_optimizer.py asserts one step per group when apex or TE are in use, as on GPUs).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        **_: Any,
+    ) -> None:
+        self.adam_w_mode = adam_w_mode
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "bias_correction": bias_correction})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            unbias1, unbias2 = 1.0, 1.0
+            if group["bias_correction"]:
+                unbias1, unbias2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad
+                if "exp_avg" not in state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                if self.adam_w_mode:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                elif group["weight_decay"]:
+                    grad = grad + group["weight_decay"] * p
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                denominator = (state["exp_avg_sq"] / unbias2).sqrt_().add_(group["eps"])
+                p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / unbias1)
+
+
+def _patch_megatron() -> None:
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()  # torch.compile of small helpers at import: slow to start, no gain here
+
+    import megatron.core.tensor_parallel.random as random
+
+    # these two go to torch.cuda.default_generators directly
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    for module in (optimizer, distrib_optimizer):
+        module.Adam = CpuFusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -1,0 +1,24 @@
+"""The one place that knows whether this machine trains on CUDA or on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_cuda() -> bool:
+    """True when training runs on GPUs (a visible CUDA device)."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """This rank's device: its local GPU, or the CPU."""
+    if use_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """torch.distributed backend; on GPUs gloo serves the CPU tensors that travel (ids, plans)."""
+    return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"

@@ -1,0 +1,1 @@
+"""One Megatron engine for both roles: forward-only, forward-backward, optimizer."""

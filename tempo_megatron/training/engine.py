@@ -1,0 +1,241 @@
+"""A Megatron model with its optimizer, for the actor or the critic.
+
+Rows go in as token lists, outputs come back on every rank as padded tables indexed by row, whatever the
+layout, packing and number of micro-batches.  A loss is given as a function of one micro-batch's outputs that
+returns that micro-batch's share of the global loss: shares of all micro-batches and ranks add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from tempo_megatron.config.schema import OptimizerConfig, RoleConfig
+from tempo_megatron.errors import RunError
+from tempo_megatron.model.build import DTYPES, Role, build_model
+from tempo_megatron.model.log_probs import vocab_parallel_log_probs
+from tempo_megatron.model.weights import HFWeightStream
+from tempo_megatron.parallel.distributed import sum_dicts, sum_over_world
+from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
+
+#: outputs of one micro-batch -- tables ``[n, L]`` (actor) or ``[n, L + 1]`` (critic) -- and the rows they belong to
+#: -> (share of the global loss, additive statistics)
+LossFunction = Callable[[dict[str, Tensor], list[int]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gives back, the same on every rank.
+
+    Attributes:
+        loss: the global loss before the step.
+        sums: statistics of the loss function, summed over micro-batches and ranks.
+        outputs: tables as ``MegatronEngine.forward`` returns them, before the step.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of the step.
+    """
+
+    loss: float
+    sums: dict[str, float]
+    outputs: dict[str, Tensor]
+    grad_norm: float
+    lr: float
+
+
+class MegatronEngine:
+    """One role's model, optimizer and schedule on this rank. All methods are collective over the world."""
+
+    def __init__(
+        self,
+        role: Role,
+        config: RoleConfig,
+        hf_config: PretrainedConfig,
+        groups: ModelParallelGroups,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        head_bias: float = 0.5,
+    ) -> None:
+        self.role, self.config, self.hf_config, self.groups = role, config, hf_config, groups
+        self.temperature = temperature
+        with groups.active():
+            tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            self.model: GPTModel = build_model(hf_config, role, config, groups, head_bias)
+            megatron_config = self.model.config
+            wrapped = Float16Module(megatron_config, self.model) if megatron_config.bf16 else self.model
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
+            )
+            self.ddp = DistributedDataParallel(megatron_config, ddp_config, wrapped)
+            self.optimizer: Any = None
+            megatron_config.finalize_model_grads_func = _finalize_without_scaling
+
+    def start_optimizer(self) -> None:
+        """Make optimizer and schedule; call it after the weights are loaded (fp32 masters are copied from them)."""
+        settings, dtype = self.config.optimizer, DTYPES[self.config.dtype]
+        megatron_settings = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.grad_clip,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.distributed,
+        )
+        with self.groups.active():
+            self.optimizer = get_megatron_optimizer(megatron_settings, [self.ddp])
+            self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = _scheduler(self.optimizer, settings)
+
+    def forward(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Outputs of every row, on every rank, as CPU float32 tables.
+
+        Actor: ``log_probs [N, L]`` of the response tokens at the rollout temperature and ``entropy [N, L]``.
+        Critic: ``values [N, L + 1]``; column t is V(x, y_<t), column T_i the value after the last token.
+        0 beyond each row's length.
+        """
+        results = self._run(sequences, loss=None)
+        return self._collect(sequences, results)
+
+    def step(self, sequences: Sequences, loss: LossFunction) -> StepResult:
+        """Forward, backward and one optimizer step over all rows.
+
+        Raises RunError on every rank, before the optimizer moves, if the loss is not finite; and after it if the
+        gradient norm is not (the weights are then lost, checkpoints are not touched).
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(sequences, loss=loss)
+        mine: dict[str, float] = {}
+        for _, _, sums in results:
+            for key, value in sums.items():
+                mine[key] = mine.get(key, 0.0) + float(value)
+        totals = sum_dicts(mine if self.groups.reports else None)
+        total_loss = totals.pop("_loss")
+        if not math.isfinite(total_loss):
+            raise RunError(f"{self.role} loss is {total_loss}: the step was not taken, no checkpoint was touched")
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        with self.groups.active():
+            _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if not math.isfinite(grad_norm):
+            raise RunError(f"{self.role} gradient norm is {grad_norm}; go on from the last checkpoint")
+        self.scheduler.step(1)
+        return StepResult(total_loss, totals, self._collect(sequences, results), grad_norm, lr)
+
+    def weight_stream(self, bucket_mib: int) -> HFWeightStream:
+        """The current weights as HF tensors, for every rank, bucket by bucket."""
+        return HFWeightStream(self.model, self.hf_config, self.role, self.groups, bucket_mib << 20)
+
+    def _run(self, sequences: Sequences, loss: LossFunction | None) -> list[Any]:
+        """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, tables, sums)."""
+        groups = self.groups
+        microbatches = make_microbatches(
+            sequences,
+            self.config.max_tokens_per_microbatch,
+            groups.dp_size,
+            groups.dp_rank,
+            groups.tp_size if self.config.parallel.sequence_parallel else 1,
+        )
+        if loss is None:
+            self.ddp.eval()
+        with groups.active(), torch.set_grad_enabled(loss is not None):
+            results: list[Any] = get_forward_backward_func()(
+                forward_step_func=partial(self._forward_step, loss),
+                data_iterator=iter(microbatches),
+                model=self.ddp,
+                num_microbatches=len(microbatches),
+                seq_length=self.config.max_tokens_per_microbatch,
+                micro_batch_size=1,
+                forward_only=loss is None,
+            )
+        return results
+
+    def _forward_step(self, loss: LossFunction | None, data: Iterator[MicroBatch], model: Any) -> Any:
+        mb = next(data)
+        output = model(mb.input_ids, mb.position_ids, None, packed_seq_params=mb.packed)
+        return output, partial(self._finish, mb, loss)
+
+    def _finish(self, mb: MicroBatch, loss: LossFunction | None, output: Tensor) -> Any:
+        """Last stage: model output ``[1, t, *]`` -> loss share and (rows, detached tables, sums)."""
+        no_tokens = torch.zeros((), dtype=torch.int, device=output.device)
+        if not mb.rows:  # a filler so that every data-parallel rank runs as many micro-batches
+            return output.float().sum() * 0, no_tokens, ([], {}, {"_loss": 0.0})
+        tables = self._tables(mb, output[0])
+        kept = {k: v.detach().cpu() for k, v in tables.items()}
+        if loss is None:
+            return output.new_zeros(()), no_tokens, (mb.rows, kept, {})
+        share, sums = loss(tables, mb.rows)
+        return share, no_tokens, (mb.rows, kept, {**sums, "_loss": share.detach()})
+
+    def _tables(self, mb: MicroBatch, output: Tensor) -> dict[str, Tensor]:
+        if self.role == "critic":
+            positions, index = mb.positions(extra=1)
+            return {"values": mb.table(output.squeeze(-1)[positions], index, extra=1)}
+        positions, index = mb.positions(extra=0)
+        log_probs, entropy = vocab_parallel_log_probs(
+            output[positions],
+            mb.targets,
+            vocab_size=self.hf_config.vocab_size,
+            tp_group=self.groups.tp_group,
+            temperature=self.temperature,
+        )
+        return {"log_probs": mb.table(log_probs, index, 0), "entropy": mb.table(entropy, index, 0)}
+
+    def _collect(self, sequences: Sequences, results: list[Any]) -> dict[str, Tensor]:
+        """Every rank's rows to every rank: each row is filled by one rank and summed with zeros."""
+        names = ("values",) if self.role == "critic" else ("log_probs", "entropy")
+        width = sequences.longest_response + (1 if self.role == "critic" else 0)
+        full = torch.zeros(len(names), len(sequences), width)
+        if self.groups.reports:
+            for rows, tables, _ in results:
+                for k, name in enumerate(names):
+                    if rows:
+                        full[k, rows, : tables[name].shape[1]] = tables[name].float()
+        sum_over_world(full)
+        return dict(zip(names, full, strict=True))
+
+
+def _finalize_without_scaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    # losses are divided by their global count already: passing num_tokens would divide again
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _scheduler(optimizer: Any, settings: OptimizerConfig) -> OptimizerParamScheduler:
+    decay_steps = settings.decay_steps or settings.warmup_steps + 1
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr if settings.decay != "constant" else 0.0,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(decay_steps, settings.warmup_steps + 1),
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
