@@ -110,15 +110,15 @@ class RolloutConfig(Section):
 class EStepConfig(Section):
     order: Literal["before", "after_values"] = "before"
     every: int = Field(1, ge=1, description="E-step on every k-th step")
-    updates: int = Field(1, ge=1, description="optimizer steps on each labelled batch (epochs x mini-batches)")
-    minibatches: int = Field(1, ge=1)
-    value_clip: float | None = Field(None, gt=0, description="sequence-mean value clip (spec 2.4); none: off")
+    updates: int = Field(1, ge=1, description="passes over each step's labelled rows")
+    minibatches: int = Field(4, ge=1, description="optimizer steps of one pass (paper: 256 prompts in 4)")
+    value_clip: float | None = Field(None, gt=0, description="clip on the shift of a sequence's mean value; none: off")
     loss_agg: Literal["token-mean", "seq-mean-token-mean"] = "seq-mean-token-mean"
 
 
 class MStepConfig(Section):
-    rows: Literal["unlabeled", "all"] = "all"
-    minibatches: int = Field(1, ge=1)
+    rows: Literal["unlabeled", "all"] = Field("all", description="rows that train the actor in the tempo stage")
+    minibatches: int = Field(4, ge=1, description="optimizer steps of one pass (paper: 256 prompts in 4)")
     loss: Literal["gspo", "ppo"] = "gspo"
     clip_low: float = Field(3e-4, gt=0)
     clip_high: float = Field(5e-4, gt=0)
@@ -127,6 +127,14 @@ class MStepConfig(Section):
     terminal_value: Literal["pre_last", "post_last"] = "post_last"
     clamp_terminal: bool = True
     advantage: Literal["whiten", "scale", "none"] = "whiten"
+
+    @model_validator(mode="after")
+    def _dual_clip_is_ppos(self) -> MStepConfig:
+        if self.dual_clip is not None and self.loss != "ppo":
+            raise ValueError(
+                f"dual_clip: {self.dual_clip} has no effect with loss: {self.loss}; use loss: ppo or drop it"
+            )
+        return self
 
 
 class FilterConfig(Section):
@@ -138,7 +146,7 @@ class FilterConfig(Section):
 
 
 class GateConfig(Section):
-    """Critic-only E-steps until the terminal values rank fresh labelled rollouts well enough."""
+    """Critic-only E-steps until the terminal values rank fresh labelled rollouts well enough (tempo stage only)."""
 
     enabled: bool = True
     auroc: float = Field(0.95, gt=0.5, le=1)
@@ -215,6 +223,16 @@ class EvaluationConfig(Section):
     at_start: bool = True
     at_end: bool = True
     pass_k: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluationConfig:
+        for s in self.sets:
+            if s.samples_per_prompt < self.pass_k:
+                raise ValueError(
+                    f"pass_k: {self.pass_k} needs as many samples, but set {s.name} has samples_per_prompt: "
+                    f"{s.samples_per_prompt}"
+                )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -45,7 +45,9 @@ def layer_spec_name(requested: str) -> Literal["torch", "te"]:
     """Resolve ``auto``; TempoError when ``te`` is asked for where Transformer Engine is not installed."""
     available = importlib.util.find_spec("transformer_engine") is not None
     if requested == "te" and not available:
-        raise TempoError("layer_spec: te needs the package transformer-engine, which is not installed; use torch or auto")
+        raise TempoError(
+            "layer_spec: te needs the package transformer-engine, which is not installed; use torch or auto"
+        )
     if requested == "auto":
         return "te" if available and use_cuda() else "torch"
     return "te" if requested == "te" else "torch"
@@ -109,7 +111,9 @@ def _torch_layer(qk_norm: bool) -> ModuleSpec:
             k_layernorm=head_norm,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -102,7 +102,8 @@ def load_hf_weights(
         if part.shape != parameter.shape:
             raise TempoError(
                 f"{', '.join(names)}: shape {[list(t.shape) for t in tensors]} does not fit the config: "
-                f"tensor-parallel rank {groups.tp_rank} of {groups.tp_size} needs {list(parameter.shape)}, got {list(part.shape)}"
+                f"tensor-parallel rank {groups.tp_rank} of {groups.tp_size} needs {list(parameter.shape)}, "
+                f"got {list(part.shape)}"
             )
         parameter.copy_(part.to(parameter.dtype))
 

@@ -18,7 +18,9 @@ from tempo_megatron.config.schema import ParallelConfig
 
 
 def _layout_globals() -> dict[str, Any]:
-    return {k: v for k, v in vars(mpu).items() if k.startswith("_") and (k.isupper() or k == "_global_process_group_list")}
+    return {
+        k: v for k, v in vars(mpu).items() if k.startswith("_") and (k.isupper() or k == "_global_process_group_list")
+    }
 
 
 class ModelParallelGroups:
@@ -39,7 +41,10 @@ class ModelParallelGroups:
                 distributed_timeout_minutes=max(1, timeout_s // 60),
             )
             self._globals = _layout_globals()
-            self.tp_rank, self.tp_size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+            self.tp_rank, self.tp_size = (
+                mpu.get_tensor_model_parallel_rank(),
+                mpu.get_tensor_model_parallel_world_size(),
+            )
             self.pp_rank, self.pp_size = (
                 mpu.get_pipeline_model_parallel_rank(),
                 mpu.get_pipeline_model_parallel_world_size(),

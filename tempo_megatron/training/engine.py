@@ -237,5 +237,3 @@ def _scheduler(optimizer: Any, settings: OptimizerConfig) -> OptimizerParamSched
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-
-

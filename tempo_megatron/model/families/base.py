@@ -17,9 +17,7 @@ _M, _H = "decoder.layers.{layer}.", "model.layers.{layer}."
 DECODER_RULES: tuple[WeightRule, ...] = (
     WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocab()),
     WeightRule(_M + "input_layernorm.weight", (_H + "input_layernorm.weight",), Replicated()),
-    WeightRule(
-        _M + "self_attention.linear_qkv.weight", tuple(_H + f"self_attn.{n}_proj.weight" for n in "qkv"), QKV()
-    ),
+    WeightRule(_M + "self_attention.linear_qkv.weight", tuple(_H + f"self_attn.{n}_proj.weight" for n in "qkv"), QKV()),
     WeightRule(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), Split(1)),
     WeightRule(_M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), Replicated()),
     WeightRule(_M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), GateUp()),

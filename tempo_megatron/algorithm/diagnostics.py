@@ -1,0 +1,96 @@
+"""Figures that tell whether a step can be trusted.  A figure that is undefined (no rows, one class) is NaN."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from tempo_megatron.errors import RunError
+
+ECE_BINS = 10
+
+
+@torch.no_grad()
+def calibration(values: Tensor, outcomes: Tensor) -> dict[str, float]:
+    """How well terminal values ``[M]`` predict verified outcomes ``[M]`` in {0, 1}.
+
+    ``auroc`` (ranking; NaN when all outcomes are equal), ``ece`` (expected calibration error, 10 equal-width bins)
+    and ``brier`` (mean squared error), both of values clamped to [0, 1], ``explained_variance``
+    (1 - Var(y - v) / Var(y); NaN when all outcomes are equal), ``mean_value`` and ``max_value`` of the raw values,
+    and ``accuracy``, the mean outcome, which ``mean_value`` should match.
+
+    Raises:
+        RunError: a value is NaN or infinite.
+    """
+    values, outcomes = values.double().cpu(), outcomes.double().cpu()
+    if not values.isfinite().all():
+        bad = int((~values.isfinite()).sum())
+        raise RunError(
+            f"{bad} of {len(values)} terminal values of the critic are not finite: it has diverged (critic.optimizer)"
+        )
+    if not len(values):
+        names = ("auroc", "ece", "brier", "explained_variance", "mean_value", "max_value", "accuracy")
+        return dict.fromkeys(names, math.nan)
+    chances = values.clamp(0.0, 1.0)
+    both_classes = bool((outcomes == 1).any() and (outcomes == 0).any())
+    residual = (outcomes - values).var(correction=0) / outcomes.var(correction=0)
+    return {
+        "auroc": float(roc_auc_score(outcomes.numpy(), values.numpy())) if both_classes else math.nan,
+        "ece": _expected_calibration_error(chances, outcomes),
+        "brier": float((chances - outcomes).square().mean()),
+        "explained_variance": 1.0 - float(residual) if both_classes else math.nan,
+        "mean_value": float(values.mean()),
+        "max_value": float(values.max()),
+        "accuracy": float(outcomes.mean()),
+    }
+
+
+def _expected_calibration_error(chances: Tensor, outcomes: Tensor) -> float:
+    """Mean over bins, weighted by their size, of |mean chance - mean outcome|; ``[M]`` float64 each."""
+    at = (chances * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    gap = torch.zeros(ECE_BINS, dtype=torch.float64).index_add(0, at, chances - outcomes)
+    return float(gap.abs().sum() / len(chances))
+
+
+@torch.no_grad()
+def log_prob_difference(rollout: Tensor, trainer: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the trainer's log-probabilities of the sampled tokens are from the sampler's.
+
+    Args:
+        rollout: ``[N, L]`` float32, from the engine that sampled.
+        trainer: ``[N, L]`` float32, of the same weights by the training engine.
+        mask: ``[N, L]`` bool.
+
+    Returns:
+        ``mean_abs`` and ``max_abs`` in nats; ``kl_k1`` and ``kl_k3``, per-token estimates of KL(rollout || trainer);
+        ``ess``, the effective sample size (sum w)^2 / (M sum w^2) of the token weights w = p_trainer / p_rollout,
+        in (0, 1], 1 being perfect agreement.
+    """
+    difference = trainer[mask].double() - rollout[mask].double()
+    if not difference.numel():
+        return dict.fromkeys(("mean_abs", "max_abs", "kl_k1", "kl_k3", "ess"), math.nan)
+    log_ess = 2 * difference.logsumexp(0) - (2 * difference).logsumexp(0) - math.log(difference.numel())
+    return {
+        "mean_abs": float(difference.abs().mean()),
+        "max_abs": float(difference.abs().max()),
+        "kl_k1": float(-difference.mean()),
+        "kl_k3": float((difference.expm1() - difference).mean()),
+        "ess": min(float(log_ess.exp()), 1.0),  # rounding may put perfect agreement just above 1
+    }
+
+
+@torch.no_grad()
+def summary_statistics(prefix: str, x: Tensor, mask: Tensor) -> dict[str, float]:
+    """``prefix/mean``, ``/std`` (population), ``/min`` and ``/max`` of ``x`` where ``mask`` (same shape, bool)."""
+    chosen = x[mask].double()
+    if not chosen.numel():
+        return {f"{prefix}/{name}": math.nan for name in ("mean", "std", "min", "max")}
+    return {
+        f"{prefix}/mean": float(chosen.mean()),
+        f"{prefix}/std": float(chosen.std(correction=0)),
+        f"{prefix}/min": float(chosen.min()),
+        f"{prefix}/max": float(chosen.max()),
+    }

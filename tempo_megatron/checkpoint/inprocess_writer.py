@@ -1,0 +1,46 @@
+"""Make Megatron's checkpoint writer write in this process.
+
+Megatron-Core forks writer processes and starts a multiprocessing Manager for every rank, also for a synchronous
+save (dist_checkpointing/strategies/filesystem_async.py: ``_get_write_results_queue`` and
+``write_preloaded_data_multiproc``).  Forking a process that holds vLLM, gloo and OpenMP threads deadlocked here
+(0.16.1), and the Manager imports torch anew.  The same buckets are written by the same
+``write_preloaded_data``, one after the other.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+
+def install() -> None:
+    """Replace the two functions named above; again is fine."""
+    filesystem_async._results_queue = queue.Queue()
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+def _write_buckets(
+    transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
+) -> None:
+    results: dict[int, Any] | Exception = {}
+    for i, bucket in enumerate(write_buckets):
+        done: queue.Queue[Any] = queue.Queue()
+        counter: queue.Queue[int] = queue.Queue()
+        counter.put(i)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transform_list,
+            local_proc_idx=i,
+            write_bucket=bucket,
+            results_queue=done,
+            count_queue=counter,
+            use_fsync=True,
+            use_msc=use_msc,
+        )
+        _, outcome = done.get_nowait()
+        if isinstance(outcome, Exception):
+            results = outcome
+            break
+        results[i] = outcome
+    global_results_queue.put(results)

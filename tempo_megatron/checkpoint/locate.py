@@ -1,0 +1,98 @@
+"""Where weights come from and where checkpoints lie; reads names only, loads nothing (no torch).
+
+Layout of a run: ``RUN/checkpoints/step_00000010/``.  A checkpoint is complete iff it holds
+``manifest.json`` (written last); its ``hf/`` holds ``config.json`` and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tempo_megatron.errors import TempoError
+
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+HF = "hf"
+
+_STEP = re.compile(r"step_([0-9]+)")
+
+
+@dataclass(frozen=True)
+class InitSource:
+    """Where a role's first weights lie.
+
+    Attributes:
+        kind: "hf" (safetensors) or "checkpoint" (one of ours).
+        path: the folder with the weights.
+        hf_dir: the folder with config.json and the tokenizer files.
+    """
+
+    kind: Literal["hf", "checkpoint"]
+    path: Path
+    hf_dir: Path
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step below ``run_dir``, or None."""
+    folder = Path(run_dir) / CHECKPOINTS
+    if not folder.is_dir():
+        return None
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    complete = [(step, path) for step, path in steps if is_complete(path)]
+    return max(complete)[1] if complete else None
+
+
+def is_complete(checkpoint_dir: Path) -> bool:
+    return (checkpoint_dir / MANIFEST).is_file()
+
+
+def resolve_checkpoint(path: str, key: str) -> Path:
+    """The checkpoint folder that ``path`` names: itself, or the newest complete one of a run folder.
+
+    Raises:
+        TempoError: naming the config ``key``, when there is none or it is not complete.
+    """
+    folder = _existing_folder(path, key)
+    if is_complete(folder):
+        return folder
+    if _STEP.fullmatch(folder.name):
+        raise TempoError(f"{key}: {path!r} is not a complete checkpoint: it has no {MANIFEST}")
+    if (folder / CHECKPOINTS).is_dir():
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise TempoError(f"{key}: {path!r} has no complete checkpoint ({CHECKPOINTS}/step_*/{MANIFEST})")
+        return newest
+    raise TempoError(f"{key}: {path!r} is neither a checkpoint (no {MANIFEST}) nor a run folder (no {CHECKPOINTS}/)")
+
+
+def resolve_init(path: str, key: str) -> InitSource:
+    """What ``path`` holds: an HF folder, one of our checkpoints, or a run (its newest complete checkpoint).
+
+    Raises:
+        TempoError: naming the config ``key`` (such as ``actor.init``), the path and what is missing.
+    """
+    folder = _existing_folder(path, key)
+    if (folder / "config.json").is_file():
+        if not any(folder.glob("*.safetensors")):
+            raise TempoError(f"{key}: {path!r} has a config.json but no *.safetensors file (nothing else is read)")
+        return InitSource("hf", folder, folder)
+    if not (is_complete(folder) or (folder / CHECKPOINTS).is_dir() or _STEP.fullmatch(folder.name)):
+        raise TempoError(
+            f"{key}: {path!r} has no config.json; give an HF folder (config.json, *.safetensors), "
+            f"a checkpoint ({MANIFEST}) or a run folder ({CHECKPOINTS}/)"
+        )
+    checkpoint = resolve_checkpoint(path, key)
+    if not (checkpoint / HF / "config.json").is_file():
+        raise TempoError(f"{key}: checkpoint {checkpoint} is damaged: it has no {HF}/config.json")
+    return InitSource("checkpoint", checkpoint, checkpoint / HF)
+
+
+def _existing_folder(path: str, key: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    found = "is a file, not a folder" if folder.exists() else "does not exist (models are not fetched from a hub)"
+    raise TempoError(f"{key}: {path!r} {found}; give an HF folder, a checkpoint folder or a run folder")

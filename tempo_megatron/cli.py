@@ -1,0 +1,217 @@
+"""The command line: argument parsing, and the one place that turns errors into messages and exit codes.
+
+Exit codes: 0 done; 1 a fault of the program (with its traceback); 2 bad input or configuration; 3 the run
+failed; 4 another rank has ended; 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tempo_megatron import __version__
+from tempo_megatron.cluster.launch import (
+    EXIT_LOST_PEER,
+    RankInfo,
+    rank_from_environment,
+    spawn_ranks,
+    thread_environment,
+)
+from tempo_megatron.errors import TempoError
+
+#: Seconds that a rank with nothing to tell stays: the launcher ends all ranks with the first that leaves,
+#: and the one that knows the cause must be able to finish its sentence.
+FOLLOWER_GRACE_S = 5.0
+
+#: Seconds between a failing rank's last words and its end: srun --kill-on-bad-exit drops what is still on its way.
+LAST_WORDS_S = 0.5
+
+#: Parts of the RuntimeErrors by which gloo, NCCL and the TCP store tell that the other side is gone.
+LOST_PEER_TEXTS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "connection was likely closed",
+    "failed to recv, got 0 bytes",
+    "ncclremoteerror",
+    "remote process exited or there was a network error",
+    "nccl communicator was aborted",
+)
+
+EXAMPLES = """examples:
+  tempo-megatron demo                                     the toy task, a few minutes on two cores
+  tempo-megatron train --config configs/x.yaml            on this node, launch.nproc_per_node ranks
+  tempo-megatron train --config configs/x.yaml steps=20 actor.optimizer.lr=1e-6
+  torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
+  srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
+  tempo-megatron report runs/a runs/b --output compare.html
+"""
+
+TRAIN_HELP = """Train one stage (sft, rlvr or tempo) as a YAML file says.
+
+Under torchrun or srun every process is one rank. Otherwise launch.nproc_per_node ranks are started here.
+key=value overrides the file; the value is YAML, a number indexes a list:
+  steps=20   critic.optimizer.lr=1e-5   data.train_files=[a.parquet,b.parquet]   evaluation.sets.0.limit=64
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a rank of a distributed job leaves the process instead.
+
+    No traceback is shown for what the user can mend (``TempoError``), for Ctrl-C and for a rank whose peers
+    are gone.
+    """
+    place: RankInfo | None = None
+    try:
+        try:
+            arguments = _parser().parse_args(argv)
+            place = rank_from_environment()
+            code: int = arguments.run(arguments, place)
+        except SystemExit as error:  # argparse: --help, --version (0) or bad usage (2)
+            code = error.code if isinstance(error.code, int) else 1
+        except Exception as error:
+            code = _tell(error, place)
+    except KeyboardInterrupt:
+        if place is None or place.rank == 0:
+            _say("interrupted; what was saved is complete, go on with resume=auto")
+        code = 128 + signal.SIGINT
+    if place is not None:
+        _leave(code)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="tempo-megatron",
+        description="Test-time training of reasoning models by Expectation-Maximisation, on Megatron-Core and vLLM.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"tempo-megatron {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run one stage", description=TRAIN_HELP, formatter_class=raw)
+    train.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser("demo", help="data, sft, rlvr and tempo on a toy task (or a small real model)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    demo.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct on arithmetic, not the toy task")
+    demo.add_argument("--output", type=Path, metavar="DIR", help="default: runs/demo, with --real runs/demo-real")
+    demo.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks; default: 2")
+    part = demo.add_mutually_exclusive_group()
+    part.add_argument("--prepare-only", action="store_true", help="write data and model; train by another launch")
+    part.add_argument("--report-only", action="store_true", help="table and report of stages that were run")
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="curves and tables of one or several runs as one HTML file")
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the last RUN_DIR")
+    report.set_defaults(run=_report)
+    return parser
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.config.check import check_config
+    from tempo_megatron.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    world_size = place.world_size if place else config.launch.nproc_per_node
+    check_config(config, world_size)
+    os.environ.update(thread_environment(config.launch.threads_per_rank))
+    if place is None and world_size > 1:
+        return spawn_ranks(world_size, ["train", "--config", arguments.config, *arguments.overrides])
+    from tempo_megatron.loop import run
+
+    run(config)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.demo.run import DEMO, REAL_DEMO, run_demo
+
+    if arguments.nproc < 1:
+        raise TempoError(f"command line: --nproc {arguments.nproc} must be at least 1")
+    return run_demo(
+        REAL_DEMO if arguments.real else DEMO,
+        seed=arguments.seed,
+        output=arguments.output,
+        nproc=arguments.nproc,
+        prepare=not arguments.report_only,
+        train=not (arguments.prepare_only or arguments.report_only),
+        report=not arguments.prepare_only,
+    )
+
+
+def _report(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.telemetry.report import main as report
+
+    return report(run_dirs=arguments.run_dirs, output=arguments.output)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _tell(error: Exception, place: RankInfo | None) -> int:
+    """Say what is to be said about ``error`` on this rank; returns the exit code."""
+    if isinstance(error, TempoError):
+        message = f"error: {' '.join(str(error).split())}"
+        if place is None or place.rank == 0:
+            _say(message)
+        elif getattr(error, "rank_local", False):
+            _say(f"rank {place.rank}: {message}")
+        else:  # every rank has it, rank 0 tells it
+            time.sleep(FOLLOWER_GRACE_S)
+        return error.exit_code
+    if place is not None and is_lost_peer(error):
+        _say(f"rank {place.rank}: stopped, another rank has ended")
+        time.sleep(FOLLOWER_GRACE_S)
+        return EXIT_LOST_PEER
+    _say((f"rank {place.rank}: " if place else "") + "".join(traceback.format_exception(error)).rstrip())
+    return 1
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, is a collective that failed because a peer is gone."""
+    return any(
+        isinstance(cause, RuntimeError) and any(text in str(cause).lower() for text in LOST_PEER_TEXTS)
+        for cause in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the reader of stderr may be gone
+        sys.stderr.write(f"{text}\n")  # one write: lines of several ranks do not mix
+        sys.stderr.flush()
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process now: the destructors of half-open process groups would wait for peers that are gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    if code != 0:
+        time.sleep(LAST_WORDS_S)
+    os._exit(code)

@@ -1,0 +1,239 @@
+"""What can be refused before a model is built: layouts that do not divide, files that are not there, stage rules.
+
+Reads nothing but JSON, so that a job is refused on the login node as well as on every rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tempo_megatron.checkpoint.locate import resolve_checkpoint, resolve_init
+from tempo_megatron.config.schema import Config, RoleConfig
+from tempo_megatron.errors import TempoError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a Hugging Face ``config.json`` that layouts must agree with."""
+
+    file: Path
+    attention_heads: int
+    key_value_heads: int
+    intermediate_size: int
+    layers: int
+    vocab_size: int
+    max_positions: int
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Refuse what cannot run on ``world_size`` ranks.
+
+    Raises:
+        TempoError: the first fault found: key, value and what would be right.
+    """
+    _check_stage(config)
+    _check_files(config)
+    shapes = {"actor": _check_role("actor", config.actor, world_size)}
+    if config.critic is not None:
+        shapes["critic"] = _check_role("critic", config.critic, world_size)
+        _check_same_vocabulary(shapes["actor"], shapes["critic"])
+    for name, shape in shapes.items():
+        _check_lengths(config, name, shape)
+    if _generates(config):
+        _check_rollout(config, shapes["actor"], world_size)
+
+
+def read_model_shape(config_json: Path, key: str) -> ModelShape:
+    """Read and judge one ``config.json``; ``key`` is the config key that led to it.
+
+    Raises:
+        TempoError: not JSON, an architecture that is not supported, a number that is missing.
+    """
+    try:
+        values = json.loads(config_json.read_text("utf-8"))
+    except OSError as error:
+        raise TempoError(f"{key}: {config_json} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise TempoError(f"{key}: {config_json} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise TempoError(f"{key}: {config_json} holds a {type(values).__name__}; a JSON object is needed")
+    architectures = values.get("architectures")
+    named = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else "none"
+    if named not in SUPPORTED_ARCHITECTURES:
+        valid = ", ".join(SUPPORTED_ARCHITECTURES)
+        raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
+
+    def number(name: str) -> int:
+        value = values.get(name)
+        if type(value) is not int or value < 1:
+            raise TempoError(f"{key}: {config_json}: {name}: {value!r} must be a positive integer")
+        return value
+
+    heads = number("num_attention_heads")
+    return ModelShape(
+        file=config_json,
+        attention_heads=heads,
+        # older Llama files leave it out or null: multi-head attention
+        key_value_heads=heads if values.get("num_key_value_heads") is None else number("num_key_value_heads"),
+        intermediate_size=number("intermediate_size"),
+        layers=number("num_hidden_layers"),
+        vocab_size=number("vocab_size"),
+        max_positions=number("max_position_embeddings"),
+    )
+
+
+# ---------------------------------------------------------------- stages and files
+
+
+def _is_rl(config: Config) -> bool:
+    return config.stage in ("rlvr", "tempo")
+
+
+def _generates(config: Config) -> bool:
+    return _is_rl(config) or bool(config.evaluation.sets)
+
+
+def _check_stage(config: Config) -> None:
+    data, stage = config.data, config.stage
+    labeled, unlabeled = data.labeled_prompts_per_step, data.unlabeled_prompts_per_step
+    if _is_rl(config) and config.critic is None:
+        raise TempoError(f"critic: missing; stage {stage} trains an actor and a critic: give at least critic.init")
+    if stage == "sft" and config.critic is not None:
+        raise TempoError("critic: stage sft trains the actor alone; remove the section (or critic=null)")
+    if not data.train_files:
+        kind = "prompt+response" if stage == "sft" else "prompt"
+        raise TempoError(f"data.train_files: [] is empty; stage {stage} needs at least one {kind} parquet file")
+    if _is_rl(config) and labeled == 0:
+        raise TempoError(f"data.labeled_prompts_per_step: 0 must be at least 1 in stage {stage}")
+    if stage == "tempo" and unlabeled == 0:
+        raise TempoError("data.unlabeled_prompts_per_step: 0 must be at least 1 in stage tempo (without: stage rlvr)")
+    if stage == "rlvr" and unlabeled != 0:
+        raise TempoError(
+            f"data.unlabeled_prompts_per_step: {unlabeled} must be 0 in stage rlvr (otherwise: stage tempo)"
+        )
+
+
+def _check_files(config: Config) -> None:
+    _check_exist("data.train_files", config.data.train_files)
+    names = [s.name for s in config.evaluation.sets]
+    for i, eval_set in enumerate(config.evaluation.sets):
+        if not eval_set.files:
+            raise TempoError(f"evaluation.sets.{i}.files: [] is empty; set {eval_set.name!r} needs a parquet file")
+        if eval_set.name in names[:i]:
+            raise TempoError(
+                f"evaluation.sets.{i}.name: {eval_set.name!r} is the name of an earlier set; they must differ"
+            )
+        _check_exist(f"evaluation.sets.{i}.files", eval_set.files)
+    output = Path(config.output_dir)
+    for folder in (output, *output.parents):
+        if folder.exists() and not folder.is_dir():
+            raise TempoError(f"output_dir: {config.output_dir!r}: {folder} is a file; a folder (new or old) is needed")
+    if config.resume not in ("auto", "never"):
+        resolve_checkpoint(config.resume, "resume")
+
+
+def _check_exist(key: str, files: list[str]) -> None:
+    for i, name in enumerate(files):
+        if not Path(name).is_file():
+            found = "is a folder" if Path(name).is_dir() else "does not exist"
+            raise TempoError(f"{key}.{i}: {name!r} {found}; a parquet file is needed (relative to {Path.cwd()})")
+
+
+# ---------------------------------------------------------------- models and layouts
+
+
+def _check_role(name: str, role: RoleConfig, world_size: int) -> ModelShape:
+    shape = read_model_shape(resolve_init(role.init, f"{name}.init").hf_dir / "config.json", f"{name}.init")
+    if role.layer_spec == "te" and importlib.util.find_spec("transformer_engine") is None:
+        raise TempoError(f"{name}.layer_spec: 'te' needs the package transformer_engine; without it: 'auto' or 'torch'")
+    tensor, pipeline = role.parallel.tensor_model_parallel_size, role.parallel.pipeline_model_parallel_size
+    valid_tensor = divisors(math.gcd(shape.attention_heads, shape.key_value_heads, shape.intermediate_size))
+    if tensor not in valid_tensor:
+        raise TempoError(
+            f"{name}.parallel.tensor_model_parallel_size: {tensor} must divide num_attention_heads "
+            f"{shape.attention_heads}, num_key_value_heads {shape.key_value_heads} and intermediate_size "
+            f"{shape.intermediate_size} ({shape.file}); nearest valid: {nearest(tensor, valid_tensor)}"
+        )
+    valid_pipeline = divisors(shape.layers)
+    if pipeline not in valid_pipeline:
+        raise TempoError(
+            f"{name}.parallel.pipeline_model_parallel_size: {pipeline} must divide num_hidden_layers {shape.layers} "
+            f"({shape.file}); nearest valid: {nearest(pipeline, valid_pipeline)}"
+        )
+    if world_size % (tensor * pipeline):
+        layouts = [(t, p) for t in valid_tensor for p in valid_pipeline if world_size % (t * p) == 0]
+        layouts.sort(key=lambda layout: abs(layout[0] - tensor) + abs(layout[1] - pipeline))
+        near = ", ".join(f"{t} x {p}" for t, p in layouts[:3])
+        raise TempoError(
+            f"{name}.parallel: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} = "
+            f"{tensor * pipeline} must divide the world size {world_size}; nearest valid: {near}"
+        )
+    return shape
+
+
+def _check_same_vocabulary(actor: ModelShape, critic: ModelShape) -> None:
+    if actor.vocab_size != critic.vocab_size:
+        raise TempoError(
+            f"critic.init: vocab_size {critic.vocab_size} ({critic.file}) must equal the actor's {actor.vocab_size} "
+            f"({actor.file}): both models read the same token ids"
+        )
+
+
+def _check_lengths(config: Config, name: str, shape: ModelShape) -> None:
+    longest, told = _longest(config)
+    if longest > shape.max_positions:
+        raise TempoError(
+            f"{told} must be at most max_position_embeddings {shape.max_positions} of {name}.init ({shape.file})"
+        )
+    role = config.actor if name == "actor" else config.critic
+    if role is not None and _is_rl(config) and role.max_tokens_per_microbatch < longest:
+        raise TempoError(
+            f"{name}.max_tokens_per_microbatch: {role.max_tokens_per_microbatch} must be at least {longest}, "
+            f"one longest sequence ({told})"
+        )
+
+
+def _check_rollout(config: Config, actor: ModelShape, world_size: int) -> None:
+    size = config.rollout.tensor_parallel_size
+    heads, kv_heads = actor.attention_heads, actor.key_value_heads
+    # vLLM splits the KV heads over the ranks, or copies them where there are fewer heads than ranks
+    valid = [t for t in divisors(math.gcd(heads, world_size)) if kv_heads % t == 0 or t % kv_heads == 0]
+    if size not in valid:
+        raise TempoError(
+            f"rollout.tensor_parallel_size: {size} must divide the world size {world_size} and num_attention_heads "
+            f"{heads}, and divide or be a multiple of num_key_value_heads {kv_heads} ({actor.file}); "
+            f"nearest valid: {nearest(size, valid)}"
+        )
+    longest, told = _longest(config)
+    if config.rollout.max_num_batched_tokens < longest:
+        raise TempoError(
+            f"rollout.max_num_batched_tokens: {config.rollout.max_num_batched_tokens} must be at least {longest}, one "
+            f"longest sequence ({told}): seeded sampling leaves chunked prefill off"
+        )
+
+
+def _longest(config: Config) -> tuple[int, str]:
+    """The longest sequence in tokens, and the keys that say so."""
+    prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
+    longest = prompt + response
+    return longest, f"data.max_prompt_tokens {prompt} + data.max_response_tokens {response} = {longest}"
+
+
+def divisors(n: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def nearest(value: int, valid: Iterable[int]) -> str:
+    """The closest valid number below ``value`` and the closest above: "2 or 4"."""
+    numbers = list(valid)
+    below, above = [n for n in numbers if n <= value], [n for n in numbers if n > value]
+    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))

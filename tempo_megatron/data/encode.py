@@ -1,0 +1,102 @@
+"""Text to token ids: chat template, length limits, and whether tokenizer and model belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tempo_megatron.data.prompts import PromptRecord
+from tempo_megatron.data.sft import SftRecord
+from tempo_megatron.errors import TempoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises TempoError when the model has no embedding for some token id, or when there is no EOS token."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    name = tokenizer.name_or_path
+    if largest >= vocab_size:
+        raise TempoError(
+            f"{name}: the tokenizer's largest token id is {largest}, the model's vocab_size is {vocab_size}; "
+            "the tokenizer of this very model is needed"
+        )
+    if tokenizer.eos_token_id is None:
+        raise TempoError(f"{name}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins.  Raises TempoError without a chat template."""
+    return _encode_conversations(tokenizer, [messages])[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[PromptRecord], max_prompt_tokens: int
+) -> list[list[int]]:
+    """Prompt token ids of each record.
+
+    Raises:
+        TempoError: no chat template; or a prompt is longer than ``max_prompt_tokens`` or has no tokens.
+    """
+    prompts = _encode_conversations(tokenizer, [r.messages for r in records])
+    for record, ids in zip(records, prompts, strict=True):
+        if len(ids) > max_prompt_tokens:
+            raise TempoError(
+                f"prompt {record.id!r} has {len(ids)} tokens, data.max_prompt_tokens is {max_prompt_tokens}; "
+                "raise the limit or leave the prompt out"
+            )
+        _check_not_empty(record.id, ids)
+    return prompts
+
+
+def encode_sft(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[SftRecord], max_total: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompt ids, and response ids with EOS at the end, of each record.
+
+    The two are encoded apart, as in a rollout, where the model continues given prompt tokens.
+
+    Raises:
+        TempoError: no chat template; or prompt and response together are longer than ``max_total``.
+    """
+    eos = tokenizer.eos_token_id
+    prompts = _encode_conversations(tokenizer, [r.messages for r in records])
+    responses = [[*ids, eos] for ids in _encode_texts(tokenizer, [r.response for r in records])]
+    for record, prompt, response in zip(records, prompts, responses, strict=True):
+        _check_not_empty(record.id, prompt)
+        if len(prompt) + len(response) > max_total:
+            raise TempoError(
+                f"{record.id}: prompt ({len(prompt)} tokens) and response ({len(response)} with EOS) are longer than "
+                f"data.max_prompt_tokens + data.max_response_tokens = {max_total}"
+            )
+    return prompts, responses
+
+
+def _check_not_empty(name: str, ids: list[int]) -> None:
+    if not ids:
+        raise TempoError(f"prompt {name!r} has no tokens; the chat template made an empty text of it")
+
+
+def _encode_conversations(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[list[int]]:
+    if not conversations:
+        return []
+    if not tokenizer.chat_template:
+        raise TempoError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja to it")
+    keys = [tuple(tuple(message.items()) for message in messages) for messages in conversations]
+    distinct = dict(zip(keys, conversations, strict=True))  # many attempts at one problem share a prompt
+    texts = tokenizer.apply_chat_template(list(distinct.values()), tokenize=False, add_generation_prompt=True)
+    encoded = dict(zip(distinct, _encode_texts(tokenizer, texts), strict=True))
+    return [list(encoded[key]) for key in keys]
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    # The template has written the special tokens already, and a response has none of its own.
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return []
+    ids = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    encoded = dict(zip(distinct, ids, strict=True))
+    return [list(encoded[text]) for text in texts]

@@ -1,0 +1,1 @@
+"""What a policy can do: accuracy over samples, coverage, majority, diversity."""

@@ -1,0 +1,19 @@
+"""The stages of a run; the only room that knows every other."""
+
+from __future__ import annotations
+
+from tempo_megatron.config.schema import Config
+
+
+def run(config: Config) -> None:
+    """Run the config's stage on this rank; every rank of the job calls it. Raises TempoError on bad input."""
+    from tempo_megatron.parallel import cpu_shim
+
+    cpu_shim.install()  # before anything imports megatron.core
+    from tempo_megatron.loop.em import EMLoop
+    from tempo_megatron.loop.session import Session
+    from tempo_megatron.loop.sft import SFTLoop
+
+    with Session(config) as session:
+        loop = SFTLoop(session) if config.stage == "sft" else EMLoop(session)
+        loop.run()

@@ -1,0 +1,206 @@
+"""One step's rollouts: draw prompts, sample D_L and D_U together, verify, filter and top up."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempo_megatron.algorithm.filtering import zero_variance_groups
+from tempo_megatron.config.schema import Config
+from tempo_megatron.data.encode import encode_prompts
+from tempo_megatron.data.prompts import PromptRecord, read_prompts_isolated
+from tempo_megatron.data.rollout import RolloutBatch
+from tempo_megatron.data.sampler import PromptSampler
+from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.loop.session import Session
+from tempo_megatron.parallel.distributed import on_rank0
+from tempo_megatron.rollout.collect import PromptDraw, rollout
+from tempo_megatron.rollout.engine import RolloutEngine
+from tempo_megatron.rollout.sampling import sample_seed
+from tempo_megatron.verifiers.service import VerifierService
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Records of one kind with their token ids and the order in which they are drawn."""
+
+    records: list[PromptRecord]
+    token_ids: list[list[int]]
+    sampler: PromptSampler
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A step's verified rollouts.
+
+    Attributes:
+        batch: all rows that train anything.
+        kept: ``[N]`` bool, False on labelled rows that the filter keeps from the actor.
+        metrics: realised counts.
+    """
+
+    batch: RolloutBatch
+    kept: Tensor
+    metrics: dict[str, float]
+
+
+class Collector:
+    """Holds the prompts and their samplers; ``state_dict`` covers carried-over prompts."""
+
+    def __init__(self, session: Session, engine: RolloutEngine, verifier: VerifierService | None) -> None:
+        self.session, self.engine, self.verifier = session, engine, verifier
+        config = session.config
+        records = on_rank0(lambda: read_prompts_isolated(config.data.train_files))
+        token_ids = encode_prompts(session.tokenizer, records, config.data.max_prompt_tokens)
+        self.labeled = _pool(records, token_ids, config, labeled=True)
+        self.unlabeled = _pool(records, token_ids, config, labeled=False)
+        self.answers = {r.id: (r.answer, r.answer_type) for r in records if r.labeled}
+        self._acceptance = 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        samplers = {"labeled": self.labeled, "unlabeled": self.unlabeled}
+        return {
+            "acceptance": self._acceptance,
+            "samplers": {name: pool.sampler.state_dict() for name, pool in samplers.items() if pool is not None},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._acceptance = state["acceptance"]
+        for name, pool in (("labeled", self.labeled), ("unlabeled", self.unlabeled)):
+            if pool is not None:
+                pool.sampler.load_state_dict(state["samplers"][name])
+
+    def collect(self, step: int, version: int, *, unlabeled: bool) -> Collected:
+        """Sample this step's prompts, D_U's only if asked, in one ``generate`` call (more if the filter tops up)."""
+        data, settings = self.session.config.data, self.session.config.algorithm.filter
+        drawn: Counter[str] = Counter()
+        labeled_draws = self._draw(self.labeled, data.labeled_prompts_per_step, step, drawn)
+        others = self._draw(self.unlabeled, data.unlabeled_prompts_per_step if unlabeled else 0, step, drawn)
+        batch = self._sample(labeled_draws + others, version)
+        if not settings.enabled:
+            return Collected(batch, torch.ones(len(batch), dtype=torch.bool), _counts(batch, 1, 0))
+        return self._top_up(batch, step, version, drawn)
+
+    def _draw(self, pool: Pool | None, count: int, step: int, drawn: Counter[str]) -> list[PromptDraw]:
+        if pool is None or count == 0:
+            return []
+        draws = []
+        for position in pool.sampler.draw(count):
+            record = pool.records[position]
+            seed = sample_seed(self.session.config.seed, self.session.config.stage, step, record.id, drawn[record.id])
+            drawn[record.id] += 1
+            draws.append(PromptDraw(record.id, pool.token_ids[position], record.labeled, seed))
+        return draws
+
+    def _sample(self, draws: list[PromptDraw], version: int) -> RolloutBatch:
+        batch = self._generate(draws, version)
+        self._verify(batch)
+        return batch
+
+    def _generate(self, draws: list[PromptDraw], version: int) -> RolloutBatch:
+        session = self.session
+        with session.ledger.phase("rollout"):
+            batch = rollout(
+                self.engine,
+                draws,
+                samples_per_prompt=session.config.rollout.samples_per_prompt,
+                max_response_tokens=session.config.data.max_response_tokens,
+                version=version,
+                decode=decoder(session),
+            )
+            session.ledger.add_tokens("rollout", int(batch.response_lengths.sum()))
+        return batch
+
+    def _verify(self, batch: RolloutBatch) -> None:
+        """Outcomes of the labelled rows, from the verifier process beside rank 0."""
+        rows = batch.labeled.nonzero().flatten().tolist()
+
+        def score() -> list[bool]:
+            assert self.verifier is not None
+            items = [(batch.responses[i], *self.answers[batch.record_ids[i]]) for i in rows]
+            return [v.correct for v in self.verifier.score(items)]
+
+        with self.session.ledger.phase("verify"):
+            if rows:
+                batch.outcome[rows] = torch.tensor(on_rank0(score), dtype=torch.float32)
+
+    def _top_up(self, batch: RolloutBatch, step: int, version: int, drawn: Counter[str]) -> Collected:
+        """Replace labelled prompts whose samples are all right or all wrong, until there are enough.
+
+        Survivors beyond the need are not trained on with stale samples later: their prompts go back to the head
+        of the sampler's queue and are sampled anew in the next step.
+        """
+        assert self.labeled is not None
+        settings, need = self.session.config.algorithm.filter, self.session.config.data.labeled_prompts_per_step
+        batches, rounds = [batch], 1
+        keep = zero_variance_groups(batch.outcome, batch.group, batch.labeled)
+        survivors = _groups(batch, batch.labeled & keep)
+        tried = _groups(batch, batch.labeled)
+        while survivors < need:
+            if rounds == settings.max_rounds:
+                raise RunError(
+                    f"algorithm.filter.max_rounds: {rounds} generation rounds gave {survivors} labelled prompts with "
+                    f"mixed outcomes, {need} are needed (data.labeled_prompts_per_step)"
+                )
+            missing = need - survivors
+            more = min(len(self.labeled.records), math.ceil(missing / max(self._acceptance, 0.25)))
+            batches.append(self._sample(self._draw(self.labeled, more, step, drawn), version))
+            rounds += 1
+            batch = RolloutBatch.concat(batches)
+            keep = zero_variance_groups(batch.outcome, batch.group, batch.labeled)
+            survivors, tried = _groups(batch, batch.labeled & keep), _groups(batch, batch.labeled)
+            self._acceptance = survivors / tried
+        batch, keep = self._carry_over(batch, keep, survivors - need)
+        if settings.apply_to_critic:
+            batch, keep = batch.rows(keep.nonzero().flatten()), keep[keep]
+        return Collected(batch, keep, _counts(batch, rounds, tried - survivors))
+
+    def _carry_over(self, batch: RolloutBatch, keep: Tensor, surplus: int) -> tuple[RolloutBatch, Tensor]:
+        """Take the last ``surplus`` surviving labelled groups out, and put their prompts first in the queue."""
+        if surplus <= 0:
+            return batch, keep
+        assert self.labeled is not None
+        survivors = torch.unique(batch.group[batch.labeled & keep])[-surplus:]
+        stays = ~torch.isin(batch.group, survivors)
+        first_rows = [int((batch.group == g).nonzero()[0]) for g in survivors]
+        position = {r.id: i for i, r in enumerate(self.labeled.records)}
+        self.labeled.sampler.put_back([position[batch.record_ids[row]] for row in first_rows])
+        return batch.rows(stays.nonzero().flatten()), keep[stays]
+
+
+def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Config, *, labeled: bool) -> Pool | None:
+    kind = "labeled" if labeled else "unlabeled"
+    wanted = getattr(config.data, f"{kind}_prompts_per_step")
+    positions = [i for i, r in enumerate(records) if r.labeled is labeled]
+    if not wanted:
+        return None
+    if not positions:
+        raise TempoError(
+            f"data.{kind}_prompts_per_step: {wanted}, but {', '.join(config.data.train_files)} hold no {kind} record"
+        )
+    # D_L and D_U are shuffled apart, whatever their order in the files
+    sampler = PromptSampler(len(positions), 2 * config.seed + int(labeled))
+    return Pool([records[i] for i in positions], [token_ids[i] for i in positions], sampler)
+
+
+def _groups(batch: RolloutBatch, rows: Tensor) -> int:
+    return len(torch.unique(batch.group[rows]))
+
+
+def _counts(batch: RolloutBatch, rounds: int, dropped: int) -> dict[str, float]:
+    return {
+        "data/labeled_fraction": float(batch.labeled.float().mean()),
+        "data/generation_rounds": rounds,
+        "data/dropped_prompts": dropped,
+    }
+
+
+def decoder(session: Session) -> Callable[[list[list[int]]], list[str]]:
+    """Response token ids -> texts without special tokens."""
+    return lambda ids: session.tokenizer.batch_decode(ids, skip_special_tokens=True)

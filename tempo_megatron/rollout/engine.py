@@ -1,0 +1,326 @@
+"""One vLLM replica inside the training processes, and the state machine of its weights."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.rollout import patches
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm import LLMEngine, SamplingParams
+    from vllm.outputs import CompletionOutput
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """``num_samples`` responses to one prompt, of at most ``max_tokens`` tokens each.
+
+    Sample i is drawn with the seed ``seed + i``: the same tokens whether the samples are asked for together or
+    apart, in whatever order and company.
+    """
+
+    prompt_token_ids: list[int]
+    seed: int
+    num_samples: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class SampledResponse:
+    """One response: T token ids, the stop token last where ``finish_reason`` is ``"stop"``.
+
+    ``log_probs`` are T floats, log p of each sampled token after temperature, top-k and top-p.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+class RolloutEngine:
+    """This rank's part of a vLLM replica of ``config.tensor_parallel_size`` consecutive ranks.
+
+    The weights start as dummies and arrive by ``update_weights`` only; ``generate`` refuses to run before the
+    first update, while an update is under way, after one that failed, and for any version but the loaded one.
+
+    Building is collective: every rank of the world builds its engine at the same point, after
+    ``torch.distributed`` is initialised. The trainer's random states, thread count, environment, memory
+    policy and process groups are the same afterwards.
+
+    Args:
+        hf_dir: folder with the ``config.json`` of the policy.
+        config: the ``rollout`` section.
+        max_model_len: longest prompt + response in tokens.
+        seed: of vLLM's own global generator; samples have their own seeds.
+        stop_token_ids: ids that end a response.
+
+    Raises:
+        TempoError: the model or the settings are ones that vLLM cannot run.
+    """
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        config: RolloutConfig,
+        *,
+        max_model_len: int,
+        seed: int,
+        stop_token_ids: Sequence[int],
+    ) -> None:
+        self.max_model_len = max_model_len
+        self._config = config
+        self._stop_token_ids = list(stop_token_ids)
+        self._version: int | None = None
+        self._failure: str | None = None
+        size = config.tensor_parallel_size
+        world = dist.get_world_size()
+        if world % size:
+            raise TempoError(f"rollout.tensor_parallel_size: {size} does not divide the world of {world} ranks")
+        self.num_replicas = world // size
+        self.replica_index, within = divmod(dist.get_rank(), size)
+        self.is_replica_leader = within == 0
+        hf_config = _read_hf_config(hf_dir)
+        self._tied = bool(hf_config.tie_word_embeddings)
+        self._expected = _expected_weights(hf_config)
+        self._llm = _build_engine(str(hf_dir), hf_config, config, max_model_len, seed)
+
+    @property
+    def version(self) -> int | None:
+        """Version of the loaded weights; None before the first update, during one and after a failed one."""
+        return self._version
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights by a stream of HF tensors, and forget everything computed with the old ones.
+
+        Collective over the world when the iterator is: it is consumed lazily and completely, in its own order,
+        so it may run collectives as long as it yields the same names on every rank.
+
+        Args:
+            weights: (HF name, whole tensor) pairs, each parameter of the HF model once; a tied output layer is not
+                one. vLLM holds on to the tensors of a layer until the layer is complete: yield fresh tensors or the
+                trainer's own, not one staging buffer again and again. Nothing is kept after the return.
+            version: what ``generate`` will have to ask for.
+
+        Raises:
+            RunError: a tensor is missing, unknown, doubled or of another shape. As after any exception of
+                ``weights`` itself, the engine is unusable from then on.
+        """
+        self._require_usable()
+        self._version, self._failure = None, f"the update to weights version {version} did not finish"
+        checked = _checked(weights, self._expected, version)
+        with torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+        if self._tied:
+            self._llm.apply_model(patches.repack_tied_lm_head)
+        if not self._llm.reset_prefix_cache():
+            raise RunError(f"rollout: vLLM kept its prefix cache in the update to weights version {version}")
+        self._version, self._failure = version, None
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        version: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[SampledResponse]:
+        """Sample every response of ``requests`` on this replica, with continuous batching.
+
+        All ranks of the replica call it with equal arguments. A response depends on its prompt, its seed and the
+        weights alone (on the CPU bit by bit; on GPUs up to what kernels of another batch shape round differently).
+
+        Args:
+            requests: any number; each prompt must leave room for ``max_tokens`` within ``max_model_len``.
+            version: the weights version that the caller means to sample from.
+            on_progress: called with the number of finished responses each time some finish.
+
+        Returns:
+            The responses of request 0, then those of request 1, ...: ``sum(r.num_samples)`` in all.
+
+        Raises:
+            RunError: another version is loaded (or none), or a log-probability is not finite.
+        """
+        self._require_usable()
+        if version != self._version:
+            raise RunError(f"rollout: asked to sample weights version {version}, but version {self._version} is loaded")
+        total = sum(r.num_samples for r in requests)
+        self._failure = "generation did not finish"
+        with patches.preserved_rng():
+            outputs = self._run(requests, on_progress)
+        self._failure = None
+        responses = [_response(sample, version) for samples in outputs for sample in samples]
+        if len(responses) != total:
+            raise RunError(f"rollout: vLLM returned {len(responses)} responses, asked for {total}")
+        return responses
+
+    def close(self) -> None:
+        """Free the engine and vLLM's process groups; another engine may be built afterwards. Collective."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        self._version, self._failure = None, "it is closed"
+        self._llm.engine_core.shutdown()
+        del self._llm
+        destroy_model_parallel()
+
+    def _require_usable(self) -> None:
+        if self._failure is not None:
+            raise RunError(f"rollout: the engine is unusable: {self._failure}")
+
+    def _run(
+        self, requests: Sequence[GenerationRequest], on_progress: Callable[[int], None] | None
+    ) -> list[list[CompletionOutput]]:
+        from vllm import TokensPrompt
+
+        for index, request in enumerate(requests):
+            prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
+            self._llm.add_request(str(index), prompt, self._sampling_params(request))
+        outputs: list[list[CompletionOutput]] = [[] for _ in requests]
+        finished = 0
+        while self._llm.has_unfinished_requests():
+            before = finished
+            for output in self._llm.step():  # FINAL_ONLY: one output a request, with all its samples
+                outputs[int(output.request_id)] = output.outputs
+                finished += len(output.outputs)
+            if on_progress is not None and finished > before:
+                on_progress(finished)
+        return outputs
+
+    def _sampling_params(self, request: GenerationRequest) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=request.num_samples,
+            seed=request.seed,  # v1/engine/parallel_sampling.py: child i gets seed + i
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            top_k=self._config.top_k,
+            max_tokens=request.max_tokens,
+            stop_token_ids=self._stop_token_ids,
+            logprobs=0,  # the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _response(sample: CompletionOutput, version: int) -> SampledResponse:
+    token_ids = list(sample.token_ids)
+    log_probs = list(sample.logprobs.logprobs) if sample.logprobs is not None else []
+    if len(log_probs) != len(token_ids):
+        raise RunError(f"rollout: vLLM returned {len(log_probs)} log-probabilities for {len(token_ids)} tokens")
+    for position, (token, log_prob) in enumerate(zip(token_ids, log_probs, strict=True)):
+        if not math.isfinite(log_prob):
+            raise RunError(
+                f"rollout: weights version {version} gave token {token} at position {position} of a response "
+                f"the log-probability {log_prob}"
+            )
+    if sample.finish_reason not in ("stop", "length"):
+        raise RunError(f"rollout: vLLM ended a response with {sample.finish_reason!r}, not 'stop' or 'length'")
+    return SampledResponse(token_ids, log_probs, sample.finish_reason)
+
+
+def _read_hf_config(hf_dir: str | Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if not (Path(hf_dir) / "config.json").is_file():
+        raise TempoError(f"{hf_dir}: no config.json; the rollout engine needs the policy's HF folder")
+    return AutoConfig.from_pretrained(str(hf_dir), local_files_only=True)
+
+
+def _expected_weights(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the HF model, shared ones once (built on the meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _checked(
+    weights: Iterable[tuple[str, Tensor]], expected: dict[str, torch.Size], version: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass the stream on; vLLM would ignore unknown names and keep old values for missing ones."""
+    missing = dict(expected)
+    for name, tensor in weights:
+        if name not in missing:
+            what = "twice" if name in expected else "which the model does not have"
+            raise RunError(f"rollout: the update to weights version {version} brings {name}, {what}")
+        if tensor.shape != missing.pop(name):
+            raise RunError(
+                f"rollout: the update to weights version {version} brings {name} as {list(tensor.shape)}, "
+                f"the model has {list(expected[name])}"
+            )
+        yield name, tensor
+    if missing:
+        raise RunError(
+            f"rollout: the update to weights version {version} lacks {len(missing)} of {len(expected)} tensors, "
+            f"the first is {next(iter(missing))}"
+        )
+
+
+def _build_engine(
+    hf_dir: str, hf_config: PretrainedConfig, config: RolloutConfig, max_model_len: int, seed: int
+) -> LLMEngine:
+    patches.prepare_process()
+    # under torchrun the external launcher tells vLLM this rank's device and tensor-parallel place; the plain
+    # executor would put every replica of a node on GPU 0
+    external = config.tensor_parallel_size > 1 or (use_cuda() and dist.get_world_size() > 1)
+    token = torch.tensor(secrets.randbits(62))
+    dist.broadcast(token, src=0)
+    with patches.shielded(f"{token.item():x}"):
+        from vllm import EngineArgs, LLMEngine
+
+        _check_head_dim(hf_dir, hf_config)
+        try:
+            args = EngineArgs(
+                model=hf_dir,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # not the folder's: every sampling parameter is ours
+                load_format="dummy",
+                dtype=config.dtype,
+                seed=seed,
+                tensor_parallel_size=config.tensor_parallel_size,
+                distributed_executor_backend="external_launcher" if external else None,
+                enforce_eager=not use_cuda(),
+                max_model_len=max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                # seeded sampling on the CPU dies in a prompt's second chunk ("CPU Generator does not use offset",
+                # v1/worker/gpu_model_runner.py), and without chunks a step must hold the longest prompt
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(config.max_num_batched_tokens, max_model_len),
+                kv_cache_memory_bytes=int(config.kv_cache_gib * GIB),
+                enable_prefix_caching=True,  # the samples of one prompt share its keys and values
+                block_size=None if use_cuda() else 32,  # the CPU's default of 128 shares no prompt below that length
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+            )
+            return LLMEngine.from_engine_args(args)
+        except ValueError as error:  # vLLM's own checks of the settings: length, KV cache, divisibility
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise TempoError(f"rollout: vLLM cannot run {hf_dir}: {' '.join(lines)}") from error
+
+
+def _check_head_dim(hf_dir: str, hf_config: PretrainedConfig) -> None:
+    """On the CPU vLLM would only find out at its first step, with the whole model loaded."""
+    if use_cuda():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in supported:
+        raise TempoError(f"{hf_dir}/config.json: head_dim {head_dim} is not one that vLLM runs on the CPU: {supported}")

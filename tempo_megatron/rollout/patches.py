@@ -1,0 +1,159 @@
+"""Everything vLLM does to the process it lives in, kept away from the trainer that lives there too.
+
+Written against vLLM 0.32 (CPU) with 0.22 (CUDA) in mind; each item names the line of vLLM that needs it.
+``prepare_process`` comes before vLLM is imported, ``shielded`` goes around every call that builds an engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from tempo_megatron.parallel.device import use_cuda
+
+
+def prepare_process() -> None:
+    """Set what vLLM reads from the environment at import; a value that the user has set stays.
+
+    Raises nothing; calling it again changes nothing.
+    """
+    # v1/engine/llm_engine.py, from_engine_args: the engine core would run in a child process, out of our reach
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # usage/usage_lib.py, is_usage_stats_enabled: reports to a server
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # logger.py, _configure_vllm_root_logger: some fifty INFO and WARNING lines per engine and rank
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # triton_utils/dispatcher.py walks all modules' attributes at import and touches deprecated ones
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.reduce_op.*")
+    if not use_cuda():
+        # v1/sample/ops/logprobs.py, batched_count_greater_than is torch.compile'd: 10 s of C++ compilation on the
+        # first step, per process. torch reads the variable at its own import, hence also the attribute.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        import torch._dynamo.config
+
+        # torch/_library/triton.py says once per rank that there is no Triton
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Give the global random states (torch CPU, this GPU, numpy, random) back as they were.
+
+    v1/worker/cpu_worker.py, init_device and compile_or_warm_up_model, and their GPU counterparts, call
+    ``set_random_seed``; v1/sample/ops/topk_topp_sampler.py, forward_cpu, draws from the global generator at
+    every step even when all requests have their own seeds.
+    """
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if use_cuda() else []):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
+def _preserved_environment() -> Iterator[None]:
+    """Undo what importing and starting vLLM on the CPU sets, apart from its own VLLM_* variables.
+
+    platforms/cpu.py, check_and_update_config, sets LD_PRELOAD (for every later child process, such as the
+    verifiers), LOCAL_WORLD_SIZE (torchrun's; set to the replica's size), NUMEXPR_MAX_THREADS and others.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for key in [k for k in os.environ if not k.startswith("VLLM_")]:
+            if key not in before:
+                del os.environ[key]
+            elif os.environ[key] != before[key]:
+                os.environ[key] = before[key]
+
+
+@contextmanager
+def shielded(shm_token: str) -> Iterator[None]:
+    """Around the import of vLLM and the construction of an engine: keep the trainer's process state.
+
+    Args:
+        shm_token: unique to this engine on its hosts and the same on all its ranks.
+    """
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    with preserved_rng():
+        if use_cuda():
+            _guard_process_group()
+            yield
+            return
+        with _preserved_environment():
+            _guard_process_group()
+            _keep_memory_policy()
+            _name_shared_memory(shm_token)
+            try:
+                yield
+            finally:
+                # v1/worker/cpu_worker.py, init_device: torch.set_num_threads = skip_set_num_threads
+                torch.set_num_threads = set_num_threads
+                torch.set_num_threads(threads)
+
+
+def _guard_process_group() -> None:
+    """Deleting an engine must not destroy the trainer's process groups.
+
+    v1/engine/core.py, EngineCore.shutdown (called by a finalizer, so also by garbage collection and at exit),
+    ends with ``cleanup_dist_env_and_memory()``, which calls ``torch.distributed.destroy_process_group()``.
+    """
+    import vllm.v1.engine.core as core
+
+    def keep_process_group() -> None:
+        """vLLM's own groups go in ``RolloutEngine.close``, the trainer's when the trainer ends."""
+
+    core.cleanup_dist_env_and_memory = keep_process_group
+
+
+def _keep_memory_policy() -> None:
+    """Leave the process's NUMA policy alone.
+
+    v1/worker/cpu_worker.py, CPUWorker.__init__, calls ``torch.ops._C.init_cpu_memory_env``, which binds all later
+    allocations of the process, the trainer's too, strictly to the NUMA node of its first CPU.
+    """
+    setattr(torch.ops._C, "init_cpu_memory_env", lambda nodes: None)  # noqa: B010  (mypy knows no such op)
+
+
+def _name_shared_memory(token: str) -> None:
+    """Name the TP ranks' shared memory by this engine, so that jobs on one host do not collide.
+
+    distributed/device_communicators/cpu_communicator.py, _CPUSHMDistributed.make_group_name, uses
+    VLLM_DIST_IDENT, which v1/worker/cpu_worker.py, init_device, sets to "//" for every job under torchrun:
+    the second job dies of "create shm in SHMManager failed. errno: 17", as does one that follows a killed job.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
+
+    def make_group_name(communicator: CpuCommunicator) -> str:
+        ranks = "-".join(str(rank) for rank in communicator.ranks)
+        return f"tempo-{token}-{communicator.unique_name}-[{ranks}]-cpushm"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+
+
+def repack_tied_lm_head(model: torch.nn.Module) -> None:
+    """Let a tied output layer see the embedding that a reload has just written (CPU only).
+
+    model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, gives each linear layer a packed copy of its
+    weight. A reload (model_executor/model_loader/reload/layerwise.py) repacks the layers whose tensors arrived;
+    a tied lm_head has none of its own and would go on with the old copy, silently.
+    """
+    if use_cuda():
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)

@@ -1,0 +1,44 @@
+r"""Integers, compared exactly: 501 is not 500.
+
+The final answer is the last complete ``\boxed{}``, else the whole response; it must be an integer in ASCII digits, with
+an optional sign, thousands commas and final period.  Leading zeros don't count (AIME's 033 is 33).  Digit strings are
+compared as text: converting hostile digits with ``int`` would take quadratic time.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tempo_megatron.verifiers.boxed import final_answer
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
+
+_INTEGER = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?")
+
+
+def normal_integer(text: str) -> str | None:
+    """``text`` as plain digits without leading zeros, ``-`` before a negative; None if it isn't an integer."""
+    stripped = text.strip()
+    if len(stripped) > MAX_ANSWER_CHARS:
+        return None
+    match = _INTEGER.fullmatch(stripped)
+    if match is None:
+        return None
+    digits = match[2].replace(",", "").lstrip("0")
+    if not digits:
+        return "0"
+    return f"-{digits}" if match[1] == "-" else digits
+
+
+def _grade(response: str, answer: str) -> Verdict:
+    got = normal_integer(final_answer(response))
+    if got is None:
+        return Verdict(False, None, "no integer as final answer")
+    correct = got == normal_integer(answer)
+    return Verdict(correct, got, "equal" if correct else "another integer")
+
+
+def _answer_problem(answer: str) -> str | None:
+    return "not an integer in ASCII digits" if normal_integer(answer) is None else None
+
+
+KIND = Kind("int", _grade, _answer_problem)

@@ -1,0 +1,57 @@
+"""One quiet, single-threaded, offline, seeded setting for every test."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+
+# Before any test imports torch, vllm or transformers: they read these once.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+    TORCHDYNAMO_DISABLE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+import numpy as np
+import pytest
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _why_no_slurm() -> str | None:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=path) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (make test-slurm installs them)"
+    return None if os.geteuid() == 0 else "a cluster on loopback needs root"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, why_not in (("gpu", _why_no_gpu), ("slurm", _why_no_slurm)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = why_not() if marked else None
+        if reason is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch = sys.modules.get("torch")  # not imported for the tests that do without
+    if torch is not None:
+        torch.manual_seed(0)
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)

@@ -1,0 +1,294 @@
+"""The command line and its error policy; the loop is a stand-in that does what the test says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tempo_megatron import __version__, cli
+from tempo_megatron.errors import RunError, TempoError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def not_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RANK" and not k.startswith("SLURM_")}
+    monkeypatch.setattr(os, "environ", environment)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A valid sft job on one rank."""
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "intermediate_size": 8,
+             "num_hidden_layers": 2, "vocab_size": 10, "max_position_embeddings": 64}  # fmt: skip
+    (model / "config.json").write_text(json.dumps(shape))
+    (model / "model.safetensors").touch()
+    (tmp_path / "train.parquet").touch()
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        f"stage: sft\noutput_dir: {tmp_path / 'out'}\nsteps: 3\nactor: {{init: {model}}}\n"
+        f"data: {{train_files: [{tmp_path / 'train.parquet'}], max_prompt_tokens: 8, max_response_tokens: 8}}\n"
+        "launch: {threads_per_rank: 3}\n"
+    )
+    return path
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Callable) -> None:
+    fake = types.ModuleType(module)
+    for name, function in functions.items():
+        setattr(fake, name, function)
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_help_version_and_bad_usage(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tempo-megatron {__version__}\n"
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "torchrun --nnodes 2" in shown
+    assert all(command in shown for command in ("train", "demo", "report"))
+    assert cli.main(["train", "--help"]) == 0
+    assert "evaluation.sets.0.limit=64" in capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert cli.main(["train"]) == 2
+    assert "--config" in capsys.readouterr().err
+    assert cli.main(["trian"]) == 2
+
+
+def test_demo_and_report_pass_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def record(**arguments: Any) -> int:
+        calls.append(arguments)
+        return 5
+
+    stand_in(monkeypatch, "tempo_megatron.demo.run", main=record)
+    stand_in(monkeypatch, "tempo_megatron.telemetry.report", main=record)
+    assert cli.main(["demo"]) == 5
+    assert cli.main(["demo", "--seed", "3", "--real", "--nproc", "1"]) == 5
+    assert cli.main(["demo", "--output", "x"]) == 5
+    assert cli.main(["report", "a", "b", "--output", "c.html"]) == 5
+    assert calls == [
+        {"seed": 0, "real": False, "output": Path("runs/demo"), "nproc": 2},
+        {"seed": 3, "real": True, "output": Path("runs/demo-real"), "nproc": 1},
+        {"seed": 0, "real": False, "output": Path("x"), "nproc": 2},
+        {"run_dirs": [Path("a"), Path("b")], "output": Path("c.html")},
+    ]
+    assert cli.main(["demo", "--nproc", "0"]) == 2
+    assert len(calls) == 4
+
+
+def test_train_runs_here_on_one_rank(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> None:
+    seen = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=lambda config: seen.append((config.steps, config.seed)))
+    assert cli.main(["train", "--config", str(config_file), "steps=4", "seed=-2"]) == 0
+    assert seen == [(4, -2)]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_train_starts_several_ranks_after_checking_for_them(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spawned = []
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv: spawned.append((nproc, argv)) or 7)
+    arguments = ["train", "--config", str(config_file), "launch.nproc_per_node=2"]
+    assert cli.main(arguments) == 7
+    assert spawned == [(2, arguments)]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert cli.main([*arguments, "actor.parallel.tensor_model_parallel_size=4"]) == 2
+    assert "= 4 must divide the world size 2; nearest valid: 2 x 1" in capsys.readouterr().err
+    assert len(spawned) == 1
+
+
+# ---------------------------------------------------------------- errors of one process
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (TempoError("a.yaml: steps: 0\nmust be 1"), 2, "error: a.yaml: steps: 0 must be 1\n"),
+        (RunError("step 3: the loss is NaN"), 3, "error: step 3: the loss is NaN\n"),
+        (KeyboardInterrupt(), 130, "interrupted; what was saved is complete, go on with resume=auto\n"),
+    ],
+)
+def test_known_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture,
+    error: BaseException, code: int, told: str,
+) -> None:  # fmt: skip
+    def run(config: object) -> None:
+        raise error
+
+    stand_in(monkeypatch, "tempo_megatron.loop", run=run)
+    assert cli.main(["train", "--config", str(config_file)]) == code
+    assert capsys.readouterr().err == told
+
+
+def test_bad_configuration_is_one_line(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["train", "--config", str(config_file), "stpes=3"]) == 2
+    assert capsys.readouterr().err == "error: command line: unknown key stpes (value 3); did you mean steps?\n"
+
+
+def test_a_fault_of_the_program_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def run(config: object) -> None:
+        raise RuntimeError("Connection closed by peer")  # no peers here: this is no lost rank
+
+    stand_in(monkeypatch, "tempo_megatron.loop", run=run)
+    assert cli.main(["train", "--config", str(config_file)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert shown.endswith("RuntimeError: Connection closed by peer\n")
+
+
+def raised_from(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:23987")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (LOST, True),
+        (RuntimeError("Read error [127.0.0.1]: Connection reset by peer"), True),
+        (RuntimeError("NCCL error: ncclRemoteError: A call failed possibly due to a network error"), True),
+        (raised_from(ValueError("engine"), LOST), True),
+        (RuntimeError("shape mismatch"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # a web service, not a rank
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_lost_peers_are_recognised(error: Exception, expected: bool) -> None:
+    assert cli.is_lost_peer(error) is expected
+
+
+# ---------------------------------------------------------------- errors of ranks
+
+DRIVER = f"""
+import sys; sys.path.insert(0, {str(REPOSITORY)!r})
+import os, signal, threading, time, types
+from tempo_megatron import cli
+from tempo_megatron.errors import RunError, TempoError
+
+rank, behaviour = int(os.environ["RANK"]), sys.argv.pop(1)
+
+def run(config):
+    if behaviour == "error everywhere":
+        raise RunError("the loss is NaN")
+    if behaviour == "error on rank 1" and rank == 1:
+        error = TempoError("shard 1 is corrupt"); error.rank_local = True
+        raise error
+    if behaviour == "hanging thread":  # would keep the interpreter from ending
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        print("last words", end="")
+        return
+    if behaviour == "interrupt":
+        print("started", flush=True)
+        time.sleep(60)
+    if behaviour == "lost peer":
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 1:
+            raise ValueError("a fault of the program")
+        dist.all_reduce(torch.ones(1))
+
+loop = types.ModuleType("tempo_megatron.loop")
+loop.run = run
+sys.modules["tempo_megatron.loop"] = loop
+cli.FOLLOWER_GRACE_S = 0.5
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path, config_file: Path) -> Callable[..., subprocess.Popen]:
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def _start(behaviour: str, rank: int, *overrides: str) -> subprocess.Popen:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        return subprocess.Popen(
+            [sys.executable, str(driver), behaviour, "train", "--config", str(config_file), *overrides],
+            env={**os.environ, **place, "MASTER_PORT": str(port)},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return _start
+
+
+def ends(*ranks: subprocess.Popen) -> list[tuple[int, str]]:
+    """Exit code and stderr of each; none may take long."""
+    try:
+        told = [rank.communicate(timeout=30)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, text) for rank, text in zip(ranks, told, strict=True)]
+
+
+def test_what_all_ranks_meet_is_told_by_rank_0(start: Callable[..., subprocess.Popen]) -> None:
+    ranks = [start("error everywhere", rank) for rank in (0, 1)]
+    assert ends(*ranks) == [(3, "error: the loss is NaN\n"), (3, "")]
+
+
+def test_each_rank_checks_the_layout_for_the_whole_job(start: Callable[..., subprocess.Popen]) -> None:
+    # launch.nproc_per_node does not count here: the launcher has decided
+    overrides = ["actor.parallel.tensor_model_parallel_size=4", "launch.nproc_per_node=4"]
+    (code, told), silent = ends(*(start("", rank, *overrides) for rank in (0, 1)))
+    assert (code, silent) == (2, (2, ""))
+    assert "must divide the world size 2" in told
+
+
+def test_what_one_rank_meets_is_told_by_that_rank(start: Callable[..., subprocess.Popen]) -> None:
+    ranks = [start("error on rank 1", rank) for rank in (0, 1)]
+    assert ends(*ranks) == [(0, ""), (2, "rank 1: error: shard 1 is corrupt\n")]
+
+
+def test_a_rank_whose_peer_is_gone_ends_with_one_line(start: Callable[..., subprocess.Popen]) -> None:
+    survivor, culprit = ends(*(start("lost peer", rank) for rank in (0, 1)))
+    assert survivor == (4, "rank 0: stopped, another rank has ended\n")
+    assert culprit[0] == 1
+    assert culprit[1].startswith("rank 1: Traceback (most recent call last):\n")
+    assert culprit[1].endswith("ValueError: a fault of the program\n")
+
+
+def test_interrupted_ranks_end_at_once_and_rank_0_tells(start: Callable[..., subprocess.Popen]) -> None:
+    ranks = [start("interrupt", rank) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "started\n"
+    before = time.monotonic()
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    told = "interrupted; what was saved is complete, go on with resume=auto\n"
+    assert ends(*ranks) == [(130, told), (130, "")]
+    assert time.monotonic() - before < 5
+
+
+def test_nothing_can_hang_the_end_of_a_rank_and_its_output_is_kept(start: Callable[..., subprocess.Popen]) -> None:
+    rank = start("hanging thread", 0)
+    out, err = rank.communicate(timeout=30)
+    assert (rank.returncode, out, err) == (0, "last words", "")

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempo_megatron.errors import TempoError
+from tempo_megatron.verifiers import Verdict, answer_problem, kind_names, verify
+from tempo_megatron.verifiers.boxed import last_boxed
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
+
+
+def test_kinds_are_found_by_their_files() -> None:
+    assert kind_names() == ["exact", "guess_check", "int"]
+
+
+def test_unknown_kind_lists_the_known_ones() -> None:
+    with pytest.raises(TempoError, match=r"unknown answer_type 'maths'; known kinds: exact, guess_check, int"):
+        verify("1", "1", "maths")
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("no box", None),
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{1} then cut off \boxed{2", "1"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed {4}", "4"),
+        (r"\boxed{\{5\}}", r"\{5\}"),
+        (r"} stray { \boxed{6}", "6"),
+        (r"\boxed{}", ""),
+        (r"\boxed", None),
+        (r"\boxed{never { closed}", None),
+    ],
+)
+def test_last_boxed(text: str, box: str | None) -> None:
+    assert last_boxed(text) == box
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "correct"),
+    [
+        ("500", "500", True),
+        ("501", "500", False),
+        ("500", "501", False),
+        ("540", "500", False),
+        ("12", "10", False),
+        ("70", "73", False),
+        ("  42.\n", "42", True),
+        ("42..", "42", False),
+        ("033", "33", True),
+        ("33", "033", True),
+        ("+7", "7", True),
+        ("-7", "-7", True),
+        ("-7", "7", False),
+        ("-0", "0", True),
+        ("1,234,567", "1234567", True),
+        ("12,34", "1234", False),
+        ("1 234", "1234", False),
+        ("42.0", "42", False),
+        ("4_2", "42", False),
+        ("٤٢", "42", False),
+        ("\uff14\uff12", "42", False),
+        ("4²", "42", False),
+        ("the answer is 42", "42", False),
+        (r"the answer is \boxed{42}", "42", True),
+        (r"\boxed{41} no, \boxed{ 42 }.", "42", True),
+        (r"\boxed{42} no, \boxed{41}", "42", False),
+        (r"\boxed{forty-two} 42", "42", False),
+        (r"\boxed{42", "42", False),
+        ("", "42", False),
+    ],
+)
+def test_int(response: str, answer: str, correct: bool) -> None:
+    assert verify(response, answer, "int").correct is correct
+
+
+@given(st.integers(), st.integers())
+def test_int_is_equality_of_integers(a: int, b: int) -> None:
+    assert verify(str(a), str(b), "int").correct is (a == b)
+    assert verify(rf"so \boxed{{{a:,}}}", str(a), "int").extracted == str(a)
+
+
+def test_equal_integers_have_one_normal_form() -> None:
+    forms = {verify(text, "5", "int").extracted for text in ("1000", "1,000", "+01000", r"\boxed{1000.}")}
+    assert forms == {"1000"}
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "correct"),
+    [
+        ("  new\n york ", "new york", True),
+        ("New York", "new york", False),
+        (r"I think \boxed{new  york}", "new york", True),
+        ("", "x", False),
+    ],
+)
+def test_exact(response: str, answer: str, correct: bool) -> None:
+    assert verify(response, answer, "exact").correct is correct
+
+
+ANSWER = "c4|37=a2"  # 3*12 = 10 and 7*4 = 2 (mod 13)
+
+
+@pytest.mark.parametrize(
+    ("response", "correct", "honest", "claims"),
+    [
+        ("c4;a2+", True, 1, 1),
+        ("c4;a2-", True, 0, 0),  # a wrong verdict on a right check
+        ("c4;a3-", True, 0, 0),  # a wrong check; only x decides
+        ("5b;2c-", False, 1, 0),
+        ("5b;a2+", False, 0, 1),  # wishful: the check copies the target
+        ("5b;2c+", False, 0, 1),
+    ],
+)
+def test_guess_check(response: str, correct: bool, honest: float, claims: float) -> None:
+    verdict = verify(response, ANSWER, "guess_check")
+    assert verdict.correct is correct
+    assert verdict.extracted == response[:2]
+    assert verdict.details == {"well_formed": 1.0, "honest": honest, "claims_correct": claims}
+
+
+@pytest.mark.parametrize(
+    "response", ["", "c4", "c4;a2", "c4;a2+ ", "c4;a2+\n", " c4;a2+", "C4;a2+", "c4;d2+", "c;4a2+", "c45;a+", "٣4;a2+"]
+)
+def test_guess_check_malformed(response: str) -> None:
+    details = {"well_formed": 0.0, "honest": 0.0, "claims_correct": 0.0}
+    assert verify(response, ANSWER, "guess_check") == Verdict(False, None, "malformed", details)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("1/2", "int"),
+        ("٤٢", "int"),
+        ("1" * (MAX_ANSWER_CHARS + 1), "int"),
+        (" ", "exact"),
+        ("c4", "guess_check"),
+        ("c|37=a2", "guess_check"),
+        ("c5|37=a2", "guess_check"),  # doesn't solve it
+        ("c4|07=02", "guess_check"),  # not the only solution
+    ],
+)
+def test_malformed_answers_are_told(answer: str, kind: str) -> None:
+    assert answer_problem(answer, kind)
+    with pytest.raises(TempoError) as error:
+        verify("1", answer, kind)
+    assert "\n" not in str(error.value)
+
+
+MILLION = 10**6
+HOSTILE = {
+    "digits": "7" * MILLION,
+    "commas": "7,777" * (MILLION // 5),
+    "unicode digits": "٤" * MILLION,
+    "open braces": r"\boxed{" + "{" * MILLION,
+    "open boxes": r"\boxed{" * (MILLION // 7),
+    "nested boxes": r"\boxed{" * (MILLION // 8) + "}" * (MILLION // 8),
+    "box and blanks": r"\boxed" + " " * MILLION,
+    "boxed digits": r"\boxed{" + "7" * MILLION + "}",
+    "blanks": " " * MILLION,
+    "backslashes": r"\boxed" + "\\" * MILLION,
+    "semicolons": ";" * MILLION,
+    "surrogates": "\ud800" * MILLION,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_cheap_and_wrong(name: str) -> None:
+    start = time.process_time()
+    for kind, answer in (("int", "7"), ("exact", "7"), ("guess_check", ANSWER)):
+        verdict = verify(HOSTILE[name], answer, kind)
+        assert not verdict.correct
+        assert len(verdict.extracted or "") <= MAX_ANSWER_CHARS
+    assert time.process_time() - start < 5  # a quadratic scan takes minutes
