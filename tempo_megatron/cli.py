@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from tempo_megatron import __version__
@@ -27,8 +28,8 @@ from tempo_megatron.cluster.launch import (
 )
 from tempo_megatron.errors import TempoError
 
-#: Seconds that a rank with nothing to tell stays: the launcher ends all ranks with the first that leaves,
-#: and the one that knows the cause must be able to finish its sentence.
+#: Seconds that a rank waits before it tells what rank 0, or a rank that knows the cause, has most likely told:
+#: the launcher ends all ranks with the first that leaves, so that one line is all that is seen.
 FOLLOWER_GRACE_S = 5.0
 
 #: Seconds between a failing rank's last words and its end: srun --kill-on-bad-exit drops what is still on its way.
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _parser().parse_args(argv)
             place = rank_from_environment()
+            if place is not None:
+                signal.signal(signal.SIGINT, _interrupt_once)
             code: int = arguments.run(arguments, place)
         except SystemExit as error:  # argparse: --help, --version (0) or bad usage (2)
             code = error.code if isinstance(error.code, int) else 1
@@ -169,19 +172,23 @@ def _tell(error: Exception, place: RankInfo | None) -> int:
     """Say what is to be said about ``error`` on this rank; returns the exit code."""
     if isinstance(error, TempoError):
         message = f"error: {' '.join(str(error).split())}"
-        if place is None or place.rank == 0:
-            _say(message)
-        elif getattr(error, "rank_local", False):
-            _say(f"rank {place.rank}: {message}")
-        else:  # every rank has it, rank 0 tells it
-            time.sleep(FOLLOWER_GRACE_S)
+        if place is not None and place.rank != 0:
+            time.sleep(FOLLOWER_GRACE_S)  # what every rank meets is told by rank 0
+            message = f"rank {place.rank}: {message}"
+        _say(message)
         return error.exit_code
     if place is not None and is_lost_peer(error):
-        _say(f"rank {place.rank}: stopped, another rank has ended")
         time.sleep(FOLLOWER_GRACE_S)
+        _say(f"rank {place.rank}: stopped, another rank has ended")
         return EXIT_LOST_PEER
     _say((f"rank {place.rank}: " if place else "") + "".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C reaches a rank twice, from the terminal and from its launcher; the second must not end the farewell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def is_lost_peer(error: BaseException) -> bool:

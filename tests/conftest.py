@@ -19,8 +19,13 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import hypothesis
 import numpy as np
 import pytest
+
+# a busy machine is no failure: hypothesis' deadline per example is off, pytest-timeout bounds each test
+hypothesis.settings.register_profile("tempo", deadline=None)
+hypothesis.settings.load_profile("tempo")
 
 
 def _why_no_gpu() -> str | None:

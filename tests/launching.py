@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -46,6 +46,7 @@ def launch(
     timeout_s: float,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
+    while_running: Callable[[subprocess.Popen], None] | None = None,
 ) -> LaunchResult:
     """Run a Python program on ``nproc`` ranks and wait for it; nothing of it is left running afterwards.
 
@@ -55,6 +56,7 @@ def launch(
         timeout_s: seconds after which the ranks print their stacks and are killed.
         env: variables added to this process's environment.
         cwd: working folder; the repository root unless given.
+        while_running: called with the program once it is started (a launcher of its own process group).
 
     Raises:
         LaunchTimeout: the time is up.
@@ -76,6 +78,8 @@ def launch(
         )
         try:
             resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # stacks are had by SIGABRT, without cores
+            if while_running is not None:
+                while_running(process)
             returncode = process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired as expired:
             stacks = _stacks(token, stderr)

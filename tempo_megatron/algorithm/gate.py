@@ -34,16 +34,21 @@ class CalibrationGate:
         """Moving average of the AUROC; None until one was defined."""
         return self._average
 
-    def observe(self, auroc: float) -> None:
+    def observe(self, auroc: float, minority: int) -> None:
         """Takes the AUROC of one step's fresh labeled rollouts.
 
-        NaN (all right or all wrong: no AUROC) leaves the average as it is but counts as an observation.
+        An AUROC of fewer than ``min_per_class`` right or wrong responses (NaN when there is none) leaves the average
+        as it is but counts as an observation: its standard error is about 1 / sqrt(12 minority).
+
+        Args:
+            auroc: of the terminal values.
+            minority: right or wrong responses, whichever are fewer.
 
         Raises:
             RunError: closed for more than ``max_steps`` observations in a row.
             ValueError: not in [0, 1] and not NaN.
         """
-        if not math.isnan(auroc):
+        if minority >= self._config.min_per_class and not math.isnan(auroc):
             if not 0 <= auroc <= 1:
                 raise ValueError(f"an AUROC lies in [0, 1], got {auroc}")
             past = auroc if self._average is None else self._average

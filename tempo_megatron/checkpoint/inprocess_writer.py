@@ -40,7 +40,15 @@ def _write_buckets(
         )
         _, outcome = done.get_nowait()
         if isinstance(outcome, Exception):
-            results = outcome
+            results = _cause(outcome)
             break
         results[i] = outcome
     global_results_queue.put(results)
+
+
+def _cause(error: Exception) -> Exception:
+    """The OSError (a full disk) on which torch's zip writer failed; its own error tells of file positions."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    return link or error

@@ -19,13 +19,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -34,17 +37,21 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.hf_files import copy_side_files
-from tempo_megatron.errors import TempoError
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import use_cuda
-from tempo_megatron.parallel.distributed import on_rank0, rank, world_size
+from tempo_megatron.parallel.distributed import on_rank0, rank, together, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
 FORMAT = 1
+UNREADABLE = "the checkpoint cannot be read"
 
 inprocess_writer.install()
 
@@ -66,10 +73,26 @@ def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) ->
     return state
 
 
+@contextmanager
+def _one_line(error_class: type[TempoError], what: str) -> Iterator[None]:
+    """What torch and Megatron raise over a full disk, a file in the way or a damaged file, as one line."""
+    try:
+        yield
+    except CheckpointException as error:  # no Exception; on the coordinator it holds what each rank met
+        causes = [
+            f"rank {at}: {str(cause) or type(cause).__name__}" for at, (cause, _) in sorted(error.failures.items())
+        ]
+        raise error_class(f"{what}: {causes[0] if causes else 'another rank could not'}") from error
+    except (OSError, EOFError, json.JSONDecodeError, SafetensorError, UnpicklingError, CheckpointingException) as error:
+        raise error_class(f"{what}: {str(error) or type(error).__name__}") from error
+    except RuntimeError as error:
+        if not any(name in str(error) for name in ("inline_container", "PytorchStream")):  # torch's zip files
+            raise
+        raise error_class(f"{what}: {str(error).splitlines()[0]}") from error
+
+
 def _save_role(engine: MegatronEngine, folder: Path) -> None:
-    if rank() == 0:
-        folder.mkdir()
-    dist.barrier()
+    on_rank0(folder.mkdir)
     with engine.groups.active():
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist"),
@@ -84,7 +107,14 @@ def _save_role(engine: MegatronEngine, folder: Path) -> None:
         )
 
 
+def _check_metadata(folder: Path) -> None:
+    """Before torch reads it (state_dict_loader.py), which logs a traceback and goes on to a worse message."""
+    with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
+        FileSystemReader(folder).read_metadata()
+
+
 def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_head: bool = False) -> None:
+    on_rank0(lambda: _check_metadata(folder))
     with engine.groups.active():
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)), mpu.get_data_parallel_group(with_context_parallel=True)
@@ -92,7 +122,8 @@ def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_he
         wanted = _sharded_state(engine, optimizer=optimizer, loading=True)
         if skip_head:
             wanted["model"] = {k: v for k, v in wanted["model"].items() if not k.startswith("output_layer.")}
-        loaded = dist_checkpointing.load(wanted, str(folder), strategy)
+        with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
+            loaded = dist_checkpointing.load(wanted, str(folder), strategy)
         missing, unexpected = engine.model.load_state_dict(loaded["model"], strict=False)
         missing = [
             k for k in missing if not (k.endswith("_extra_state") or (skip_head and k.startswith("output_layer.")))
@@ -118,17 +149,15 @@ def save_checkpoint(
 
     def begin() -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in parent.glob(".partial-step_*"):  # of a run that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
         (partial / "rng").mkdir(parents=True)
 
-    on_rank0(begin)
-    for role, engine in engines.items():
-        _save_role(engine, partial / role)
-    random_state = {"cpu": torch.get_rng_state()}
-    if use_cuda():
-        random_state["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_state, partial / "rng" / f"rank_{rank()}.safetensors")
-    dist.barrier()
+    def save_random_state() -> None:
+        random_state = {"cpu": torch.get_rng_state()}
+        if use_cuda():
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        save_file(random_state, partial / "rng" / f"rank_{rank()}.safetensors")
 
     def finish() -> None:
         schedules = {role: engine.scheduler.state_dict() for role, engine in engines.items()}
@@ -150,7 +179,23 @@ def save_checkpoint(
             (old / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
-    on_rank0(finish)
+    def save_roles() -> None:
+        for role, engine in engines.items():
+            _save_role(engine, partial / role)
+
+    def guarded(fn: Callable[[], None]) -> None:
+        with _one_line(RunError, f"{final}: the checkpoint cannot be saved (earlier ones are complete)"):
+            fn()
+
+    try:
+        on_rank0(lambda: guarded(begin))
+        guarded(save_roles)
+        together(lambda: guarded(save_random_state))
+        on_rank0(lambda: guarded(finish))
+    except RunError:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
@@ -166,30 +211,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, not UTF-8
         raise TempoError(f"{path}: not a readable checkpoint manifest ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise TempoError(f"{path}: format {manifest.get('format')} is not supported, this version reads {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise TempoError(f"{path}: format {found} is not supported, this version reads {FORMAT}")
     return manifest
 
 
-def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[str, Any]:
-    """Restore weights, optimizers, schedules and RNG; returns the trainer's own state. Refuses a partial one."""
+def check_resumable(folder: Path, roles: Iterable[str]) -> None:
+    """TempoError if a run of these roles on this many ranks cannot go on from the checkpoint."""
     manifest = read_manifest(folder)
-    if manifest["roles"] != sorted(engines):
-        raise TempoError(
-            f"{folder}: holds {manifest['roles']}, this run trains {sorted(engines)}; they must be the same"
-        )
+    if manifest["roles"] != sorted(roles):
+        raise TempoError(f"{folder}: holds {manifest['roles']}, this run trains {sorted(roles)}; they must be the same")
     if manifest["world_size"] != world_size():
         raise TempoError(
             f"{folder}: saved on {manifest['world_size']} ranks, this run has {world_size()}; resume on as many ranks"
         )
+
+
+def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[str, Any]:
+    """Restore weights, optimizers, schedules and RNG; returns the trainer's own state.
+
+    Raises TempoError when a file of the checkpoint is damaged or missing. See ``check_resumable`` for what else
+    must fit.
+    """
     for role, engine in engines.items():
         _load_role(engine, folder / role, optimizer=True)
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        random_state = load_file(folder / "rng" / f"rank_{rank()}.safetensors")
     for role, engine in engines.items():
         engine.scheduler.load_state_dict(state["schedules"][role])
-    random_state = load_file(folder / "rng" / f"rank_{rank()}.safetensors")
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state and use_cuda():
         torch.cuda.set_rng_state(random_state["cuda"])

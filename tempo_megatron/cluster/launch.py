@@ -100,6 +100,9 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _first_cause({rank: failure.exitcode for rank, failure in error.failures.items()})
         except SignalException as error:
+            if error.sigval != signal.SIGINT:  # rank 0 has told of Ctrl-C; the others end a process without a word
+                name = signal.Signals(error.sigval).name
+                _say(f"stopped by {name}; what was saved is complete, go on with resume=auto")
             return 128 + error.sigval
         except KeyboardInterrupt:  # before the agent took the signal over
             return 128 + signal.SIGINT
@@ -173,5 +176,9 @@ def _first_cause(exit_codes: Mapping[int, int]) -> int:
     if code >= 0:
         return code
     hint = "; out of memory?" if -code == signal.SIGKILL else ""
-    print(f"error: rank {rank} was killed by {signal.Signals(-code).name}{hint}", file=sys.stderr, flush=True)
+    _say(f"error: rank {rank} was killed by {signal.Signals(-code).name}{hint}")
     return 128 - code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tempo_megatron.checkpoint.locate import resolve_checkpoint, resolve_init
+from tempo_megatron.checkpoint.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.errors import TempoError
 
@@ -132,7 +132,7 @@ def _check_files(config: Config) -> None:
             )
         _check_exist(f"evaluation.sets.{i}.files", eval_set.files)
     output = Path(config.output_dir)
-    for folder in (output, *output.parents):
+    for folder in (output / CHECKPOINTS, output, *output.parents):
         if folder.exists() and not folder.is_dir():
             raise TempoError(f"output_dir: {config.output_dir!r}: {folder} is a file; a folder (new or old) is needed")
     if config.resume not in ("auto", "never"):

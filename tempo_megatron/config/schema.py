@@ -18,9 +18,11 @@ class Section(BaseModel):
 class ParallelConfig(Section):
     """Megatron layout of one role; data parallelism is what remains of the world."""
 
-    tensor_model_parallel_size: int = Field(1, ge=1)
-    pipeline_model_parallel_size: int = Field(1, ge=1)
-    sequence_parallel: bool = False
+    tensor_model_parallel_size: int = Field(
+        1, ge=1, description="ranks that share each layer; must divide the heads, the KV heads and the MLP width"
+    )
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline stages; must divide the layers")
+    sequence_parallel: bool = Field(False, description="split norms and residuals by token over the TP ranks")
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tp(self) -> ParallelConfig:
@@ -36,14 +38,14 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW on fp32 masters; ``lr`` 0 freezes the role (the frozen-critic ablation)."""
 
-    lr: float = Field(1e-6, ge=0)
-    min_lr: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float = Field(1.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(1e-6, ge=0, description="learning rate after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay; unused when constant")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; not applied to norms and biases")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="schedule after the warm-up")
     decay_steps: int | None = Field(None, ge=1, description="optimizer steps until min_lr; needed unless constant")
     distributed: bool = Field(True, description="Megatron's distributed optimizer (states sharded over DP)")
 
@@ -65,13 +67,15 @@ class RoleConfig(Section):
     """One trained model: the actor or the critic."""
 
     init: str = Field(description="HF folder, one of our checkpoints, or a run folder (its newest checkpoint)")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of weights and activations; the optimizer's masters are float32"
+    )
     layer_spec: Literal["auto", "torch", "te"] = Field(
         "auto", description="auto: te where installed on a GPU, else torch"
     )
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    max_tokens_per_microbatch: int = Field(16384, ge=1, description="token budget of one packed micro-batch")
+    max_tokens_per_microbatch: int = Field(20480, ge=1, description="token budget of one packed micro-batch")
     recompute: bool = Field(False, description="full activation recomputation")
 
 
@@ -84,23 +88,25 @@ class DataConfig(Section):
     train_files: list[str] = Field(
         [], description="prompt parquet (plain or verl schema); sft: prompt+response parquet"
     )
-    labeled_prompts_per_step: int = Field(0, ge=0)
-    unlabeled_prompts_per_step: int = Field(0, ge=0)
-    max_prompt_tokens: int = Field(2048, ge=1)
-    max_response_tokens: int = Field(16384, ge=1)
+    labeled_prompts_per_step: int = Field(0, ge=0, description="D_L prompts of one step")
+    unlabeled_prompts_per_step: int = Field(0, ge=0, description="D_U prompts of one step; tempo stage only")
+    max_prompt_tokens: int = Field(2048, ge=1, description="a longer prompt is refused")
+    max_response_tokens: int = Field(16384, ge=1, description="a response is cut off there and counts as truncated")
     sft_batch_size: int = Field(256, ge=1, description="sequences per optimizer step of the sft stage")
 
 
 class RolloutConfig(Section):
-    samples_per_prompt: int = Field(8, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1)
+    samples_per_prompt: int = Field(8, ge=1, description="responses to each training prompt")
+    temperature: float = Field(1.0, gt=0, description="of sampling; the trainer's log-probabilities use it too")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    top_k: int = Field(-1, ge=-1, description="sample among the k likeliest tokens; -1: off")
     tensor_parallel_size: int = Field(1, ge=1, description="ranks of one vLLM replica; must divide the world size")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of vLLM's weights and KV cache")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache per rank, GiB")
-    max_num_seqs: int = Field(256, ge=1)
-    max_num_batched_tokens: int = Field(8192, ge=1)
+    max_num_seqs: int = Field(256, ge=1, description="responses that one replica samples at a time")
+    max_num_batched_tokens: int = Field(
+        20480, ge=1, description="tokens of one vLLM step; no less than one longest sequence"
+    )
     bucket_mib: int = Field(512, ge=1, description="largest piece of new weights in flight during a sync, MiB")
     max_log_prob_diff: float | None = Field(
         None, gt=0, description="first-step gate: mean |log p(vLLM) - log p(Megatron)| above this stops the run"
@@ -108,25 +114,37 @@ class RolloutConfig(Section):
 
 
 class EStepConfig(Section):
-    order: Literal["before", "after_values"] = "before"
+    order: Literal["before", "after_values"] = Field(
+        "before", description="before: update, then take the M-step's values; after_values: take them first"
+    )
     every: int = Field(1, ge=1, description="E-step on every k-th step")
     updates: int = Field(1, ge=1, description="passes over each step's labelled rows")
     minibatches: int = Field(4, ge=1, description="optimizer steps of one pass (paper: 256 prompts in 4)")
     value_clip: float | None = Field(None, gt=0, description="clip on the shift of a sequence's mean value; none: off")
-    loss_agg: Literal["token-mean", "seq-mean-token-mean"] = "seq-mean-token-mean"
+    loss_agg: Literal["token-mean", "seq-mean-token-mean"] = Field(
+        "seq-mean-token-mean", description="mean over all tokens, or over the token means of the sequences"
+    )
 
 
 class MStepConfig(Section):
     rows: Literal["unlabeled", "all"] = Field("all", description="rows that train the actor in the tempo stage")
     minibatches: int = Field(4, ge=1, description="optimizer steps of one pass (paper: 256 prompts in 4)")
-    loss: Literal["gspo", "ppo"] = "gspo"
-    clip_low: float = Field(3e-4, gt=0)
-    clip_high: float = Field(5e-4, gt=0)
+    loss: Literal["gspo", "ppo"] = Field(
+        "gspo", description="ratio of the whole sequence (gspo) or of each token (ppo)"
+    )
+    clip_low: float = Field(3e-4, gt=0, description="the ratio is clipped below at 1 - clip_low")
+    clip_high: float = Field(5e-4, gt=0, description="the ratio is clipped above at 1 + clip_high")
     dual_clip: float | None = Field(None, gt=1, description="PPO dual clip c for negative advantages")
-    loss_agg: Literal["token-mean", "seq-mean-token-mean"] = "seq-mean-token-mean"
-    terminal_value: Literal["pre_last", "post_last"] = "post_last"
-    clamp_terminal: bool = True
-    advantage: Literal["whiten", "scale", "none"] = "whiten"
+    loss_agg: Literal["token-mean", "seq-mean-token-mean"] = Field(
+        "seq-mean-token-mean", description="mean over all tokens, or over the token means of the sequences"
+    )
+    terminal_value: Literal["pre_last", "post_last"] = Field(
+        "post_last", description="read before or after the last token; post_last is also a target of the E-step"
+    )
+    clamp_terminal: bool = Field(True, description="clamp the terminal value of unlabelled rows to [0, 1]")
+    advantage: Literal["whiten", "scale", "none"] = Field(
+        "whiten", description="over the policy batch's tokens: mean 0 and variance 1; mean square 1; as it is"
+    )
 
     @model_validator(mode="after")
     def _dual_clip_is_ppos(self) -> MStepConfig:
@@ -140,7 +158,7 @@ class MStepConfig(Section):
 class FilterConfig(Section):
     """Drop labelled prompts whose samples are all right or all wrong; top up from the sampler."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="apply the filter")
     apply_to_critic: bool = Field(False, description="also keep the dropped rows from the critic")
     max_rounds: int = Field(10, ge=1, description="generation rounds per step before giving up")
 
@@ -148,11 +166,16 @@ class FilterConfig(Section):
 class GateConfig(Section):
     """Critic-only E-steps until the terminal values rank fresh labelled rollouts well enough (tempo stage only)."""
 
-    enabled: bool = True
-    auroc: float = Field(0.95, gt=0.5, le=1)
+    enabled: bool = Field(True, description="hold M-steps back until the gate is open")
+    auroc: float = Field(
+        0.95, gt=0.5, le=1, description="a moving average of the AUROC at or above this opens the gate"
+    )
     close_below: float = Field(0.8, ge=0.5, le=1, description="a moving average below this closes the gate again")
     smoothing: float = Field(0.7, ge=0, lt=1, description="weight of the past in the moving average")
-    min_steps: int = Field(10, ge=0)
+    min_per_class: int = Field(
+        16, ge=1, description="right and wrong responses that an AUROC must rest on to count (fewer: too noisy)"
+    )
+    min_steps: int = Field(10, ge=0, description="E-steps since it closed before it may open")
     max_steps: int = Field(200, ge=1, description="critic-only steps in a row before the run stops with an error")
 
     @model_validator(mode="after")
@@ -189,7 +212,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class AlgorithmConfig(Section):
-    preset: Literal["anchored", "paper", "reference"] = "anchored"
+    preset: Literal["anchored", "paper", "reference"] = Field(
+        "anchored", description="fills in keys of the sections below; explicit keys win over it"
+    )
     estep: EStepConfig = EStepConfig()
     mstep: MStepConfig = MStepConfig()
     filter: FilterConfig = FilterConfig()
@@ -210,19 +235,19 @@ class AlgorithmConfig(Section):
 
 
 class EvalSet(Section):
-    name: str
-    files: list[str]
-    samples_per_prompt: int = Field(16, ge=1)
+    name: str = Field(description="as in the metric keys eval/<name>/...")
+    files: list[str] = Field(description="prompt parquet; every row needs an answer")
+    samples_per_prompt: int = Field(16, ge=1, description="responses to each prompt, at least evaluation.pass_k")
     limit: int | None = Field(None, ge=1, description="first so many prompts only")
     trained_on: bool = Field(False, description="its prompts are also D_U: reported apart from held-out sets")
 
 
 class EvaluationConfig(Section):
-    sets: list[EvalSet] = []
+    sets: list[EvalSet] = Field([], description="what rlvr and tempo evaluate (sft evaluates nothing)")
     every: int | None = Field(None, ge=1, description="steps between evaluations; none: only at start and end")
-    at_start: bool = True
-    at_end: bool = True
-    pass_k: int = Field(8, ge=1)
+    at_start: bool = Field(True, description="before the first step of a run that is not resumed")
+    at_end: bool = Field(True, description="after the last step")
+    pass_k: int = Field(8, ge=1, description="the k of pass@k, maj@k and distinct@k")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluationConfig:
@@ -242,9 +267,9 @@ class CheckpointConfig(Section):
 
 
 class TelemetryConfig(Section):
-    tensorboard: bool = False
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "tempo_megatron"
+    tensorboard: bool = Field(False, description="also write output_dir/tensorboard")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="also log to wandb; offline needs no account")
+    wandb_project: str = Field("tempo_megatron", description="project at wandb")
     logged_rollouts: int = Field(4, ge=0, description="rollouts with token values kept per evaluation for the report")
 
 
@@ -255,9 +280,11 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    stage: Literal["sft", "rlvr", "tempo"]
+    stage: Literal["sft", "rlvr", "tempo"] = Field(
+        description="sft: cold start; rlvr: PPO with a critic on D_L; tempo: EM on D_L and D_U"
+    )
     output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
-    seed: int = 0
+    seed: int = Field(0, description="of data order, samples and initialisation")
     steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (rlvr, tempo)")
     resume: str = Field(
         "auto", description="auto: newest complete checkpoint of output_dir; never; or a checkpoint folder"

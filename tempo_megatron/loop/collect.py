@@ -12,27 +12,15 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.filtering import zero_variance_groups
-from tempo_megatron.config.schema import Config
-from tempo_megatron.data.encode import encode_prompts
-from tempo_megatron.data.prompts import PromptRecord, read_prompts_isolated
 from tempo_megatron.data.rollout import RolloutBatch
-from tempo_megatron.data.sampler import PromptSampler
-from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.errors import RunError
+from tempo_megatron.loop.data import Pool, PromptData
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.sampling import sample_seed
 from tempo_megatron.verifiers.service import VerifierService
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Records of one kind with their token ids and the order in which they are drawn."""
-
-    records: list[PromptRecord]
-    token_ids: list[list[int]]
-    sampler: PromptSampler
 
 
 @dataclass(frozen=True)
@@ -55,12 +43,9 @@ class Collector:
 
     def __init__(self, session: Session, engine: RolloutEngine, verifier: VerifierService | None) -> None:
         self.session, self.engine, self.verifier = session, engine, verifier
-        config = session.config
-        records = on_rank0(lambda: read_prompts_isolated(config.data.train_files))
-        token_ids = encode_prompts(session.tokenizer, records, config.data.max_prompt_tokens)
-        self.labeled = _pool(records, token_ids, config, labeled=True)
-        self.unlabeled = _pool(records, token_ids, config, labeled=False)
-        self.answers = {r.id: (r.answer, r.answer_type) for r in records if r.labeled}
+        data = session.data
+        assert isinstance(data, PromptData)
+        self.labeled, self.unlabeled, self.answers = data.labeled, data.unlabeled, data.answers
         self._acceptance = 1.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,21 +157,6 @@ class Collector:
         position = {r.id: i for i, r in enumerate(self.labeled.records)}
         self.labeled.sampler.put_back([position[batch.record_ids[row]] for row in first_rows])
         return batch.rows(stays.nonzero().flatten()), keep[stays]
-
-
-def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Config, *, labeled: bool) -> Pool | None:
-    kind = "labeled" if labeled else "unlabeled"
-    wanted = getattr(config.data, f"{kind}_prompts_per_step")
-    positions = [i for i, r in enumerate(records) if r.labeled is labeled]
-    if not wanted:
-        return None
-    if not positions:
-        raise TempoError(
-            f"data.{kind}_prompts_per_step: {wanted}, but {', '.join(config.data.train_files)} hold no {kind} record"
-        )
-    # D_L and D_U are shuffled apart, whatever their order in the files
-    sampler = PromptSampler(len(positions), 2 * config.seed + int(labeled))
-    return Pool([records[i] for i in positions], [token_ids[i] for i in positions], sampler)
 
 
 def _groups(batch: RolloutBatch, rows: Tensor) -> int:

@@ -25,6 +25,7 @@ from tempo_megatron.errors import RunError
 from tempo_megatron.loop.collect import Collected, Collector
 from tempo_megatron.loop.evaluate import Evaluator
 from tempo_megatron.loop.session import Session
+from tempo_megatron.parallel.distributed import together
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.training.engine import StepResult
 from tempo_megatron.training.microbatch import Sequences
@@ -55,7 +56,8 @@ class EMLoop:
         self.step = 0  # iterations, critic-only ones included
         self.updates = 0  # policy updates: the version of the weights
         self._closing = ExitStack()
-        self.rollout, self.verifier = self._start_rollout(), self._start_verifier()
+        self.verifier = together(self._start_verifier)
+        self.rollout = self._start_rollout()
         self.collector = Collector(session, self.rollout, self.verifier)
         self.evaluator = Evaluator(session, self.rollout, self.verifier)
         if session.resumed is not None:
@@ -65,17 +67,18 @@ class EMLoop:
         every = self.config.checkpoint.every
         with self._closing, self.session.running(self.updates):
             self._carry_weights_over()
-            if self.config.evaluation.at_start and self.step == 0:
+            if self.evaluator.sets and self.config.evaluation.at_start and self.step == 0:
                 self._record(self._evaluate())
             while self.updates < self.config.steps:
                 self.step += 1
                 metrics = self._em_step()
                 last = self.updates == self.config.steps
-                if last or (every is not None and self.step % every == 0):
-                    self.session.save(self._state())
                 if self._evaluation_is_due(last):
                     metrics |= self._evaluate()
+                # the record first: a run killed in between drops it again when it resumes from the step before
                 self._record(metrics)
+                if last or (every is not None and self.step % every == 0):
+                    self.session.save(self._state())
             if self.config.checkpoint.export_hf:
                 self.session.export_hf()
 
@@ -129,7 +132,8 @@ class EMLoop:
         probe.labeled = everything_unlabeled
         terminal = CriticTerminalReward(self.algorithm.mstep.terminal_value, clamp=False)(probe, fresh)
         figures = calibration(terminal, labeled.outcome)
-        self.gate.observe(figures["auroc"])
+        right = int(labeled.outcome.sum())
+        self.gate.observe(figures["auroc"], min(right, len(labeled) - right))
         return {f"calibration/{k}": v for k, v in figures.items()}
 
     def _m_step(self, s: _Step) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.diagnostics import calibration
-from tempo_megatron.config.schema import EvalSet
-from tempo_megatron.data.encode import encode_prompts
-from tempo_megatron.data.prompts import PromptRecord, read_eval_prompts
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.evaluation.metrics import summarize
 from tempo_megatron.loop.collect import decoder
+from tempo_megatron.loop.data import EvalPrompts, PromptData
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
@@ -25,24 +21,13 @@ from tempo_megatron.verifiers.service import VerifierService
 from tempo_megatron.verifiers.verdict import Verdict
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    settings: EvalSet
-    records: list[PromptRecord]
-    token_ids: list[list[int]]
-
-
 class Evaluator:
     """Evaluates the current policy and critic; the answers stay in the verifier's process."""
 
     def __init__(self, session: Session, engine: RolloutEngine, verifier: VerifierService | None) -> None:
         self.session, self.engine, self.verifier = session, engine, verifier
-        self.sets = [self._read(s) for s in session.config.evaluation.sets]
-
-    def _read(self, settings: EvalSet) -> _Prompts:
-        records = on_rank0(lambda: read_eval_prompts(settings.files))[: settings.limit]
-        limit = self.session.config.data.max_prompt_tokens
-        return _Prompts(settings, records, encode_prompts(self.session.tokenizer, records, limit))
+        assert isinstance(session.data, PromptData)
+        self.sets = session.data.eval_sets
 
     def run(self, step: int, version: int) -> dict[str, float]:
         """Metrics ``eval/<set>/<name>`` of every set."""
@@ -52,7 +37,7 @@ class Evaluator:
                 metrics.update(self._run_set(prompts, step, version))
         return metrics
 
-    def _run_set(self, prompts: _Prompts, step: int, version: int) -> dict[str, float]:
+    def _run_set(self, prompts: EvalPrompts, step: int, version: int) -> dict[str, float]:
         session, settings = self.session, prompts.settings
         draws = [
             PromptDraw(r.id, ids, False, sample_seed(session.config.seed, f"eval:{settings.name}", step, r.id, 0))
@@ -81,7 +66,9 @@ class Evaluator:
         assert self.verifier is not None
         return self.verifier.score_records(name, list(zip(batch.record_ids, batch.responses, strict=True)))
 
-    def _log(self, prompts: _Prompts, step: int, batch: RolloutBatch, values: Tensor, verdicts: list[Verdict]) -> None:
+    def _log(
+        self, prompts: EvalPrompts, step: int, batch: RolloutBatch, values: Tensor, verdicts: list[Verdict]
+    ) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
         if self.session.rollout_log is None:
             return

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tempo_megatron.checkpoint.hf_files import HFTensors, HFWriter, load_hf_config
 from tempo_megatron.checkpoint.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
-from tempo_megatron.checkpoint.store import load_weights, resume_checkpoint, save_checkpoint
+from tempo_megatron.checkpoint.store import check_resumable, load_weights, resume_checkpoint, save_checkpoint
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.encode import check_tokenizer
 from tempo_megatron.errors import TempoError
+from tempo_megatron.loop.data import read_data
 from tempo_megatron.model.build import Role
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.weights import load_hf_weights, unexpected_hf_names
@@ -38,8 +39,9 @@ class Session:
 
     Attributes:
         engines: by role; ``engines["critic"]`` is absent in the sft stage.
+        data: what the stage trains on.
         resumed: the trainer's state from the checkpoint that the run goes on from, or None.
-        writer, rollout_log: only on rank 0.
+        writer, rollout_log: only on rank 0, while ``running``.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,12 +52,15 @@ class Session:
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.is_main = rank() == 0
         self._checkpoint = on_rank0(self._find_checkpoint)
-        sources = {role: resolve_init(c.init, f"{role}.init") for role, c in self._roles().items()}
+        roles = self._roles().items()
+        sources = together(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
         self.hf_dir = sources["actor"].hf_dir
         self.hf_config = together(lambda: load_hf_config(self.hf_dir))
         self.tokenizer = together(lambda: load_tokenizer(self.hf_dir, self.hf_config.vocab_size))
         self.progress = Progress(f"{config.stage} {self.output.name}", config.steps, enabled=self.is_main)
         self.ledger = PhaseLedger(on_phase=self.progress.phase)
+        with self.ledger.phase("data"):
+            self.data = read_data(config, self.tokenizer)
         self.engines: dict[str, MegatronEngine] = {}
         self.resumed: dict[str, Any] | None = None
         with self.ledger.phase("load"):
@@ -63,7 +68,6 @@ class Session:
         self.writer: MetricsWriter | None = None
         self.rollout_log: StepLog | None = None
         self._closing = ExitStack()
-        on_rank0(self._open_outputs)
 
     def _roles(self) -> dict[Role, RoleConfig]:
         roles: dict[Role, RoleConfig] = {"actor": self.config.actor}
@@ -72,6 +76,12 @@ class Session:
         return roles
 
     def _find_checkpoint(self) -> Path | None:
+        found = self._wanted_checkpoint()
+        if found is not None:
+            check_resumable(found, self._roles())
+        return found
+
+    def _wanted_checkpoint(self) -> Path | None:
         newest = newest_checkpoint(self.output)
         if self.config.resume == "auto":
             return newest
@@ -110,6 +120,7 @@ class Session:
             self.resumed = resume_checkpoint(self._checkpoint, self.engines)
 
     def _open_outputs(self) -> None:
+        """Only once everything is built: a run that is refused leaves an earlier one's files as they were."""
         config = self.config
         last_step = self.resumed["step"] if self.resumed else None
         self.output.mkdir(parents=True, exist_ok=True)
@@ -172,13 +183,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
-        if self.is_main:
+        if self.writer is not None:
             self.write_info()
         self._closing.close()
 
     @contextmanager
     def running(self, at: int) -> Iterator[None]:
-        """The progress bar, from step ``at``."""
+        """The run's files, and the progress bar from step ``at``."""
+        on_rank0(self._open_outputs)
         self.progress.start(at)
         if self.resumed is not None:
             self.progress.note(f"resumed from {self._checkpoint}")
@@ -203,17 +215,23 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
         return
 
     def load() -> None:
-        tensors = HFTensors(source.path)
-        has_head = "score.weight" in tensors.names
-        if engine.role == "critic" and not has_head and not init_head:
-            raise TempoError(
-                f"critic.init: {source.path} has no value head (score.weight); "
-                "set critic.init_head=true to start with a fresh one"
-            )
-        skip_head = engine.role == "critic" and not has_head
-        extra = unexpected_hf_names(tensors.names, engine.hf_config, engine.role, skip_head=skip_head)
-        if extra:
-            raise TempoError(f"{source.path}: tensors with no place in a {engine.role}: {', '.join(sorted(extra)[:5])}")
-        load_hf_weights(engine.model, engine.hf_config, engine.role, engine.groups, tensors, skip_head=skip_head)
+        try:
+            _load_hf_folder(engine, source.path, init_head=init_head)
+        except TempoError as error:
+            raise TempoError(f"{engine.role}.init: {error}") from error
 
     together(load)
+
+
+def _load_hf_folder(engine: MegatronEngine, folder: Path, *, init_head: bool) -> None:
+    tensors = HFTensors(folder)
+    has_head = "score.weight" in tensors.names
+    if engine.role == "critic" and not has_head and not init_head:
+        raise TempoError(
+            f"{folder} has no value head (score.weight); set critic.init_head=true to start with a fresh one"
+        )
+    skip_head = engine.role == "critic" and not has_head
+    extra = unexpected_hf_names(tensors.names, engine.hf_config, engine.role, skip_head=skip_head)
+    if extra:
+        raise TempoError(f"{folder}: tensors with no place in a {engine.role}: {', '.join(sorted(extra)[:5])}")
+    load_hf_weights(engine.model, engine.hf_config, engine.role, engine.groups, tensors, skip_head=skip_head)

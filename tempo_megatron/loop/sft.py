@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.policy_loss import aggregate
-from tempo_megatron.data.encode import encode_sft
 from tempo_megatron.data.sampler import PromptSampler
-from tempo_megatron.data.sft import read_sft
+from tempo_megatron.loop.data import SftData
 from tempo_megatron.loop.session import Session
-from tempo_megatron.parallel.distributed import together
 from tempo_megatron.training.microbatch import Sequences
 
 
@@ -24,12 +22,9 @@ class SFTLoop:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        config = session.config
-        with session.ledger.phase("data"):
-            records = together(lambda: read_sft(config.data.train_files))
-            total = config.data.max_prompt_tokens + config.data.max_response_tokens
-            self.prompts, self.responses = encode_sft(session.tokenizer, records, total)
-        self.sampler = PromptSampler(len(self.prompts), config.seed)
+        assert isinstance(session.data, SftData)
+        self.prompts, self.responses = session.data.prompts, session.data.responses
+        self.sampler = PromptSampler(len(self.prompts), session.config.seed)
         self.step = 0
         if session.resumed is not None:
             self.step = session.resumed["step"]
@@ -38,16 +33,14 @@ class SFTLoop:
     def run(self) -> None:
         session, config = self.session, self.session.config
         every = config.checkpoint.every or config.steps
-        saved = self.step if session.resumed is not None else None
         with session.running(self.step):
             while self.step < config.steps:
                 metrics = self._train_step()
                 self.step += 1
+                session.record(self.step, self.step, metrics, {"loss": "sft/loss", "p(token)": "sft/token_probability"})
                 if self.step % every == 0 or self.step == config.steps:
                     session.save(self._state())
-                    saved = self.step
-                session.record(self.step, self.step, metrics, {"loss": "sft/loss", "acc": "sft/token_probability"})
-            if config.checkpoint.export_hf and saved is not None:
+            if config.checkpoint.export_hf:
                 session.export_hf()
 
     def _state(self) -> dict[str, Any]:

@@ -98,14 +98,14 @@ def load_hf_weights(
 
     def fill(parameter: torch.nn.Parameter, rule: WeightRule, names: tuple[str, ...]) -> None:
         tensors = [read(n) for n in names]
-        part = rule.transform.shard(tensors, dims, groups.tp_rank, groups.tp_size)
-        if part.shape != parameter.shape:
-            raise TempoError(
-                f"{', '.join(names)}: shape {[list(t.shape) for t in tensors]} does not fit the config: "
-                f"tensor-parallel rank {groups.tp_rank} of {groups.tp_size} needs {list(parameter.shape)}, "
-                f"got {list(part.shape)}"
-            )
-        parameter.copy_(part.to(parameter.dtype))
+        shards = [torch.empty(parameter.shape, device="meta")] * groups.tp_size
+        for name, tensor, whole in zip(names, tensors, rule.transform.unshard(shards, dims), strict=True):
+            if tensor.shape != whole.shape:
+                raise TempoError(
+                    f"{config.name_or_path or 'the model'}: tensor {name} has the shape {list(tensor.shape)}, "
+                    f"config.json asks for {list(whole.shape)}"
+                )
+        parameter.copy_(rule.transform.shard(tensors, dims, groups.tp_rank, groups.tp_size).to(parameter.dtype))
 
     for entry in _entries(model, config, role):
         if skip_head and entry.rule in VALUE_HEAD_RULES:

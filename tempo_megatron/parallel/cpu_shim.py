@@ -43,6 +43,7 @@ def _quieten_megatron() -> None:
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|flash|Flash|mamba|nvidia).*")
     warnings.filterwarnings("ignore", message=".*(lru_cache|CPU RNG state changed|torch.jit.script).*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*`load_state_dict` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*(full scope is deprecated|CUDA_DEVICE_MAX_CONNECTIONS).*")
     warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)

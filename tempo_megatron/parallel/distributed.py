@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tempo_megatron.errors import TempoError
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel import device as dev
 
 T = TypeVar("T")
@@ -47,15 +47,18 @@ def world_size() -> int:
 def on_rank0(fn: Callable[[], T]) -> T:
     """Run ``fn`` on rank 0 only and give its result to every rank.
 
-    A TempoError or OSError of rank 0 is raised on every rank, so that none waits for the others.
+    A TempoError of rank 0 is raised on every rank, so that none waits for the others; an OSError (a full disk, a
+    file in the way) as a RunError that names the file.
     The result travels pickled between ranks of this job: small plain objects.
     """
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = fn()
-        except (TempoError, OSError) as error:
+        except TempoError as error:
             box[1] = error
+        except OSError as error:
+            box[1] = RunError(f"{error.filename or 'input/output'}: {error.strerror or error}")
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]

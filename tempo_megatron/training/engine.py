@@ -105,6 +105,12 @@ class MegatronEngine:
         with self.groups.active():
             self.optimizer = get_megatron_optimizer(megatron_settings, [self.ddp])
             self.model.config.grad_scale_func = self.optimizer.scale_loss
+        # Adam's moments come with the first step, but a role held back from its first step is checkpointed too
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if part.optimizer is not None:
+                part.init_state_fn(part.optimizer, part.config)
+                for group in part.optimizer.param_groups:
+                    group.setdefault("step", 0)
         self.scheduler = _scheduler(self.optimizer, settings)
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def gate(**keys: Any) -> CalibrationGate:
 def watch(gate: CalibrationGate, aurocs: list[float]) -> list[bool]:
     states = []
     for auroc in aurocs:
-        gate.observe(auroc)
+        gate.observe(auroc, minority=100)
         states.append(gate.is_open)
     return states
 
@@ -56,7 +56,7 @@ def test_gives_up_after_more_than_max_steps_naming_the_keys():
     g = gate(max_steps=2)
     watch(g, [0.5, 0.6])
     with pytest.raises(RunError) as error:
-        g.observe(0.65)
+        g.observe(0.65, minority=100)
     message = str(error.value)
     assert "algorithm.gate.max_steps: 2" in message and "algorithm.gate.auroc: 0.9" in message and "0.650" in message
     assert "\n" not in message
@@ -64,9 +64,9 @@ def test_gives_up_after_more_than_max_steps_naming_the_keys():
 
 def test_giving_up_without_any_auroc_says_so():
     g = gate(max_steps=1)
-    g.observe(math.nan)
+    g.observe(math.nan, minority=100)
     with pytest.raises(RunError, match="all right or all wrong"):
-        g.observe(math.nan)
+        g.observe(math.nan, minority=100)
 
 
 def test_steps_in_a_row_start_anew_when_it_closes_again():
@@ -74,7 +74,7 @@ def test_steps_in_a_row_start_anew_when_it_closes_again():
     assert watch(g, [0.5, 0.5, 1.0]) == [False, False, True]
     assert watch(g, [0.5, 0.5, 0.5]) == [False] * 3
     with pytest.raises(RunError):
-        g.observe(0.5)
+        g.observe(0.5, minority=100)
 
 
 def test_a_disabled_gate_is_always_open_and_still_averages():
@@ -87,7 +87,7 @@ def test_a_disabled_gate_is_always_open_and_still_averages():
 @pytest.mark.parametrize("auroc", [-0.1, 1.5, math.inf])
 def test_refuses_what_is_no_auroc(auroc):
     with pytest.raises(ValueError, match="AUROC"):
-        gate().observe(auroc)
+        gate().observe(auroc, minority=100)
 
 
 def test_a_resumed_gate_goes_on_like_the_one_that_was_saved():
@@ -99,3 +99,13 @@ def test_a_resumed_gate_goes_on_like_the_one_that_was_saved():
         assert second.is_open == first.is_open
         assert watch(whole, aurocs)[cut:] == watch(second, aurocs[cut:])
         assert whole.state_dict() == second.state_dict()
+
+
+def test_auroc_of_few_samples_does_not_count() -> None:
+    noisy = CalibrationGate(GateConfig(min_steps=0, max_steps=5, min_per_class=16))
+    noisy.observe(0.99, minority=15)
+    assert noisy.average is None and not noisy.is_open
+    noisy.observe(0.99, minority=16)
+    assert noisy.average == pytest.approx(0.99) and noisy.is_open
+    noisy.observe(0.1, minority=3)
+    assert noisy.average == pytest.approx(0.99) and noisy.is_open

@@ -38,7 +38,9 @@ LAYOUTS = {
 
 def configs() -> dict[str, hf.PretrainedConfig]:
     """head_dim differs from hidden/heads, and the vocabulary is odd."""
-    common = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    common = dict(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
     rest = dict(max_position_embeddings=64, initializer_range=0.15, vocab_size=37, bos_token_id=None, eos_token_id=1)
     qwen3 = hf.Qwen3Config(**common, **rest, head_dim=32, tie_word_embeddings=False)
     llama = hf.LlamaConfig(**common, **rest, tie_word_embeddings=True)
@@ -108,7 +110,9 @@ def case(name: str, config: hf.PretrainedConfig, role: str, layout: tuple[int, i
     model = reference(config, role)
     wanted = hf_outputs(model, sequences, role)
     tokens = sum(len(w) for w in wanted)
-    hf_loss = sum((w * torch.tensor([weight_of(i, t) for t in range(len(w))])).sum() for i, w in enumerate(wanted)) / tokens
+    hf_loss = (
+        sum((w * torch.tensor([weight_of(i, t) for t in range(len(w))])).sum() for i, w in enumerate(wanted)) / tokens
+    )
     hf_loss.backward()
 
     key = "log_probs" if role == "actor" else "values"

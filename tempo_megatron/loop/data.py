@@ -1,0 +1,92 @@
+"""A run's data, read and encoded before any model is built: what is wrong with it is told within seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from tempo_megatron.config.schema import Config, EvalSet
+from tempo_megatron.data.encode import encode_prompts, encode_sft
+from tempo_megatron.data.prompts import PromptRecord, read_eval_prompts, read_prompts_isolated
+from tempo_megatron.data.sampler import PromptSampler
+from tempo_megatron.data.sft import read_sft
+from tempo_megatron.errors import TempoError
+from tempo_megatron.parallel.distributed import on_rank0, together
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Records of one kind with their token ids and the order in which they are drawn."""
+
+    records: list[PromptRecord]
+    token_ids: list[list[int]]
+    sampler: PromptSampler
+
+
+@dataclass(frozen=True)
+class EvalPrompts:
+    """An evaluation set without its answers."""
+
+    settings: EvalSet
+    records: list[PromptRecord]
+    token_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """What rlvr and tempo train on and evaluate.
+
+    Attributes:
+        labeled, unlabeled: D_L and D_U; None where the config draws none of them.
+        answers: record id -> (answer, answer type) of the labelled records.
+    """
+
+    labeled: Pool | None
+    unlabeled: Pool | None
+    answers: dict[str, tuple[str, str]]
+    eval_sets: list[EvalPrompts]
+
+
+@dataclass(frozen=True)
+class SftData:
+    """Token ids of the demonstrations; responses end with EOS."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+
+
+def read_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> PromptData | SftData:
+    """The data of the config's stage. Collective; TempoError on every rank for files or rows that cannot be used."""
+    data = config.data
+    if config.stage == "sft":
+        demonstrations = together(lambda: read_sft(data.train_files))
+        return SftData(*encode_sft(tokenizer, demonstrations, data.max_prompt_tokens + data.max_response_tokens))
+    records = on_rank0(lambda: read_prompts_isolated(data.train_files))
+    token_ids = encode_prompts(tokenizer, records, data.max_prompt_tokens)
+    return PromptData(
+        labeled=_pool(records, token_ids, config, labeled=True),
+        unlabeled=_pool(records, token_ids, config, labeled=False),
+        answers={r.id: (r.answer, r.answer_type) for r in records if r.labeled and r.answer is not None},
+        eval_sets=[_eval_prompts(s, config, tokenizer) for s in config.evaluation.sets],
+    )
+
+
+def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Config, *, labeled: bool) -> Pool | None:
+    kind = "labeled" if labeled else "unlabeled"
+    wanted = getattr(config.data, f"{kind}_prompts_per_step")
+    positions = [i for i, r in enumerate(records) if r.labeled is labeled]
+    if not wanted:
+        return None
+    if not positions:
+        raise TempoError(
+            f"data.{kind}_prompts_per_step: {wanted}, but {', '.join(config.data.train_files)} hold no {kind} record"
+        )
+    # D_L and D_U are shuffled apart, whatever their order in the files
+    sampler = PromptSampler(len(positions), 2 * config.seed + int(labeled))
+    return Pool([records[i] for i in positions], [token_ids[i] for i in positions], sampler)
+
+
+def _eval_prompts(settings: EvalSet, config: Config, tokenizer: PreTrainedTokenizerFast) -> EvalPrompts:
+    records = on_rank0(lambda: read_eval_prompts(settings.files))[: settings.limit]
+    return EvalPrompts(settings, records, encode_prompts(tokenizer, records, config.data.max_prompt_tokens))

@@ -1,0 +1,544 @@
+"""Whatever is wrong with a run: one clear line, an exit code, every rank gone soon, and nothing half-written.
+
+What needs no ranks of its own is met by several ``train`` commands in one process, one after the other: torch is
+then imported once, or for the first group not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from tests.launching import LaunchResult, launch
+from tests.loop.conftest import DemoInputs
+
+DEADLINE_S = 10.0
+
+# Runs cli.main on each case of a JSON file; what file descriptors 1 and 2 got, and the run's files before and after.
+DRIVER = """
+import hashlib, json, os, resource, shutil, sys, time
+from pathlib import Path
+from tempo_megatron import cli
+
+def files(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+def run(case):
+    if case["copy"]:
+        shutil.copytree(*case["copy"])
+    for path, text in case["write"].items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    before = files(Path(case["output"]))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    captured = os.open("captured", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(captured, 1), os.dup2(captured, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (case["largest_file"] or hard, hard))
+    began = time.monotonic()
+    code = cli.main(["train", *case["arguments"]])
+    seconds = time.monotonic() - began
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return {"code": code, "output": Path("captured").read_text(), "seconds": seconds, "before": before,
+            "after": files(Path(case["output"])), "torch": "torch" in sys.modules}
+
+if __name__ == "__main__":  # the processes that read data import this file, too
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps({name: run(case) for name, case in plan.items()}))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One refused command.
+
+    Attributes:
+        told: what the one line must match.
+        changes: settings that differ from the group's.
+        code: exit status.
+        copy: an earlier run that becomes this case's output_dir.
+        write: file below the case's output_dir -> its text.
+        largest_file: bytes that a file may have, as on a disk that is full.
+        wrote: the run had started, so that its own files may differ afterwards.
+    """
+
+    told: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    code: int = 2
+    copy: str | None = None
+    write: dict[str, str] = field(default_factory=dict)
+    largest_file: int | None = None
+    wrote: bool = False
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Broken copies of the demo's inputs, all below ``folder``."""
+
+    folder: Path
+    good: DemoInputs
+
+    def model(self, name: str) -> Path:
+        return self.folder / "models" / name
+
+    def data(self, name: str) -> Path:
+        return self.folder / "data" / f"{name}.parquet"
+
+    def config(self, stage: str) -> Path:
+        return self.folder / f"{stage}.yaml"
+
+
+@pytest.fixture(scope="module")
+def bad(demo_inputs: DemoInputs, tmp_path_factory: pytest.TempPathFactory) -> Bad:
+    bad = Bad(tmp_path_factory.mktemp("bad-input"), demo_inputs)
+    _write_configs(bad)
+    _write_data(bad)
+    _write_models(bad)
+    return bad
+
+
+def _write_configs(bad: Bad) -> None:
+    role = {"init": str(bad.good.model), "dtype": "float32", "max_tokens_per_microbatch": 4096}
+    lengths = {"max_prompt_tokens": 8, "max_response_tokens": 8}
+    sft = {
+        "stage": "sft",
+        "steps": 1,
+        "actor": role,
+        "data": {"train_files": [str(bad.good.data["sft"])], "sft_batch_size": 16, **lengths},
+    }
+    prompts = {"labeled_prompts_per_step": 2, "unlabeled_prompts_per_step": 2, **lengths}
+    tempo = {
+        "stage": "tempo",
+        "steps": 1,
+        "actor": role,
+        "critic": {**role, "init_head": True},
+        "data": {"train_files": [str(bad.good.data["train"])], **prompts},
+        "rollout": {"dtype": "float32", "samples_per_prompt": 2, "kv_cache_gib": 0.01, "max_num_seqs": 16},
+        "algorithm": {"preset": "paper", "estep": {"minibatches": 1}, "mstep": {"minibatches": 1}},
+    }
+    for settings in (sft, tempo):
+        bad.config(str(settings["stage"])).write_text(yaml.safe_dump(settings))
+
+
+def _write_data(bad: Bad) -> None:
+    bad.data("x").parent.mkdir()
+    table = pq.read_table(bad.good.data["train"])
+    labeled = table.column("labeled")
+    pq.write_table(table, bad.data("unanswered"))
+    pq.write_table(table.drop_columns("answer_type"), bad.data("no-column"))
+    pq.write_table(table.filter(labeled), bad.data("no-unlabeled"))
+    pq.write_table(table.filter(pa.compute.invert(labeled)), bad.data("no-labeled"))
+    longer = pa.array(["1" * 9, *table.column("prompt").to_pylist()[1:]])
+    pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", longer), bad.data("long"))
+    whole = bad.good.data["train"].read_bytes()
+    bad.data("truncated").write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 4  # inside the first column's pages: the footer is fine
+    bad.data("flipped").write_bytes(whole[: middle - 400] + bytes(800) + whole[middle + 400 :])
+    pq.write_table(pq.read_table(bad.good.data["sft"]).slice(0, 100), bad.data("sft-100"))
+
+
+def _write_models(bad: Bad) -> None:
+    def derive(name: str, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+        shutil.copytree(bad.good.model, bad.model(name))
+        tensors = load_file(bad.good.model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, bad.model(name) / "model.safetensors", metadata={"format": "pt"})
+
+    derive("no-final-norm", lambda t: t.pop("model.norm.weight"))
+    derive("wide-k", lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": np.zeros((65, 63), np.float32)}))
+    derive("nan", lambda t: t["model.layers.0.mlp.down_proj.weight"].__setitem__((0, 0), np.nan))
+    shutil.copytree(bad.good.model, bad.model("truncated"))
+    with (bad.model("truncated") / "model.safetensors").open("r+b") as file:
+        file.truncate(300_000)
+    shutil.copytree(bad.good.model, bad.model("other-tokenizer"))
+    tokenizer = bad.model("other-tokenizer") / "tokenizer.json"
+    values = json.loads(tokenizer.read_text())
+    values["model"]["vocab"] |= {f"word{i}": i for i in range(len(values["model"]["vocab"]), 64)}
+    tokenizer.write_text(json.dumps(values))
+
+
+def _arguments(bad: Bad, stage: str, output: Path, changes: dict[str, Any]) -> list[str]:
+    """``train``'s arguments; ``{data:x}``, ``{model:x}`` and ``{folder}`` in a change stand for ``bad``'s files."""
+
+    def filled(value: Any) -> str:
+        text = str(value).replace("{folder}", str(bad.folder))
+        text = re.sub(r"\{data:(.+?)\}", lambda m: str(bad.data(m[1])), text)
+        return re.sub(r"\{model:(.+?)\}", lambda m: str(bad.model(m[1])), text)
+
+    overrides = {"output_dir": output, **changes}
+    return ["--config", str(bad.config(stage)), *(f"{key}={filled(value)}" for key, value in overrides.items())]
+
+
+def _run_group(bad: Bad, name: str, stages: dict[str, dict[str, Case]], timeout_s: float) -> dict[str, dict[str, Any]]:
+    """Every case's result by name, met by one process in the given order."""
+    folder = bad.folder / name
+    folder.mkdir()
+    plan = {}
+    for stage, cases in stages.items():
+        for case_name, case in cases.items():
+            output = folder / case_name
+            plan[case_name] = {
+                "arguments": _arguments(bad, stage, output, case.changes),
+                "output": str(output),
+                "copy": [str(folder / case.copy), str(output)] if case.copy else None,
+                "write": {str(output / path): text for path, text in case.write.items()},
+                "largest_file": case.largest_file,
+            }
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    launch([folder / "driver.py", "plan.json", "results.json"], 1, timeout_s, cwd=folder).check()
+    results: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def _messages(output: str, title: str) -> list[str]:
+    """Lines that are not the progress display's."""
+    return [line for line in output.splitlines() if line and not line.startswith(f"{title} ")]
+
+
+def _check(result: dict[str, Any], case: Case, title: str) -> None:
+    assert re.fullmatch(f"error: {case.told}", "\n".join(_messages(result["output"], title))), result["output"]
+    assert result["code"] == case.code
+    assert result["seconds"] < DEADLINE_S
+    if not case.wrote:
+        assert result["after"] == result["before"]
+
+
+def _check_whole(run: Path) -> None:
+    """Whatever the run has written can be read: checkpoints with a manifest have all their parts."""
+    for folder in (run / "checkpoints").glob("step_*"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert json.loads((folder / "state.json").read_text())["trainer"]["step"] == manifest["step"]
+        for role in manifest["roles"]:
+            assert (folder / role / ".metadata").is_file()
+            assert (folder / role / "metadata.json").is_file()
+        assert len(list((folder / "rng").iterdir())) == manifest["world_size"]
+    metrics = run / "metrics.jsonl"
+    if metrics.exists():
+        text = metrics.read_text()
+        assert text == "" or text.endswith("\n")
+        assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, text.count("\n") + 1))
+
+
+# ---------------------------------------------------------------- refused before torch is imported
+
+CONFIG = {
+    "unknown-key": Case(r"command line: unknown key stpes \(value 3\); did you mean steps\?", {"stpes": 3}),
+    "wrong-type": Case(r"command line: steps: 'ten' must be a valid integer.*", {"steps": "ten"}),
+    "no-train-file": Case(
+        r"data\.train_files\.0: '.*/gone\.parquet' does not exist; a parquet file is needed.*",
+        {"data.train_files": "[{data:gone}]"},
+    ),
+    "no-model-folder": Case(r"actor\.init: '.*/gone' does not exist .*", {"actor.init": "{model:gone}"}),
+    "tp-heads": Case(
+        r"actor\.parallel\.tensor_model_parallel_size: 3 must divide num_attention_heads 4.*; nearest valid: 2",
+        {"actor.parallel.tensor_model_parallel_size": 3, "launch.nproc_per_node": 3},
+    ),
+    "pp-layers": Case(
+        r"actor\.parallel\.pipeline_model_parallel_size: 4 must divide num_hidden_layers 2.*; nearest valid: 2",
+        {"actor.parallel.pipeline_model_parallel_size": 4, "launch.nproc_per_node": 4},
+    ),
+    "world": Case(
+        r"actor\.parallel: tensor_model_parallel_size 2 x pipeline_model_parallel_size 2 = 4 must divide the world "
+        r"size 2; nearest valid: 1 x 2, 2 x 1, 1 x 1",
+        {
+            "actor.parallel.tensor_model_parallel_size": 2,
+            "actor.parallel.pipeline_model_parallel_size": 2,
+            "launch.nproc_per_node": 2,
+        },
+    ),
+    "output-is-file": Case(
+        r"output_dir: '.*/sft\.yaml': .*/sft\.yaml is a file.*", {"output_dir": "{folder}/sft.yaml"}
+    ),
+    "checkpoints-is-file": Case(
+        r"output_dir: '.*': .*/checkpoints is a file; a folder \(new or old\) is needed", write={"checkpoints": "!"}
+    ),
+    "resume-gone": Case(r"resume: '/gone' does not exist.*", {"resume": "/gone"}),
+}
+NO_EM_DATA = {
+    "asks-no-labeled": Case(
+        r"data\.labeled_prompts_per_step: 0 must be at least 1.*", {"data.labeled_prompts_per_step": 0}
+    ),
+    "asks-no-unlabeled": Case(
+        r"data\.unlabeled_prompts_per_step: 0 must be at least 1.*", {"data.unlabeled_prompts_per_step": 0}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused_early(bad: Bad) -> dict[str, dict[str, Any]]:
+    return _run_group(bad, "early", {"sft": CONFIG, "tempo": NO_EM_DATA}, 60)
+
+
+@pytest.mark.parametrize("name", [*CONFIG, *NO_EM_DATA])
+def test_configuration(refused_early: dict[str, dict[str, Any]], name: str) -> None:
+    _check(refused_early[name], {**CONFIG, **NO_EM_DATA}[name], "none")
+    assert not refused_early[name]["torch"]
+
+
+# ---------------------------------------------------------------- refused by one rank that is up
+
+DATA = {
+    "no-column": Case(
+        r".*/no-column\.parquet: no column 'answer_type'; it has id, source, prompt, answer, labeled",
+        {"data.train_files": "[{data:no-column}]"},
+    ),
+    "truncated-parquet": Case(
+        r".*/truncated\.parquet: not a readable parquet file \(.*\)", {"data.train_files": "[{data:truncated}]"}
+    ),
+    "flipped-parquet": Case(
+        r".*/flipped\.parquet: not a readable parquet file \(.*\)", {"data.train_files": "[{data:flipped}]"}
+    ),
+    "no-labeled": Case(
+        r"data\.labeled_prompts_per_step: 2, but .*/no-labeled\.parquet hold no labeled record",
+        {"data.train_files": "[{data:no-labeled}]"},
+    ),
+    "no-unlabeled": Case(
+        r"data\.unlabeled_prompts_per_step: 2, but .*/no-unlabeled\.parquet hold no unlabeled record",
+        {"data.train_files": "[{data:no-unlabeled}]"},
+    ),
+    "long-prompt": Case(
+        r"prompt 'dl-000' has 9 tokens, data\.max_prompt_tokens is 8; raise the limit or leave the prompt out",
+        {"data.train_files": "[{data:long}]"},
+    ),
+    "eval-without-answers": Case(
+        r".*/unanswered\.parquet: row 256: record 'du-000' has no answer; an evaluation record needs one",
+        {"evaluation.sets": "[{name: all, files: [{data:unanswered}], samples_per_prompt: 8}]"},
+    ),
+}
+MODELS = {
+    "no-head": Case(
+        r"critic\.init: .*/model has no value head \(score\.weight\); set critic\.init_head=true .*",
+        {"critic.init_head": "false"},
+    ),
+    "truncated-safetensors": Case(
+        r"actor\.init: .*/truncated/model\.safetensors: not a readable safetensors file \(.*\)",
+        {"actor.init": "{model:truncated}"},
+    ),
+    "wrong-shape": Case(
+        r"actor\.init: .*/wide-k: tensor model\.layers\.1\.self_attn\.k_proj\.weight has the shape \[65, 63\], "
+        r"config\.json asks for \[64, 64\]",
+        {"actor.init": "{model:wide-k}"},
+    ),
+    "other-tokenizer": Case(
+        r".*/other-tokenizer: the tokenizer's largest token id is 63, the model's vocab_size is 24; .*",
+        {"actor.init": "{model:other-tokenizer}"},
+    ),
+}
+# "finished" ends well; the others start from copies of it, and leave them as they were
+RUNS = {
+    "finished": Case("", code=0, wrote=True),
+    "never": Case(
+        r"resume: never, but .*/never/checkpoints/step_00000001 is there; choose another output_dir, or resume=auto .*",
+        {"resume": "never"},
+        copy="finished",
+    ),
+    "other-format": Case(
+        r".*/step_00000001/manifest\.json: format 7 is not supported, this version reads 1",
+        copy="finished",
+        write={"checkpoints/step_00000001/manifest.json": '{"format": 7}'},
+    ),
+    "no-manifest-format": Case(
+        r".*/step_00000001/manifest\.json: format None is not supported, this version reads 1",
+        copy="finished",
+        write={"checkpoints/step_00000001/manifest.json": "[]"},
+    ),
+    "other-world": Case(
+        r".*/step_00000001: saved on 2 ranks, this run has 1; resume on as many ranks",
+        copy="finished",
+        write={"checkpoints/step_00000001/manifest.json": '{"format": 1, "roles": ["actor"], "world_size": 2}'},
+    ),
+    "other-data": Case(
+        r"resume: the checkpoint's prompt sampler has size 512, this run has 100; .*",
+        {"data.train_files": "[{data:sft-100}]", "steps": 2},
+        copy="finished",
+    ),
+    "damaged-metadata": Case(
+        r".*/step_00000001/actor: the checkpoint cannot be read: .*",
+        copy="finished",
+        write={"checkpoints/step_00000001/actor/.metadata": "gone"},
+    ),
+    "damaged-weights": Case(
+        r".*/step_00000001/actor: the checkpoint cannot be read: .*",
+        copy="finished",
+        write={"checkpoints/step_00000001/actor/__0_0.distcp": "gone"},
+    ),
+    "damaged-state": Case(
+        r".*/step_00000001: the checkpoint cannot be read: .*",
+        copy="finished",
+        write={"checkpoints/step_00000001/state.json": "{"},
+    ),
+    "nan": Case(
+        r"actor loss is nan: the step was not taken, no checkpoint was touched",
+        {"actor.init": "{model:nan}"},
+        code=3,
+        wrote=True,
+    ),
+    "disk-full": Case(
+        r".*/step_00000001: the checkpoint cannot be saved \(earlier ones are complete\): rank 0: .*File too large.*",
+        code=3,
+        largest_file=300_000,
+        wrote=True,
+    ),
+    "file-in-the-way": Case(
+        r".*/step_00000001: the checkpoint cannot be saved .*: \[Errno 20\] .*/\.partial-step_00000001/rng'",
+        code=3,
+        write={"checkpoints/.partial-step_00000001": "!"},
+        wrote=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused_late(bad: Bad) -> dict[str, dict[str, Any]]:
+    return _run_group(bad, "late", {"sft": RUNS, "tempo": {**DATA, **MODELS}}, 150)
+
+
+@pytest.mark.parametrize("name", [*DATA, *MODELS])
+def test_data_and_models(refused_late: dict[str, dict[str, Any]], name: str) -> None:
+    _check(refused_late[name], {**DATA, **MODELS}[name], f"tempo {name}")
+    assert refused_late[name]["after"] == {}
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "finished"])
+def test_runs(bad: Bad, refused_late: dict[str, dict[str, Any]], name: str) -> None:
+    _check(refused_late[name], RUNS[name], f"sft {name}")
+    if RUNS[name].wrote:
+        _check_whole(bad.folder / "late" / name)
+        assert not list((bad.folder / "late" / name / "checkpoints").glob("step_*"))
+    else:
+        assert "checkpoints/step_00000001/actor/common.pt" in refused_late[name]["after"]
+
+
+def test_the_run_that_the_others_spoil_is_a_good_one(bad: Bad, refused_late: dict[str, dict[str, Any]]) -> None:
+    finished = refused_late["finished"]
+    assert (finished["code"], _messages(finished["output"], "sft finished")) == (0, [])
+    assert (bad.folder / "late" / "finished" / "checkpoints" / "step_00000001" / "manifest.json").is_file()
+    _check_whole(bad.folder / "late" / "finished")
+
+
+# ---------------------------------------------------------------- met by ranks
+
+
+@dataclass
+class Ended:
+    """A launch of two ranks: its exit code, its messages and, after an event, the seconds until all was gone."""
+
+    code: int
+    messages: list[str]
+    seconds: float
+
+
+def _two_ranks(
+    bad: Bad, stage: str, output: Path, changes: dict[str, Any], event: Callable[[subprocess.Popen], None] | None = None
+) -> Ended:
+    """``train`` with two ranks started by itself; ``event`` is called once the run has recorded a step."""
+    happened = 0.0
+
+    def once_recorded(launcher: subprocess.Popen) -> None:
+        nonlocal happened
+        metrics = output / "metrics.jsonl"
+        patience = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert launcher.poll() is None, "the run ended before its second step"
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        assert event is not None
+        event(launcher)
+        happened = time.monotonic()
+
+    arguments = _arguments(bad, stage, output, {"launch.nproc_per_node": 2, **changes})
+    result: LaunchResult = launch(
+        ["-m", "tempo_megatron", "train", *arguments],
+        1,
+        150,
+        env={"VLLM_LOGGING_LEVEL": "ERROR"},  # what a user has; tests/conftest.py lets more through
+        while_running=once_recorded if event else None,
+    )
+    shown = result.stdout + result.stderr
+    return Ended(result.returncode, _messages(shown, f"{stage} {output.name}"), time.monotonic() - happened)
+
+
+def _rank(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+    children = psutil.Process(launcher.pid).children()
+    return next(child for child in children if child.environ().get("RANK") == str(rank))
+
+
+FOR_EVER = {"steps": 100_000, "checkpoint.every": 1}
+
+
+def test_a_tensor_that_only_one_rank_misses(bad: Bad, tmp_path: Path) -> None:
+    changes = {"actor.init": "{model:no-final-norm}", "actor.parallel.pipeline_model_parallel_size": 2}
+    ended = _two_ranks(bad, "sft", tmp_path / "run", changes)
+    folder = bad.model("no-final-norm")
+    assert ended.messages == [f"error: actor.init: {folder}: tensor model.norm.weight is missing"]
+    assert ended.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_policy_with_nan(bad: Bad, tmp_path: Path) -> None:
+    ended = _two_ranks(bad, "tempo", tmp_path / "run", {"actor.init": "{model:nan}"})
+    assert len(ended.messages) == 1
+    assert re.match(r"error: rollout: weights version 0 gave token .* the log-probability nan", ended.messages[0])
+    assert ended.code == 3
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    _check_whole(tmp_path / "run")
+
+
+def test_ctrl_c(bad: Bad, tmp_path: Path) -> None:
+    """The terminal sends SIGINT to the launcher and to every rank."""
+    ended = _two_ranks(
+        bad, "tempo", tmp_path / "run", FOR_EVER, lambda launcher: os.killpg(launcher.pid, signal.SIGINT)
+    )
+    assert ended.messages == ["interrupted; what was saved is complete, go on with resume=auto"]
+    assert ended.code == 130
+    assert ended.seconds < DEADLINE_S
+    _check_whole(tmp_path / "run")
+
+
+def test_sigterm(bad: Bad, tmp_path: Path) -> None:
+    ended = _two_ranks(bad, "sft", tmp_path / "run", FOR_EVER, lambda launcher: launcher.terminate())
+    assert ended.messages == ["stopped by SIGTERM; what was saved is complete, go on with resume=auto"]
+    assert ended.code == 143
+    assert ended.seconds < DEADLINE_S
+    _check_whole(tmp_path / "run")
+
+
+def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
+    ended = _two_ranks(bad, "tempo", tmp_path / "run", FOR_EVER, lambda launcher: _rank(launcher, 1).kill())
+    assert ended.messages == ["error: rank 1 was killed by SIGKILL; out of memory?"]
+    assert ended.code == 128 + signal.SIGKILL
+    assert ended.seconds < DEADLINE_S
+    _check_whole(tmp_path / "run")
+
+
+def test_a_disk_that_is_full_for_one_rank(bad: Bad, tmp_path: Path) -> None:
+    def fill(launcher: subprocess.Popen) -> None:
+        hard = resource.RLIM_INFINITY
+        resource.prlimit(_rank(launcher, 1).pid, resource.RLIMIT_FSIZE, (300_000, hard))
+
+    ended = _two_ranks(bad, "sft", tmp_path / "run", FOR_EVER, fill)
+    assert len(ended.messages) == 1
+    assert re.match(r"error: .*: the checkpoint cannot be saved .*: rank 1: .*File too large", ended.messages[0])
+    assert ended.code == 3
+    assert ended.seconds < DEADLINE_S
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
+    _check_whole(tmp_path / "run")
