@@ -22,8 +22,10 @@ from tempo_megatron import __version__
 from tempo_megatron.cluster.launch import (
     EXIT_LOST_PEER,
     RankInfo,
+    is_spawned,
     rank_from_environment,
     spawn_ranks,
+    stop_message,
     thread_environment,
 )
 from tempo_megatron.errors import TempoError
@@ -83,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             code = _tell(error, place)
     except KeyboardInterrupt:
-        if place is None or place.rank == 0:
-            _say("interrupted; what was saved is complete, go on with resume=auto")
+        if place is None or (place.rank == 0 and not is_spawned()):
+            _say(stop_message(signal.SIGINT))
         code = 128 + signal.SIGINT
     if place is not None:
         _leave(code)

@@ -24,7 +24,8 @@ def install() -> None:
 def _write_buckets(
     transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
 ) -> None:
-    results: dict[int, Any] | Exception = {}
+    results: dict[int, Any] = {}
+    failure: Exception | None = None
     for i, bucket in enumerate(write_buckets):
         done: queue.Queue[Any] = queue.Queue()
         counter: queue.Queue[int] = queue.Queue()
@@ -40,10 +41,10 @@ def _write_buckets(
         )
         _, outcome = done.get_nowait()
         if isinstance(outcome, Exception):
-            results = _cause(outcome)
+            failure = _cause(outcome)
             break
         results[i] = outcome
-    global_results_queue.put(results)
+    global_results_queue.put(failure or results)
 
 
 def _cause(error: Exception) -> Exception:

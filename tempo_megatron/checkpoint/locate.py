@@ -1,7 +1,8 @@
 """Where weights come from and where checkpoints lie; reads names only, loads nothing (no torch).
 
 Layout of a run: ``RUN/checkpoints/step_00000010/``.  A checkpoint is complete iff it holds
-``manifest.json`` (written last); its ``hf/`` holds ``config.json`` and the tokenizer.
+``manifest.json`` (written last); its ``hf/`` holds the actor's ``config.json`` and tokenizer, ``hf-critic/`` those of
+the critic.
 """
 
 from __future__ import annotations
@@ -85,9 +86,17 @@ def resolve_init(path: str, key: str) -> InitSource:
             f"a checkpoint ({MANIFEST}) or a run folder ({CHECKPOINTS}/)"
         )
     checkpoint = resolve_checkpoint(path, key)
-    if not (checkpoint / HF / "config.json").is_file():
-        raise TempoError(f"{key}: checkpoint {checkpoint} is damaged: it has no {HF}/config.json")
-    return InitSource("checkpoint", checkpoint, checkpoint / HF)
+    hf_dir = checkpoint / hf_name(key.partition(".")[0])
+    if not hf_dir.is_dir():  # a critic that starts from a stage without one
+        hf_dir = checkpoint / HF
+    if not (hf_dir / "config.json").is_file():
+        raise TempoError(f"{key}: checkpoint {checkpoint} is damaged: it has no {hf_dir.name}/config.json")
+    return InitSource("checkpoint", checkpoint, hf_dir)
+
+
+def hf_name(role: str) -> str:
+    """Name of the folder with a role's config and tokenizer in a checkpoint."""
+    return HF if role == "actor" else f"{HF}-{role}"
 
 
 def _existing_folder(path: str, key: str) -> Path:

@@ -7,7 +7,7 @@ One checkpoint folder::
       state.json        trainer state: samplers with carried-over prompts, gate, schedules, counters
       rng/rank_0.safetensors
       actor/  critic/   Megatron distributed checkpoints: weights, fp32 masters, Adam moments, any layout
-      hf/               config and tokenizer
+      hf/  hf-critic/   config and tokenizer of the actor and of the critic
 
 It is written under a hidden name and renamed when complete, so a folder with a manifest is a whole checkpoint.
 Megatron's checkpoint format keeps plain Python values in pickles: load checkpoints only from people you trust
@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.hf_files import copy_side_files
+from tempo_megatron.checkpoint.locate import hf_name
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_rank0, rank, together, world_size
@@ -135,14 +136,19 @@ def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_he
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, engines: dict[str, MegatronEngine], state: dict[str, Any], hf_dir: Path, keep: int
+    run_dir: Path,
+    step: int,
+    engines: dict[str, MegatronEngine],
+    state: dict[str, Any],
+    hf_dirs: dict[str, Path],
+    keep: int,
 ) -> Path:
     """Write ``run_dir/checkpoints/step_...`` with everything; older ones beyond ``keep`` go.
 
     Args:
         engines: by role, "actor" and perhaps "critic".
         state: the trainer's own state, JSON types.
-        hf_dir: folder whose config and tokenizer are carried along.
+        hf_dirs: by role, the folders whose config and tokenizer are carried along.
     """
     parent = run_dir / "checkpoints"
     final, partial = parent / f"step_{step:08d}", parent / f".partial-step_{step:08d}"
@@ -162,7 +168,8 @@ def save_checkpoint(
     def finish() -> None:
         schedules = {role: engine.scheduler.state_dict() for role, engine in engines.items()}
         (partial / "state.json").write_text(json.dumps({"trainer": state, "schedules": schedules}))
-        copy_side_files(hf_dir, partial / "hf")
+        for role, hf_dir in hf_dirs.items():
+            copy_side_files(hf_dir, partial / hf_name(role))
         manifest = {
             "format": FORMAT,
             "step": step,

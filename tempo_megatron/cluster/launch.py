@@ -25,6 +25,7 @@ EXIT_LOST_PEER = 4
 #: Seconds that ranks may take to end after Ctrl-C before they are killed.
 SHUTDOWN_TIMEOUT_S = 8
 
+_SPAWNED = "TEMPO_MEGATRON_SPAWNED"
 _HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -70,7 +71,7 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
     """Run ``python -m tempo_megatron ARGV`` as ``nproc`` ranks of this node under torchrun's agent.
 
     The ranks inherit stdout, stderr and the environment (set ``thread_environment`` first).  When one fails
-    the others are ended.  A signal to this process reaches the ranks.
+    the others are ended.  A signal to this process reaches the ranks, and is told here.
 
     Returns:
         0; the exit code of the rank that failed first; or 128 + n for a signal n (130: Ctrl-C, 143: SIGTERM).
@@ -80,6 +81,7 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence_elastic()
+    os.environ[_SPAWNED] = "1"
     arguments = [argument.replace("$", "$$") for argument in ("-m", "tempo_megatron", *argv)]  # it fills in $macros
     with tempfile.TemporaryDirectory(prefix="tempo_megatron_") as folder, _signal_handlers_kept():
         launch = LaunchConfig(
@@ -100,13 +102,20 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _first_cause({rank: failure.exitcode for rank, failure in error.failures.items()})
         except SignalException as error:
-            if error.sigval != signal.SIGINT:  # rank 0 has told of Ctrl-C; the others end a process without a word
-                name = signal.Signals(error.sigval).name
-                _say(f"stopped by {name}; what was saved is complete, go on with resume=auto")
-            return 128 + error.sigval
+            return _stopped(signal.Signals(error.sigval))
         except KeyboardInterrupt:  # before the agent took the signal over
-            return 128 + signal.SIGINT
+            return _stopped(signal.SIGINT)
     return 0
+
+
+def is_spawned() -> bool:
+    """Whether this rank was started by ``spawn_ranks``, which tells of signals itself."""
+    return _SPAWNED in os.environ
+
+
+def stop_message(number: signal.Signals) -> str:
+    what = "interrupted" if number is signal.SIGINT else f"stopped by {number.name}"
+    return f"{what}; what was saved is complete, go on with resume=auto"
 
 
 # ---------------------------------------------------------------- srun
@@ -178,6 +187,11 @@ def _first_cause(exit_codes: Mapping[int, int]) -> int:
     hint = "; out of memory?" if -code == signal.SIGKILL else ""
     _say(f"error: rank {rank} was killed by {signal.Signals(-code).name}{hint}")
     return 128 - code
+
+
+def _stopped(number: signal.Signals) -> int:
+    _say(stop_message(number))
+    return 128 + number
 
 
 def _say(text: str) -> None:

@@ -57,6 +57,7 @@ def _prepare_real(output: Path, seed: int) -> None:
     from tempo_megatron.demo.real import write_arithmetic, write_smollm2
 
     write_arithmetic(output / "data", seed)
+    print("unpacking SmolLM2-135M-Instruct to float32, about a minute", flush=True)
     write_smollm2(output / "model")
 
 
@@ -122,15 +123,18 @@ def _prepare(demo: Demo, output: Path, seed: int) -> None:
     marker = output / PREPARED
     if marker.is_file() and not (output / SUMMARY).exists() and json.loads(marker.read_text()) == {"seed": seed}:
         return
+    if output.exists() and not marker.is_file():
+        raise TempoError(f"{output}: is there and holds no demo; choose another --output or remove it")
+    partial = output.with_name(f".{output.name}.partial")  # what fails or is stopped leaves `output` as it was
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    demo.prepare(partial, seed)
+    (partial / PREPARED).write_text(json.dumps({"seed": seed}))
     if output.exists():
         previous = output.with_name(f"{output.name}.previous")
-        if not marker.is_file():
-            raise TempoError(f"{output}: is there and holds no demo; choose another --output or remove it")
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(output, previous)
-    output.mkdir(parents=True)
-    demo.prepare(output, seed)
-    marker.write_text(json.dumps({"seed": seed}))
+    os.replace(partial, output)
 
 
 def _overrides(demo: Demo, stage: str, output: Path, seed: int) -> list[str]:

@@ -6,12 +6,13 @@ import datetime
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tempo_megatron.checkpoint.hf_files import HFTensors, HFWriter, load_hf_config
 from tempo_megatron.checkpoint.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
@@ -62,6 +63,7 @@ class Session:
         with self.ledger.phase("data"):
             self.data = read_data(config, self.tokenizer)
         self.engines: dict[str, MegatronEngine] = {}
+        self.hf_dirs: dict[str, Path] = {}
         self.resumed: dict[str, Any] | None = None
         with self.ledger.phase("load"):
             self._build_engines(sources)
@@ -100,8 +102,9 @@ class Session:
             if layout not in groups:
                 groups[layout] = ModelParallelGroups(role_config.parallel, self.config.launch.timeout_s)
             source = sources[role]
-            hf_config = together(lambda source=source: load_hf_config(source.hf_dir))
-            together(lambda hf_config=hf_config: family_of(hf_config))
+            hf_config = together(partial(load_hf_config, source.hf_dir))
+            together(partial(family_of, hf_config))
+            self.hf_dirs[role] = source.hf_dir
             head_bias = role_config.head_bias if isinstance(role_config, CriticConfig) else 0.0
             engine = MegatronEngine(
                 role,
@@ -133,6 +136,14 @@ class Session:
         self.rollout_log = StepLog(self.output / ROLLOUTS_FILE, last_step)
         self._closing.callback(self.rollout_log.close)
 
+    def stop_token_ids(self) -> list[int]:
+        """Every end-of-sequence id of the tokenizer and of the folder's generation config."""
+        ids = {self.tokenizer.eos_token_id}
+        if (self.hf_dir / "generation_config.json").is_file():
+            extra = GenerationConfig.from_pretrained(self.hf_dir, local_files_only=True).eos_token_id
+            ids.update(extra if isinstance(extra, list) else [extra])
+        return sorted(i for i in ids if i is not None)
+
     def write_info(self) -> None:
         """Update run.json (rank 0)."""
         write_run_info(
@@ -159,7 +170,7 @@ class Session:
         """Checkpoint everything; ``state["step"]`` names it."""
         with self.ledger.phase("checkpoint"):
             save_checkpoint(
-                self.output, state["step"], self.engines, state, self.hf_dir, keep=self.config.checkpoint.keep
+                self.output, state["step"], self.engines, state, self.hf_dirs, keep=self.config.checkpoint.keep
             )
 
     def export_hf(self) -> None:
@@ -171,7 +182,7 @@ class Session:
                 name = family_of(engine.hf_config).architecture.replace("ForCausalLM", "ForTokenClassification")
                 changes |= {"architectures": [name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
             if self.is_main:
-                HFWriter(self.output / "hf" / role).write(stream, self.hf_dir, changes)
+                HFWriter(self.output / "hf" / role).write(stream, self.hf_dirs[role], changes)
             else:
                 for _ in stream:
                     pass

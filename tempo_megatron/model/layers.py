@@ -82,7 +82,7 @@ def length_runs(packed: PackedSeqParams) -> list[tuple[int, int]]:
         assert packed.cu_seqlens_q is not None
         lengths = packed.cu_seqlens_q.diff().tolist()
         runs = [(n, len(list(same))) for n, same in groupby(lengths)]
-        packed.length_runs = runs  # type: ignore[attr-defined]
+        packed.length_runs = runs
     return runs
 
 
@@ -100,7 +100,7 @@ class ValueHead(torch.nn.Linear):
         torch.nn.init.constant_(self.bias, bias)
         self.sequence_parallel = config.sequence_parallel
         for p in (self.weight, self.bias):
-            p.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+            p.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """``[s, b, h]`` (s split over TP under sequence parallelism) -> ``([s, b, 1] float32, None)``."""

@@ -180,7 +180,9 @@ class HFWeightStream:
         if groups.pp_size > 1:
             stages = [[]] * groups.pp_size
             dist.all_gather_object(stages, mine, group=groups.pp_group)
-        self.stages = [[_Planned(by_name[name], *rest) for name, *rest in stage] for stage in stages]
+        self.stages = [
+            [_Planned(by_name[name], layer, shape, dtype) for name, layer, shape, dtype in stage] for stage in stages
+        ]
 
     def _buckets(self, stage: list[_Planned]) -> Iterator[list[int]]:
         """Positions of ``stage`` in runs of at most ``bucket_bytes`` of full weights and one dtype."""

@@ -226,7 +226,7 @@ def _response(sample: CompletionOutput, version: int) -> SampledResponse:
         if not math.isfinite(log_prob):
             raise RunError(
                 f"rollout: weights version {version} gave token {token} at position {position} of a response "
-                f"the log-probability {log_prob}"
+                f"the log-probability {log_prob}: the policy is not finite (version 0 is that of actor.init)"
             )
     if sample.finish_reason not in ("stop", "length"):
         raise RunError(f"rollout: vLLM ended a response with {sample.finish_reason!r}, not 'stop' or 'length'")

@@ -122,17 +122,17 @@ def test_the_cause_is_told_apart_from_its_consequences(capsys: pytest.CaptureFix
 STAND_IN = """
 import os, signal, sys, time
 rank, command = os.environ["RANK"], sys.argv[1]
-print(f"rank {rank} of {os.environ['WORLD_SIZE']} at {os.environ['MASTER_ADDR']}: {sys.argv[1:]} "
-      f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
-if command == "fail" and rank == "1":
-    sys.stderr.write("error: the one line\\n"); os._exit(3)
-if command == "killed" and rank == "1":
-    os.kill(os.getpid(), signal.SIGKILL)
-if command in ("fail", "wait", "killed"):
-    try:
+try:
+    print(f"rank {rank} of {os.environ['WORLD_SIZE']} at {os.environ['MASTER_ADDR']}: {sys.argv[1:]} "
+          f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    if command == "fail" and rank == "1":
+        sys.stderr.write("error: the one line\\n"); os._exit(3)
+    if command == "killed" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if command in ("fail", "wait", "killed"):
         time.sleep(60)
-    except KeyboardInterrupt:
-        print(f"rank {rank} interrupted", flush=True); os._exit(130)
+except KeyboardInterrupt:
+    print(f"rank {rank} interrupted", flush=True); os._exit(130)
 """
 
 DRIVER = f"""
@@ -205,14 +205,14 @@ def test_launches_that_end_well_that_fail_and_that_are_killed(spawn: Callable[..
 
 def test_interrupt_reaches_the_ranks(spawn: Callable[..., Ended]) -> None:
     ended = spawn("wait", signal_when_started=signal.SIGINT)
-    assert (ended.code, ended.err) == (130, "")
+    assert (ended.code, ended.err) == (130, "interrupted; what was saved is complete, go on with resume=auto\n")
     assert "rank 0 interrupted" in ended.out
     assert "rank 1 interrupted" in ended.out
 
 
 def test_sigterm_ends_the_ranks(spawn: Callable[..., Ended]) -> None:
     ended = spawn("wait", signal_when_started=signal.SIGTERM)
-    assert (ended.code, ended.err) == (143, "")
+    assert (ended.code, ended.err) == (143, "stopped by SIGTERM; what was saved is complete, go on with resume=auto\n")
 
 
 def test_threads() -> None:

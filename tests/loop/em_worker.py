@@ -35,7 +35,7 @@ def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> Rollout
     """
     key = f"{config.model_dump_json()} {settings}"
     if key not in _built:
-        for engine, close in _built.values():
+        for _, close in _built.values():
             close()
         _built.clear()
         engine = RolloutEngine(hf_dir, config, **settings)

@@ -440,7 +440,7 @@ def test_the_run_that_the_others_spoil_is_a_good_one(bad: Bad, refused_late: dic
 
 @dataclass
 class Ended:
-    """A launch of two ranks: its exit code, its messages and, after an event, the seconds until all was gone."""
+    """A launch of two ranks: its exit code, its messages and the seconds from the event (or the start) to its end."""
 
     code: int
     messages: list[str]
@@ -451,7 +451,7 @@ def _two_ranks(
     bad: Bad, stage: str, output: Path, changes: dict[str, Any], event: Callable[[subprocess.Popen], None] | None = None
 ) -> Ended:
     """``train`` with two ranks started by itself; ``event`` is called once the run has recorded a step."""
-    happened = 0.0
+    happened = time.monotonic()
 
     def once_recorded(launcher: subprocess.Popen) -> None:
         nonlocal happened

@@ -38,12 +38,20 @@ LAYOUTS = {
 
 def configs() -> dict[str, hf.PretrainedConfig]:
     """head_dim differs from hidden/heads, and the vocabulary is odd."""
-    common = dict(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    rest = dict(max_position_embeddings=64, initializer_range=0.15, vocab_size=37, bos_token_id=None, eos_token_id=1)
-    qwen3 = hf.Qwen3Config(**common, **rest, head_dim=32, tie_word_embeddings=False)
-    llama = hf.LlamaConfig(**common, **rest, tie_word_embeddings=True)
+    common = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.15,
+        "vocab_size": 37,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    qwen3 = hf.Qwen3Config(**common, head_dim=32, tie_word_embeddings=False)
+    llama = hf.LlamaConfig(**common, tie_word_embeddings=True)
     qwen3.architectures, llama.architectures = ["Qwen3ForCausalLM"], ["LlamaForCausalLM"]
     return {"qwen3": qwen3, "llama-tied": llama}
 

@@ -1,0 +1,103 @@
+"""E-step: the critic is regressed on the outcomes of this step's labelled rollouts (paper Eq. 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tempo_megatron.algorithm.advantages import terminal_rewards, value_targets
+from tempo_megatron.algorithm.diagnostics import calibration
+from tempo_megatron.algorithm.policy_loss import loss_denominator
+from tempo_megatron.algorithm.value_loss import value_loss, value_metrics
+from tempo_megatron.config.schema import AlgorithmConfig, EStepConfig
+from tempo_megatron.data.rollout import RolloutBatch
+from tempo_megatron.loop.rows import (
+    at_batch_width,
+    at_microbatch,
+    critic_values,
+    minibatches,
+    sequences,
+    token_count,
+    total_sums,
+)
+from tempo_megatron.loop.session import Session
+from tempo_megatron.training.engine import StepResult
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """Result of an E-step.
+
+    Attributes:
+        auroc: of the terminal values before the update, on rollouts that the critic had not trained on.
+        minority: labelled responses of the rarer outcome, on which ``auroc`` rests.
+    """
+
+    auroc: float
+    minority: int
+    metrics: dict[str, float]
+
+
+def recalibrate_critic(
+    session: Session, algorithm: AlgorithmConfig, batch: RolloutBatch, values: Tensor | None, seed: int
+) -> Recalibrated:
+    """Train the critic on the labelled rows of ``batch``.
+
+    Args:
+        values: ``[N, L + 1]`` of the batch by the current critic, or None if they were not needed yet.
+        seed: of the order of mini-batches.
+    """
+    estep, position, critic = algorithm.estep, algorithm.mstep.terminal_value, session.engines["critic"]
+    rows = batch.labeled.nonzero().flatten()
+    labeled = batch.rows(rows)
+    targets, target_mask = value_targets(labeled.outcome, labeled.labeled, labeled.response_mask, position=position)
+    old = values[rows] if values is not None else None
+    if old is None and (estep.minibatches > 1 or estep.value_clip is not None):
+        old = critic_values(session, labeled)
+    results: list[StepResult] = []
+    with session.ledger.phase("e_step"):
+        for part in minibatches(labeled, estep.minibatches, estep.updates, seed):
+            denominator = loss_denominator(target_mask[part], estep.loss_agg)
+            old_part = old[part] if old is not None else None
+            loss = partial(_loss, estep, old_part, targets[part], target_mask[part], denominator)
+            results.append(critic.step(sequences(labeled.rows(part)), loss))
+        session.ledger.add_tokens("e_step", token_count(labeled) * estep.updates)
+    # one mini-batch of all rows: the first step's outputs are those of the critic before it
+    fresh = old if old is not None else at_batch_width(results[0].outputs["values"], labeled, extra=1)
+    as_rewards = torch.zeros_like(labeled.labeled)
+    terminal = terminal_rewards(
+        labeled.outcome, as_rewards, fresh, labeled.response_mask, position=position, clamp=False
+    )
+    figures = calibration(terminal, labeled.outcome)
+    right = int(labeled.outcome.sum())
+    metrics = {f"calibration/{name}": value for name, value in figures.items()} | value_metrics(total_sums(results))
+    metrics |= {
+        "critic/first_loss": results[0].loss,
+        "critic/grad_norm": results[-1].grad_norm,
+        "critic/lr": results[-1].lr,
+    }
+    return Recalibrated(figures["auroc"], min(right, len(labeled) - right), metrics)
+
+
+def _loss(
+    estep: EStepConfig,
+    old: Tensor | None,
+    targets: Tensor,
+    target_mask: Tensor,
+    denominator: float,
+    tables: dict[str, Tensor],
+    rows: list[int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    values = tables["values"]
+    return value_loss(
+        values,
+        values.detach() if old is None else at_microbatch(old, rows, values),
+        at_microbatch(targets, rows, values),
+        at_microbatch(target_mask, rows, values),
+        value_clip=estep.value_clip,
+        loss_agg=estep.loss_agg,
+        denominator=denominator,
+    )
