@@ -27,7 +27,7 @@ REPORT_FILE = "report.html"
 CURVES_FOLDER = "curves"
 
 #: Metrics of an evaluation that the tables show, in this order.
-TABLE_METRICS = (r"mean@\d+", r"pass@\d+", r"maj@\d+", r"\w*auroc", r"distinct@\d+", r"honest\w*", r"unparsed")
+TABLE_METRICS = (r"mean@\d+", r"pass@\d+", r"maj@\d+", r"\w*auroc", r"honest\w*")
 
 ROLLOUTS_PER_SET = 2
 SHOWN_TOKENS = 800  # of a longer response, the first and the last half of so many

@@ -50,13 +50,14 @@ def run(case):
         Path(path).write_text(text)
     before = files(Path(case["output"]))
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    captured = os.open("captured", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    kept, captured = (os.dup(1), os.dup(2)), os.open("captured", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(captured, 1), os.dup2(captured, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (case["largest_file"] or hard, hard))
     began = time.monotonic()
     code = cli.main(["train", *case["arguments"]])
     seconds = time.monotonic() - began
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    os.dup2(kept[0], 1), os.dup2(kept[1], 2)
     return {"code": code, "output": Path("captured").read_text(), "seconds": seconds, "before": before,
             "after": files(Path(case["output"])), "torch": "torch" in sys.modules}
 

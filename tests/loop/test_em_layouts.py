@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from tests.loop.cases import Case, make_inputs, run_cases, small_tempo
 
@@ -25,6 +26,7 @@ def layout(tp: int = 1, pp: int = 1, *, sp: bool = False, rollout_tp: int = 1) -
             )
         },
         "rollout.tensor_parallel_size": rollout_tp,
+        "checkpoint.export_hf": "true",
     }
 
 
@@ -49,10 +51,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("layouts")
     inputs = make_inputs(folder / "inputs")
-    found = run_cases([Case("single", small_tempo(inputs))], 1, folder, 150)
+    found = run_cases([Case("single", small_tempo(inputs, **layout()))], 1, folder, 150)
     for nproc, layouts in LAYOUTS.items():
         cases = [Case(name, small_tempo(inputs, **changes)) for name, changes in layouts.items()]
         found |= run_cases(cases, nproc, folder, 280)
+    for name, result in found.items():
+        result["hf"] = folder / name / "hf"
     return found
 
 
@@ -83,3 +87,17 @@ def test_single_rank_rollout_agrees_with_trainer(results: dict[str, dict[str, An
         assert difference < TOLERANCE
     assert not torch.equal(run["seen"]["actor"][0]["log_probs"], run["seen"]["actor"][1]["log_probs"])
     assert run["seen"]["actor"][0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("name", ["single", "tp2-sp-critic-dp2"])
+def test_exported_folders_load_in_transformers(results: dict[str, dict[str, Any]], name: str) -> None:
+    for role, auto in (("actor", AutoModelForCausalLM), ("critic", AutoModelForTokenClassification)):
+        folder = results[name]["hf"] / role
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
+        state = model.state_dict()
+        weights = {k.removeprefix(f"{role}."): v for k, v in results[name]["weights"].items() if k.startswith(role)}
+        assert state.keys() == weights.keys()
+        assert all(torch.equal(state[key], weights[key]) for key in weights)
