@@ -75,23 +75,25 @@ def test_help_version_and_bad_usage(capsys: pytest.CaptureFixture) -> None:
 def test_demo_and_report_pass_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
-    def record(**arguments: Any) -> int:
-        calls.append(arguments)
+    def record(*demo: str, **arguments: Any) -> int:
+        calls.append({**arguments, **({"demo": demo[0]} if demo else {})})
         return 5
 
-    stand_in(monkeypatch, "tempo_megatron.demo.run", main=record)
+    stand_in(monkeypatch, "tempo_megatron.demo.run", run_demo=record, DEMO="toy", REAL_DEMO="real")
     stand_in(monkeypatch, "tempo_megatron.telemetry.report", main=record)
     assert cli.main(["demo"]) == 5
-    assert cli.main(["demo", "--seed", "3", "--real", "--nproc", "1"]) == 5
-    assert cli.main(["demo", "--output", "x"]) == 5
+    assert cli.main(["demo", "--seed", "3", "--real", "--nproc", "1", "--prepare-only"]) == 5
+    assert cli.main(["demo", "--output", "x", "--report-only"]) == 5
     assert cli.main(["report", "a", "b", "--output", "c.html"]) == 5
+    parts = {"prepare": True, "train": True, "report": True}
     assert calls == [
-        {"seed": 0, "real": False, "output": Path("runs/demo"), "nproc": 2},
-        {"seed": 3, "real": True, "output": Path("runs/demo-real"), "nproc": 1},
-        {"seed": 0, "real": False, "output": Path("x"), "nproc": 2},
+        {"demo": "toy", "seed": 0, "output": None, "nproc": 2, **parts},
+        {"demo": "real", "seed": 3, "output": None, "nproc": 1, **parts, "train": False, "report": False},
+        {"demo": "toy", "seed": 0, "output": Path("x"), "nproc": 2, **parts, "prepare": False, "train": False},
         {"run_dirs": [Path("a"), Path("b")], "output": Path("c.html")},
     ]
     assert cli.main(["demo", "--nproc", "0"]) == 2
+    assert cli.main(["demo", "--prepare-only", "--report-only"]) == 2
     assert len(calls) == 4
 
 

@@ -188,5 +188,9 @@ def _under(prefix: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_gib(run: Path) -> float:
-    """Largest resident set (CPU) or allocation (GPU) of rank 0 in any phase of a run, GiB."""
-    return max(v for record in read_metrics(run / "metrics.jsonl") for v in _under("memory/", record).values())
+    """Largest resident set (CPU) or allocation (GPU) of rank 0 in any phase of a run, GiB.
+
+    The run's last checkpoint comes after its last record: only run.json knows of that, and of nothing before a resume.
+    """
+    recorded = [v for record in read_metrics(run / "metrics.jsonl") for v in _under("memory/", record).values()]
+    return max(*recorded, json.loads((run / "run.json").read_text())["peak_memory_gib"])

@@ -152,6 +152,7 @@ class Session:
             stage=self.config.stage,
             started=self._started,
             wall_s=round(time.monotonic() - self._began, 1),
+            peak_memory_gib=round(self.ledger.peak_gib, 2),
         )
 
     def record(self, step: int, progressed: int, metrics: dict[str, Any], shown: dict[str, str]) -> None:

@@ -35,12 +35,18 @@ class PhaseLedger:
         self._seconds: dict[str, float] = {}
         self._peak_bytes: dict[str, int] = {}
         self._tokens: dict[str, int] = {}
+        self._highest = 0
         self._segment_began = self._step_began = time.perf_counter()
 
     @property
     def current(self) -> str | None:
         """The innermost open phase."""
         return self._stack[-1] if self._stack else None
+
+    @property
+    def peak_gib(self) -> float:
+        """The most of all phases since the ledger was made, whatever was collected."""
+        return self._highest / GIB
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -91,6 +97,7 @@ class PhaseLedger:
             peak = self._memory.peak_bytes()  # before the clock: on CUDA it waits for the phase's kernels
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - self._segment_began
             self._peak_bytes[name] = max(peak, self._peak_bytes.get(name, 0))
+            self._highest = max(peak, self._highest)
 
 
 class _CudaPeak:

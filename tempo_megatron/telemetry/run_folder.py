@@ -2,7 +2,8 @@
 
 ``metrics.jsonl``   one record a step (``telemetry.metrics``)
 ``config.yaml``     the resolved configuration
-``run.json``        ``{"environment": ..., "stage": ..., "started": ISO 8601, "wall_s": seconds}``
+``run.json``        ``{"environment": ..., "stage": ..., "started": ISO 8601, "wall_s": seconds,
+                    "peak_memory_gib": of rank 0}``
 ``rollouts.jsonl``  a few rollouts with their token values (:class:`LoggedRollout`)
 
 Only ``metrics.jsonl`` has to be there: a run that still goes on, or was killed, can be looked at too.
@@ -173,11 +174,23 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 
 def write_run_info(
-    output_dir: Path | str, *, environment: dict[str, Any], stage: str, started: str, wall_s: float
+    output_dir: Path | str,
+    *,
+    environment: dict[str, Any],
+    stage: str,
+    started: str,
+    wall_s: float,
+    peak_memory_gib: float,
 ) -> None:
-    """Write ``run.json``, atomically; called at the start of a run and again, with its wall time, at the end."""
+    """Write ``run.json``, atomically; called at the start of a run and again, with time and memory, at its end."""
     path = Path(output_dir) / INFO_FILE
     temporary = path.with_name(path.name + ".tmp")
-    info = {"stage": stage, "started": started, "wall_s": wall_s, "environment": environment}
+    info = {
+        "stage": stage,
+        "started": started,
+        "wall_s": wall_s,
+        "peak_memory_gib": peak_memory_gib,
+        "environment": environment,
+    }
     temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

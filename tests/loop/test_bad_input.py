@@ -10,7 +10,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import time
@@ -19,16 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
-from safetensors.numpy import load_file, save_file
 
 from tests.launching import LaunchResult, launch
-from tests.loop.conftest import DemoInputs
+from tests.loop.conftest import Bad
 
 DEADLINE_S = 10.0
 
@@ -88,92 +82,6 @@ class Case:
     write: dict[str, str] = field(default_factory=dict)
     largest_file: int | None = None
     wrote: bool = False
-
-
-@dataclass(frozen=True)
-class Bad:
-    """Broken copies of the demo's inputs, all below ``folder``."""
-
-    folder: Path
-    good: DemoInputs
-
-    def model(self, name: str) -> Path:
-        return self.folder / "models" / name
-
-    def data(self, name: str) -> Path:
-        return self.folder / "data" / f"{name}.parquet"
-
-    def config(self, stage: str) -> Path:
-        return self.folder / f"{stage}.yaml"
-
-
-@pytest.fixture(scope="module")
-def bad(demo_inputs: DemoInputs, tmp_path_factory: pytest.TempPathFactory) -> Bad:
-    bad = Bad(tmp_path_factory.mktemp("bad-input"), demo_inputs)
-    _write_configs(bad)
-    _write_data(bad)
-    _write_models(bad)
-    return bad
-
-
-def _write_configs(bad: Bad) -> None:
-    role = {"init": str(bad.good.model), "dtype": "float32", "max_tokens_per_microbatch": 4096}
-    lengths = {"max_prompt_tokens": 8, "max_response_tokens": 8}
-    sft = {
-        "stage": "sft",
-        "steps": 1,
-        "actor": role,
-        "data": {"train_files": [str(bad.good.data["sft"])], "sft_batch_size": 16, **lengths},
-    }
-    prompts = {"labeled_prompts_per_step": 2, "unlabeled_prompts_per_step": 2, **lengths}
-    tempo = {
-        "stage": "tempo",
-        "steps": 1,
-        "actor": role,
-        "critic": {**role, "init_head": True},
-        "data": {"train_files": [str(bad.good.data["train"])], **prompts},
-        "rollout": {"dtype": "float32", "samples_per_prompt": 2, "kv_cache_gib": 0.01, "max_num_seqs": 16},
-        "algorithm": {"preset": "paper", "estep": {"minibatches": 1}, "mstep": {"minibatches": 1}},
-    }
-    for settings in (sft, tempo):
-        bad.config(str(settings["stage"])).write_text(yaml.safe_dump(settings))
-
-
-def _write_data(bad: Bad) -> None:
-    bad.data("x").parent.mkdir()
-    table = pq.read_table(bad.good.data["train"])
-    labeled = table.column("labeled")
-    pq.write_table(table, bad.data("unanswered"))
-    pq.write_table(table.drop_columns("answer_type"), bad.data("no-column"))
-    pq.write_table(table.filter(labeled), bad.data("no-unlabeled"))
-    pq.write_table(table.filter(pa.compute.invert(labeled)), bad.data("no-labeled"))
-    longer = pa.array(["1" * 9, *table.column("prompt").to_pylist()[1:]])
-    pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", longer), bad.data("long"))
-    whole = bad.good.data["train"].read_bytes()
-    bad.data("truncated").write_bytes(whole[: len(whole) // 2])
-    middle = len(whole) // 4  # inside the first column's pages: the footer is fine
-    bad.data("flipped").write_bytes(whole[: middle - 400] + bytes(800) + whole[middle + 400 :])
-    pq.write_table(pq.read_table(bad.good.data["sft"]).slice(0, 100), bad.data("sft-100"))
-
-
-def _write_models(bad: Bad) -> None:
-    def derive(name: str, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-        shutil.copytree(bad.good.model, bad.model(name))
-        tensors = load_file(bad.good.model / "model.safetensors")
-        change(tensors)
-        save_file(tensors, bad.model(name) / "model.safetensors", metadata={"format": "pt"})
-
-    derive("no-final-norm", lambda t: t.pop("model.norm.weight"))
-    derive("wide-k", lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": np.zeros((65, 63), np.float32)}))
-    derive("nan", lambda t: t["model.layers.0.mlp.down_proj.weight"].__setitem__((0, 0), np.nan))
-    shutil.copytree(bad.good.model, bad.model("truncated"))
-    with (bad.model("truncated") / "model.safetensors").open("r+b") as file:
-        file.truncate(300_000)
-    shutil.copytree(bad.good.model, bad.model("other-tokenizer"))
-    tokenizer = bad.model("other-tokenizer") / "tokenizer.json"
-    values = json.loads(tokenizer.read_text())
-    values["model"]["vocab"] |= {f"word{i}": i for i in range(len(values["model"]["vocab"]), 64)}
-    tokenizer.write_text(json.dumps(values))
 
 
 def _arguments(bad: Bad, stage: str, output: Path, changes: dict[str, Any]) -> list[str]:

@@ -102,6 +102,10 @@ def test_peak_memory_sees_an_allocation_in_its_phase_only() -> None:
     growth_mib = (record["memory/big_gib"] - record["memory/before_gib"]) * 1024
     assert 190 <= growth_mib <= 260
     assert record["memory/after_gib"] < record["memory/big_gib"] - 150 / 1024
+    with ledger.phase("later"):
+        pass
+    ledger.collect()
+    assert ledger.peak_gib == record["memory/big_gib"]
 
 
 def test_without_reset_the_mark_since_the_start_is_used(tmp_path: Path) -> None:

@@ -21,10 +21,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     log.write(rollout.to_json())
     log.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "rlvr"}\n')
-    write_run_info(tmp_path, environment=environment(), stage="tempo", started="2026-01-01T00:00:00+00:00", wall_s=1.5)
+    write_run_info(
+        tmp_path,
+        environment=environment(),
+        stage="tempo",
+        started="2026-01-01T00:00:00+00:00",
+        wall_s=1.5,
+        peak_memory_gib=2.25,
+    )
     run = load_run(tmp_path)
     assert run.stage == "tempo"
     assert run.info["wall_s"] == 1.5
+    assert run.info["peak_memory_gib"] == 2.25
     (read,) = run.rollouts()
     assert read == LoggedRollout(3, "du", "7", "37=a2:", ["5", "b"], [0.5, None, 0.75], None)
 
