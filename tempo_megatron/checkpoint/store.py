@@ -51,7 +51,7 @@ from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_rank0, rank, together, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
-FORMAT = 1
+FORMAT = 2
 UNREADABLE = "the checkpoint cannot be read"
 
 inprocess_writer.install()
@@ -68,10 +68,13 @@ def _metadata(engine: MegatronEngine) -> dict[str, Any]:
 
 def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) -> dict[str, Any]:
     metadata = {**_metadata(engine), "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = {"model": engine.model.sharded_state_dict(metadata=metadata)}
-    if optimizer:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
-    return state
+    models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(engine.models)}
+    if not optimizer:
+        return models
+    return {
+        **models,
+        "optimizer": engine.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
+    }
 
 
 @contextmanager
@@ -122,17 +125,23 @@ def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_he
         )
         wanted = _sharded_state(engine, optimizer=optimizer, loading=True)
         if skip_head:
-            wanted["model"] = {k: v for k, v in wanted["model"].items() if not k.startswith("output_layer.")}
+            for i in range(len(engine.models)):
+                wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}
         with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
             loaded = dist_checkpointing.load(wanted, str(folder), strategy)
-        missing, unexpected = engine.model.load_state_dict(loaded["model"], strict=False)
-        missing = [
-            k for k in missing if not (k.endswith("_extra_state") or (skip_head and k.startswith("output_layer.")))
-        ]
-        if missing or unexpected:
-            raise TempoError(f"{folder}: does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        for i, model in enumerate(engine.models):
+            missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
+            missing = [k for k in missing if not (k.endswith("_extra_state") or (skip_head and _in_head(k)))]
+            if missing or unexpected:
+                raise TempoError(
+                    f"{folder}: does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+                )
         if optimizer:
             engine.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _in_head(key: str) -> bool:
+    return key.startswith("output_layer.")
 
 
 def save_checkpoint(

@@ -6,30 +6,13 @@ Reads nothing but JSON, so that a job is refused on the login node as well as on
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from tempo_megatron.checkpoint.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
+from tempo_megatron.config.layout import ModelShape, check_layout, divisors, nearest, read_model_shape
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.errors import TempoError
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a Hugging Face ``config.json`` that layouts must agree with."""
-
-    file: Path
-    attention_heads: int
-    key_value_heads: int
-    intermediate_size: int
-    layers: int
-    vocab_size: int
-    max_positions: int
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -48,45 +31,6 @@ def check_config(config: Config, world_size: int) -> None:
         _check_lengths(config, name, shape)
     if _generates(config):
         _check_rollout(config, shapes["actor"], world_size)
-
-
-def read_model_shape(config_json: Path, key: str) -> ModelShape:
-    """Read and judge one ``config.json``; ``key`` is the config key that led to it.
-
-    Raises:
-        TempoError: not JSON, an architecture that is not supported, a number that is missing.
-    """
-    try:
-        values = json.loads(config_json.read_text("utf-8"))
-    except OSError as error:
-        raise TempoError(f"{key}: {config_json} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise TempoError(f"{key}: {config_json} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise TempoError(f"{key}: {config_json} holds a {type(values).__name__}; a JSON object is needed")
-    architectures = values.get("architectures")
-    named = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else "none"
-    if named not in SUPPORTED_ARCHITECTURES:
-        valid = ", ".join(SUPPORTED_ARCHITECTURES)
-        raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
-
-    def number(name: str) -> int:
-        value = values.get(name)
-        if type(value) is not int or value < 1:
-            raise TempoError(f"{key}: {config_json}: {name}: {value!r} must be a positive integer")
-        return value
-
-    heads = number("num_attention_heads")
-    return ModelShape(
-        file=config_json,
-        attention_heads=heads,
-        # older Llama files leave it out or null: multi-head attention
-        key_value_heads=heads if values.get("num_key_value_heads") is None else number("num_key_value_heads"),
-        intermediate_size=number("intermediate_size"),
-        layers=number("num_hidden_layers"),
-        vocab_size=number("vocab_size"),
-        max_positions=number("max_position_embeddings"),
-    )
 
 
 # ---------------------------------------------------------------- stages and files
@@ -150,31 +94,11 @@ def _check_exist(key: str, files: list[str]) -> None:
 
 
 def _check_role(name: str, role: RoleConfig, world_size: int) -> ModelShape:
-    shape = read_model_shape(resolve_init(role.init, f"{name}.init").hf_dir / "config.json", f"{name}.init")
+    key = f"{name}.init"
+    shape = read_model_shape(resolve_init(role.init, key).hf_dir / "config.json", key, critic=name == "critic")
     if role.layer_spec == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise TempoError(f"{name}.layer_spec: 'te' needs the package transformer_engine; without it: 'auto' or 'torch'")
-    tensor, pipeline = role.parallel.tensor_model_parallel_size, role.parallel.pipeline_model_parallel_size
-    valid_tensor = divisors(math.gcd(shape.attention_heads, shape.key_value_heads, shape.intermediate_size))
-    if tensor not in valid_tensor:
-        raise TempoError(
-            f"{name}.parallel.tensor_model_parallel_size: {tensor} must divide num_attention_heads "
-            f"{shape.attention_heads}, num_key_value_heads {shape.key_value_heads} and intermediate_size "
-            f"{shape.intermediate_size} ({shape.file}); nearest valid: {nearest(tensor, valid_tensor)}"
-        )
-    valid_pipeline = divisors(shape.layers)
-    if pipeline not in valid_pipeline:
-        raise TempoError(
-            f"{name}.parallel.pipeline_model_parallel_size: {pipeline} must divide num_hidden_layers {shape.layers} "
-            f"({shape.file}); nearest valid: {nearest(pipeline, valid_pipeline)}"
-        )
-    if world_size % (tensor * pipeline):
-        layouts = [(t, p) for t in valid_tensor for p in valid_pipeline if world_size % (t * p) == 0]
-        layouts.sort(key=lambda layout: abs(layout[0] - tensor) + abs(layout[1] - pipeline))
-        near = ", ".join(f"{t} x {p}" for t, p in layouts[:3])
-        raise TempoError(
-            f"{name}.parallel: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} = "
-            f"{tensor * pipeline} must divide the world size {world_size}; nearest valid: {near}"
-        )
+    check_layout(shape, role.parallel, f"{name}.parallel", world_size)
     return shape
 
 
@@ -224,16 +148,3 @@ def _longest(config: Config) -> tuple[int, str]:
     prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
     longest = prompt + response
     return longest, f"data.max_prompt_tokens {prompt} + data.max_response_tokens {response} = {longest}"
-
-
-def divisors(n: int) -> list[int]:
-    """Ascending."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
-
-
-def nearest(value: int, valid: Iterable[int]) -> str:
-    """The closest valid number below ``value`` and the closest above: "2 or 4"."""
-    numbers = list(valid)
-    below, above = [n for n in numbers if n <= value], [n for n in numbers if n > value]
-    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))

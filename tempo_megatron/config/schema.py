@@ -22,17 +22,36 @@ class ParallelConfig(Section):
         1, ge=1, description="ranks that share each layer; must divide the heads, the KV heads and the MLP width"
     )
     pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline stages; must divide the layers")
+    virtual_pipeline_model_parallel_size: int = Field(
+        1, ge=1, description="chunks of layers per stage (interleaved schedule); 1: one run of layers per stage"
+    )
+    context_parallel_size: int = Field(1, ge=1, description="ranks that share the tokens of each sequence")
+    expert_model_parallel_size: int = Field(
+        1, ge=1, description="ranks that share the experts of a layer; must divide them. Taken from TP, CP and DP"
+    )
+    expert_tensor_parallel_size: int = Field(1, ge=1, description="ranks that share each single expert")
     sequence_parallel: bool = Field(False, description="split norms and residuals by token over the TP ranks")
 
     @model_validator(mode="after")
-    def _sequence_parallel_needs_tp(self) -> ParallelConfig:
+    def _consistent(self) -> ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size: {self.virtual_pipeline_model_parallel_size} needs "
+                "pipeline_model_parallel_size > 1"
+            )
         return self
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks of one replica of the dense layers."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """Ranks of one replica of the experts."""
+        return self.expert_tensor_parallel_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
 
 class OptimizerConfig(Section):

@@ -246,4 +246,4 @@ def _load_hf_folder(engine: MegatronEngine, folder: Path, *, init_head: bool) ->
     extra = unexpected_hf_names(tensors.names, engine.hf_config, engine.role, skip_head=skip_head)
     if extra:
         raise TempoError(f"{folder}: tensors with no place in a {engine.role}: {', '.join(sorted(extra)[:5])}")
-    load_hf_weights(engine.model, engine.hf_config, engine.role, engine.groups, tensors, skip_head=skip_head)
+    load_hf_weights(engine.models, engine.hf_config, engine.role, engine.groups, tensors, skip_head=skip_head)

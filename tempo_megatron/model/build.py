@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,31 +16,47 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from transformers import PretrainedConfig
 
 from tempo_megatron.config.schema import RoleConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
-from tempo_megatron.model.families.base import rope_parameters
-from tempo_megatron.model.layers import PackedAttention, RMSNorm, ValueHead
+from tempo_megatron.model.families.base import Family
+from tempo_megatron.model.layers import (
+    PackedAttention,
+    PostNormAdd,
+    ProjectionRMSNorm,
+    RMSNorm,
+    RopedSelfAttention,
+    ValueHead,
+)
+from tempo_megatron.model.rope import ModelRope, head_dim, rope_of_layer, ropes
 from tempo_megatron.model.weight_map import ModelDims, padded_vocab_size
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.groups import ModelParallelGroups
 
 Role = Literal["actor", "critic"]
+#: Transformer Engine keeps the weight of a norm with the linear layer that follows it.
+FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def model_dims(config: PretrainedConfig) -> ModelDims:
     return ModelDims(config.num_attention_heads, config.num_key_value_heads, head_dim(config), config.vocab_size)
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def layer_spec_name(requested: str) -> Literal["torch", "te"]:
@@ -53,15 +71,26 @@ def layer_spec_name(requested: str) -> Literal["torch", "te"]:
     return "te" if requested == "te" else "torch"
 
 
+def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
+    """Every parameter is loaded; drawing billions of numbers first takes minutes.
+
+    Not ``perform_initialization=False``: Megatron then leaves out the marks of tensor-parallel parameters as well, and
+    the gradient norm counts only the first rank's part of them, silently.
+    """
+    return tensor
+
+
 def transformer_config(config: PretrainedConfig, role: RoleConfig) -> TransformerConfig:
     """Megatron's config for this HF model, layout and dtype; no dropout, no biases."""
-    dtype = DTYPES[role.dtype]
+    dtype, layout = DTYPES[role.dtype], role.parallel
     te = layer_spec_name(role.layer_spec) == "te"
     recompute: dict[str, Any] = (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         if role.recompute
         else {}
     )
+    family = family_of(config)
+    chunks = layout.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -71,21 +100,33 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         ffn_hidden_size=config.intermediate_size,
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
-        init_method_std=config.initializer_range,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=role.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=role.parallel.pipeline_model_parallel_size,
-        sequence_parallel=role.parallel.sequence_parallel,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not use_cuda(),
-        variable_seq_lengths=True,  # packs differ in length from micro-batch to micro-batch
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
+        # packs differ in length from micro-batch to micro-batch, but for interleaved stages (training.engine)
+        variable_seq_lengths=chunks == 1,
+        # interleaved stages with two ranks have one peer on both sides, whose batched messages get mixed up (a wrong
+        # loss, no error); overlapped ones race with the release of sent tensors (schedules.py of 0.16.1)
+        batch_p2p_comm=chunks == 1,
+        overlap_p2p_comm=False,
         moe_token_dispatcher_type="alltoall",  # TransformerConfig demands it with variable_seq_lengths, dense or not
+        moe_grouped_gemm=te and family.moe,
         calculate_per_token_loss=True,  # losses arrive divided by their global count: nothing else may scale them
         masked_softmax_fusion=False,
         bias_activation_fusion=te,
@@ -94,76 +135,166 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **recompute,
-        **family_of(config).transformer_config(config),
+        **family.transformer_config(config),
     )
 
 
-def _torch_layer(qk_norm: bool) -> ModuleSpec:
-    head_norm = RMSNorm if qk_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
-        ),
+@dataclass(frozen=True)
+class _Backend:
+    """The classes that a layer spec is made of."""
+
+    norm: type
+    qkv: type
+    column: type
+    row: type
+    core_attention: type
+
+
+def _backend(name: Literal["torch", "te"], family: Family) -> _Backend:
+    if name == "torch":
+        return _Backend(RMSNorm, ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, PackedAttention)
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+
+    # a norm before a linear layer is fused with it
+    fused = TELayerNormColumnParallelLinear if family.norm == "pre" else TEColumnParallelLinear
+    return _Backend(TENorm, fused, fused, TERowParallelLinear, TEDotProductAttention)
+
+
+def _layer_spec(
+    config: PretrainedConfig, megatron_config: TransformerConfig, name: Literal["torch", "te"], layer: int
+) -> ModuleSpec:
+    """Spec of (0-based) layer ``layer``."""
+    family = family_of(config)
+    backend = _backend(name, family)
+    pre_norm = family.norm == "pre"
+    separate_norm = backend.norm if pre_norm and name == "torch" else IdentityOp
+    add = get_bias_dropout_add if pre_norm else ModuleSpec(module=PostNormAdd, params={"config": megatron_config})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            input_layernorm=separate_norm,
+            self_attention=_attention_spec(config, family, backend, layer),
+            self_attn_bda=add,
+            pre_mlp_layernorm=backend.norm if family.moe else separate_norm,
+            mlp=_mlp_spec(config, family, backend, name),
+            mlp_bda=add,
+            # checkpoints name a norm as Transformer Engine does, which fuses it: either spec loads what the other saved
+            sharded_state_dict_keys_map={
+                plain: fused for plain, fused in FUSED_NORMS.items() if pre_norm and not (family.moe and "mlp" in plain)
+            },
         ),
     )
 
 
-def block_spec(config: TransformerConfig, name: Literal["torch", "te"], qk_norm: bool) -> Any:
-    """Layers of this pipeline stage and the final norm."""
-    if name == "te":
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+def _attention_spec(config: PretrainedConfig, family: Family, backend: _Backend, layer: int) -> ModuleSpec:
+    def qk_norm(heads: int) -> Any:
+        if family.qk_norm == "projection":
+            return ModuleSpec(module=ProjectionRMSNorm, params={"heads": heads})
+        return backend.norm if family.qk_norm == "head" else IdentityOp
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    layers = [_torch_layer(qk_norm)] * get_num_layers_to_build(config)
+    every = ropes(config)
+    own = rope_of_layer(config, layer)
+    # YaRN's factor on the cos and sin of both q and k: on the scores it is its square
+    scale = every[own].attention_factor ** 2 / math.sqrt(head_dim(config))
+    several = len(every) > 1 or every[own].attention_factor != 1.0
+    return ModuleSpec(
+        module=RopedSelfAttention if several else SelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            **({"rope": own if len(every) > 1 else None, "softmax_scale": scale} if several else {}),
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.qkv,
+            core_attention=backend.core_attention,
+            linear_proj=backend.row,
+            q_layernorm=qk_norm(config.num_attention_heads),
+            k_layernorm=qk_norm(config.num_key_value_heads),
+        ),
+    )
+
+
+def _mlp_spec(config: PretrainedConfig, family: Family, backend: _Backend, name: Literal["torch", "te"]) -> ModuleSpec:
+    if not family.moe:
+        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row))
+    if name == "te":
+        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+        return get_moe_module_spec(use_te=True, num_experts=config.num_experts, moe_grouped_gemm=True)
+    experts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts)),
+    )
+
+
+def block_spec(
+    config: PretrainedConfig, megatron_config: TransformerConfig, name: Literal["torch", "te"], chunk: int | None
+) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage (of its model chunk ``chunk`` if stages are interleaved) and the final norm."""
+    first = get_transformer_layer_offset(megatron_config, chunk)
+    count = get_num_layers_to_build(megatron_config, chunk)
+    layers = [_layer_spec(config, megatron_config, name, first + i) for i in range(count)]
     # a bare layer spec would make the block take WrappedTorchNorm for the final norm, which refuses SP
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_backend(name, family_of(config)).norm)
 
 
 def build_model(
     config: PretrainedConfig, role_name: Role, role: RoleConfig, groups: ModelParallelGroups, head_bias: float = 0.5
-) -> GPTModel:
-    """This rank's part of the model, on its device, with Megatron's own random init (weights are loaded after).
+) -> list[GPTModel]:
+    """This rank's part of the model, on its device: one model, or one per interleaved chunk of its stage.
 
-    A critic never ties embeddings: with pipeline stages the tied-gradient all-reduce would pair the embedding
-    with the [1, h] head and hang.
+    The parameters are not initialised, but for the value head; weights are loaded after.  A critic never ties
+    embeddings: with pipeline stages the tied-gradient all-reduce would pair the embedding with the [1, h] head and
+    hang.
     """
-    family = family_of(config)
     megatron_config = transformer_config(config, role)
-    tied = bool(config.tie_word_embeddings) and role_name == "actor"
+    chunks = role.parallel.virtual_pipeline_model_parallel_size
     with groups.active():
-        model = GPTModel(
-            config=megatron_config,
-            transformer_layer_spec=block_spec(megatron_config, layer_spec_name(role.layer_spec), family.qk_norm),
-            vocab_size=padded_vocab_size(config.vocab_size, groups.tp_size),
-            max_sequence_length=config.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
-            parallel_output=True,
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
-            rotary_base=rope_parameters(config)["rope_theta"],
-        )
-        if role_name == "critic" and groups.is_last_stage:
-            model.output_layer = ValueHead(megatron_config, head_bias)
+        models = [
+            _build_chunk(config, megatron_config, role_name, role, groups, head_bias, i if chunks > 1 else None)
+            for i in range(chunks)
+        ]
     if use_cuda():
-        model.cuda(torch.cuda.current_device())
+        for model in models:
+            model.cuda(torch.cuda.current_device())
+    return models
+
+
+def _build_chunk(
+    config: PretrainedConfig,
+    megatron_config: TransformerConfig,
+    role_name: Role,
+    role: RoleConfig,
+    groups: ModelParallelGroups,
+    head_bias: float,
+    chunk: int | None,
+) -> GPTModel:
+    last = groups.holds_output(chunk)
+    model = GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=block_spec(config, megatron_config, layer_spec_name(role.layer_spec), chunk),
+        vocab_size=padded_vocab_size(config.vocab_size, groups.tp_size),
+        max_sequence_length=config.max_position_embeddings,
+        pre_process=groups.holds_embedding(chunk),
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=bool(config.tie_word_embeddings) and role_name == "actor",
+        position_embedding_type="rope",
+        vp_stage=chunk,
+    )
+    model.rotary_pos_emb = ModelRope(config, groups.cp_group)
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            # Megatron gives experts their own gradient and optimizer groups only when EP > 1.  Where expert-tensor and
+            # tensor parallelism differ they need them too, or their gradients are silently not summed; and always
+            # having them keeps the optimizer's checkpoint the same for every EP.
+            parameter.allreduce = False
+    if role_name == "critic" and last:
+        model.output_layer = ValueHead(megatron_config, head_bias)
     return model

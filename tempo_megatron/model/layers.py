@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 
@@ -30,11 +38,87 @@ class RMSNorm(torch.nn.Module):
         return self.weight * h.to(x.dtype)
 
 
+class ProjectionRMSNorm(torch.nn.Module):
+    """RMSNorm over the whole q (or k) projection (OLMo-2 and -3); weights and statistics are cut with the heads.
+
+    Built by SelfAttention as its q_layernorm or k_layernorm: ``hidden_size`` is the size of one head.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+        super().__init__()
+        self.eps = eps
+        self.tp_group = mpu.get_tensor_model_parallel_group()
+        self.width = heads * hidden_size
+        self.weight = torch.nn.Parameter(torch.ones(self.width // self.tp_group.size(), dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., heads / tp, head_dim]``, normalised over the heads of all tensor-parallel ranks."""
+        h = x.float().flatten(-2)
+        squares = h.pow(2).sum(-1, keepdim=True)
+        if self.tp_group.size() > 1:
+            squares = _SumOverRanks.apply(squares, self.tp_group)
+        h = h * torch.rsqrt(squares / self.width + self.eps)
+        return (self.weight * h.to(x.dtype)).view_as(x)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        return _sharded(self, prefix, {"weight": 0}, sharded_offsets, metadata)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce of what every rank uses in its own loss: the gradients of all ranks add up as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class PostNormAdd(torch.nn.Module):
+    """In place of Megatron's bias-dropout-add: the norm of what a sublayer gives, added to the residual."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:
+        return self._add
+
+    def _add(self, output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        return residual + self.norm(output_with_bias[0])
+
+
+class RopedSelfAttention(SelfAttention):
+    """SelfAttention with its own softmax scale, of a layer that takes rope number ``rope`` of several."""
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, rope: int | None, softmax_scale: float, **kwargs: Any
+    ) -> None:
+        config = copy.copy(config)
+        config.softmax_scale = softmax_scale
+        super().__init__(config, *args, **kwargs)
+        self.rope = rope
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
+        own = rotary_pos_emb if self.rope is None else rotary_pos_emb[self.rope]
+        return super().forward(*args, rotary_pos_emb=own, **kwargs)
+
+
 class PackedAttention(MegatronModule):
     """Causal attention over packed sequences (``thd``), by torch's scaled_dot_product_attention.
 
-    Megatron's own DotProductAttention refuses packed input.  Runs of neighbouring sequences of one length
-    are computed as one batch, so nothing is padded; packs are laid out by length for that reason.
+    Megatron's own DotProductAttention refuses packed input and context parallelism.  Runs of neighbouring sequences
+    of one length are computed as one batch, so nothing is padded; packs are laid out by length for that reason.
     """
 
     def __init__(
@@ -43,13 +127,15 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         assert config.kv_channels is not None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        sliding = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if sliding else None
+        self.cp_group = mpu.get_context_parallel_group()
 
     def forward(
         self,
@@ -61,22 +147,66 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query ``[t, heads, d]``, key and value ``[t, kv_heads, d]`` -> ``[t, heads * d]``."""
+        """query ``[t, heads, d]``, key and value ``[t, kv_heads, d]`` -> ``[t, heads * d]``; t of this context rank."""
         if packed_seq_params is None:
             raise ValueError("PackedAttention computes packed sequences only: packed_seq_params is required")
+        cp = self.cp_group.size()
+        if cp > 1:  # gradients of keys and values come from every context rank: reduce-scattered in the backward
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value)
+            )
+        # [context rank, its tokens, kv_heads, d]
+        key, value = (x.unflatten(0, (cp, -1)) for x in (key, value))
         outputs = []
         start = 0
         for length, count in length_runs(packed_seq_params):
-            end = start + length * count
-            q, k, v = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            part = length // cp
+            end = start + part * count
+            q = query[start:end].unflatten(0, (count, part)).transpose(1, 2)
+            k, v = (
+                x[:, start:end].unflatten(1, (count, part)).transpose(0, 1).flatten(1, 2).transpose(1, 2)
+                for x in (key, value)
+            )
+            mask = self._mask(length, query.device, packed_seq_params)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             start = end
         return torch.cat(outputs).flatten(1)
 
+    def _mask(self, length: int, device: torch.device, packed: PackedSeqParams) -> Tensor | None:
+        """``[length / cp, length]``, True where a query sees a key; None where plain causal attention does."""
+        cp = self.cp_group.size()
+        window = self.window if self.window is not None and self.window < length else None
+        if cp == 1 and window is None:
+            return None
+        masks: dict[tuple[int, int | None], Tensor] = packed.__dict__.setdefault("masks", {})
+        if (length, window) not in masks:
+            keys = torch.cat([context_positions(length, cp, r) for r in range(cp)])
+            queries = context_positions(length, cp, self.cp_group.rank()).unsqueeze(1)
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+            masks[length, window] = mask.to(device)
+        return masks[length, window]
+
+
+def context_positions(length: int, cp_size: int, cp_rank: int) -> Tensor:
+    """Positions in a sequence of ``length`` tokens that context rank ``cp_rank`` holds, in its order.
+
+    Megatron's zig-zag: of 2 cp equal chunks rank r holds chunks r and 2 cp - 1 - r, so that causal attention costs
+    every rank the same.
+    """
+    positions = torch.arange(length)
+    if cp_size == 1:
+        return positions
+    chunks = positions.chunk(2 * cp_size)
+    return torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]])
+
 
 def length_runs(packed: PackedSeqParams) -> list[tuple[int, int]]:
-    """Neighbouring sequences of equal length as (length, count), kept on the object for the next layer."""
+    """Neighbouring sequences of equal (whole) length as (length, count), kept on the object for the next layer."""
     runs: list[tuple[int, int]] | None = getattr(packed, "length_runs", None)
     if runs is None:
         assert packed.cu_seqlens_q is not None
@@ -84,6 +214,20 @@ def length_runs(packed: PackedSeqParams) -> list[tuple[int, int]]:
         runs = [(n, len(list(same))) for n, same in groupby(lengths)]
         packed.length_runs = runs
     return runs
+
+
+def _sharded(
+    module: torch.nn.Module, prefix: str, axes: dict[str, int], offsets: tuple, metadata: dict | None
+) -> dict[str, Any]:
+    """sharded_state_dict of a module whose parameters ``axes`` are cut over TP along the given axis, others not."""
+    return make_sharded_tensors_for_checkpoint(
+        module.state_dict(prefix="", keep_vars=True),
+        prefix,
+        axes,
+        offsets,
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        dp_cp_group=(metadata or {}).get("dp_cp_group"),
+    )
 
 
 class ValueHead(torch.nn.Linear):
@@ -104,8 +248,6 @@ class ValueHead(torch.nn.Linear):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """``[s, b, h]`` (s split over TP under sequence parallelism) -> ``([s, b, 1] float32, None)``."""
-        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
         values = F.linear(x.float(), self.weight.float(), self.bias.float())
         if self.sequence_parallel:
             # every TP rank computes the same loss, so the backward only splits
@@ -115,14 +257,4 @@ class ValueHead(torch.nn.Linear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        from megatron.core import parallel_state as mpu
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=mpu.get_tensor_model_parallel_group(),
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
+        return _sharded(self, prefix, {}, sharded_offsets, metadata)

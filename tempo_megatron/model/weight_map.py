@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-LAYER = "{layer}"
+LAYER, EXPERT = "{layer}", "{expert}"
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,27 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """``megatron`` parameter name and the ``hf`` tensor names it is made of; ``{layer}`` is the global layer index."""
+    """``megatron`` parameter name and the ``hf`` tensor names it is made of.
+
+    ``{layer}`` is the global layer index.  ``{expert}`` is the global expert index in HF names, that among the
+    rank's own experts in the Megatron name.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     transform: Transform
 
-    def hf_names(self, layer: int | None) -> tuple[str, ...]:
-        return tuple(name.replace(LAYER, str(layer)) for name in self.hf)
+    @property
+    def per_layer(self) -> bool:
+        return LAYER in self.megatron
+
+    @property
+    def per_expert(self) -> bool:
+        """Expert weights are cut over the expert-tensor-parallel ranks and dealt over the expert-parallel ones."""
+        return EXPERT in self.megatron
+
+    def megatron_name(self, layer: int | None, expert: int | None) -> str:
+        return self.megatron.replace(LAYER, str(layer)).replace(EXPERT, str(expert))
+
+    def hf_names(self, layer: int | None, expert: int | None) -> tuple[str, ...]:
+        return tuple(name.replace(LAYER, str(layer)).replace(EXPERT, str(expert)) for name in self.hf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +13,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.model.build import Role, model_dims
+from tempo_megatron.model.build import FUSED_NORMS, Role, model_dims
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import LM_HEAD_RULES, VALUE_HEAD_RULES
-from tempo_megatron.model.weight_map import LAYER, WeightRule
+from tempo_megatron.model.weight_map import WeightRule
 from tempo_megatron.parallel.groups import ModelParallelGroups
-
-# Transformer Engine fuses a norm with the linear layer that follows it, and keeps its weight there
-_TE_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 
 #: Reads one HF tensor by name; raises TempoError naming file and tensor.
 TensorReader = Callable[[str], Tensor]
@@ -31,15 +25,22 @@ TensorReader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Entry:
-    """One local parameter, the rule that makes it and its global layer (None outside the layers)."""
+    """One local parameter and the rule that makes it.
+
+    ``layer`` is the global layer and ``expert`` the expert among those of this rank; None where there is none.
+    """
 
     rule: WeightRule
     layer: int | None
+    expert: int | None
     parameter: torch.nn.Parameter
 
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return self.rule.hf_names(self.layer)
+    def hf_names(self, config: PretrainedConfig, groups: ModelParallelGroups) -> tuple[str, ...]:
+        """The HF tensors that this rank's parameter is made of."""
+        expert = None
+        if self.expert is not None:
+            expert = groups.ep_rank * (config.num_experts // groups.ep_size) + self.expert
+        return self.rule.hf_names(self.layer, expert)
 
 
 def rules_for(config: PretrainedConfig, role: Role) -> tuple[WeightRule, ...]:
@@ -50,27 +51,32 @@ def rules_for(config: PretrainedConfig, role: Role) -> tuple[WeightRule, ...]:
     return backbone if config.tie_word_embeddings else backbone + LM_HEAD_RULES
 
 
-def _entries(model: GPTModel, config: PretrainedConfig, role: Role) -> list[Entry]:
-    """Every local parameter with its rule, in weight-map order (embedding, layers ascending, final norm, head)."""
+def local_entries(
+    models: Sequence[GPTModel], config: PretrainedConfig, role: Role, groups: ModelParallelGroups
+) -> list[list[Entry]]:
+    """For each model chunk, its parameters with their rules, in order (embedding, layers ascending, norm, head)."""
+    return [_chunk_entries(model, config, role, groups) for model in models]
+
+
+def _chunk_entries(model: GPTModel, config: PretrainedConfig, role: Role, groups: ModelParallelGroups) -> list[Entry]:
     parameters = dict(model.named_parameters())
-    layers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     entries: list[Entry] = []
 
-    def take(rule: WeightRule, name: str, layer: int | None) -> None:
-        for plain, fused in _TE_NAMES.items():
-            if name not in parameters and name.endswith(plain):
-                name = name.removesuffix(plain) + fused
-        if name in parameters:
-            entries.append(Entry(rule, layer, parameters.pop(name)))
+    def take(rule: WeightRule, local: int | None, layer: int | None, expert: int | None) -> None:
+        name = next((n for n in _spellings(rule.megatron_name(local, expert)) if n in parameters), None)
+        if name is not None:
+            entries.append(Entry(rule, layer, expert, parameters.pop(name)))
 
     rules = rules_for(config, role)
-    for rule in (r for r in rules if LAYER not in r.megatron and r.megatron.startswith("embedding.")):
-        take(rule, rule.megatron, None)
-    for local, layer in layers.items():
-        for rule in (r for r in rules if LAYER in r.megatron):
-            take(rule, rule.megatron.replace(LAYER, str(local)), layer)
-    for rule in (r for r in rules if LAYER not in r.megatron and not r.megatron.startswith("embedding.")):
-        take(rule, rule.megatron, None)
+    experts = config.num_experts // groups.ep_size if family_of(config).moe else 0
+    for rule in (r for r in rules if r.megatron.startswith("embedding.")):
+        take(rule, None, None, None)
+    for local, module in enumerate(model.decoder.layers):
+        for rule in (r for r in rules if r.per_layer):
+            for expert in range(experts) if rule.per_expert else (None,):
+                take(rule, local, module.layer_number - 1, expert)
+    for rule in (r for r in rules if not r.per_layer and not r.megatron.startswith("embedding.")):
+        take(rule, None, None, None)
     # the last stage's copy of a tied embedding follows the first stage's and is not a tensor of its own
     if role == "actor" and config.tie_word_embeddings:
         parameters.pop("output_layer.weight", None)
@@ -79,9 +85,49 @@ def _entries(model: GPTModel, config: PretrainedConfig, role: Role) -> list[Entr
     return entries
 
 
+def _spellings(name: str) -> Iterator[str]:
+    """The name of a parameter in the ``torch`` spec, then in Transformer Engine's."""
+    yield name
+    for plain, fused in FUSED_NORMS.items():
+        if plain in name:
+            yield name.replace(plain, fused)
+    if match := re.fullmatch(r"(.*experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)", name):
+        yield f"{match[1]}.{match[3]}{match[2]}"  # grouped experts: one parameter each, numbered
+
+
+def entry_shard(entry: Entry, config: PretrainedConfig, groups: ModelParallelGroups, read: TensorReader) -> Tensor:
+    """This rank's part of a parameter, made from the full HF tensors; dtype as read.
+
+    Raises:
+        TempoError: a tensor has another shape than config.json asks for.
+    """
+    return _shard(entry.parameter, entry.rule, entry.hf_names(config, groups), config, groups, read)
+
+
+def _shard(
+    parameter: Tensor,
+    rule: WeightRule,
+    names: tuple[str, ...],
+    config: PretrainedConfig,
+    groups: ModelParallelGroups,
+    read: TensorReader,
+) -> Tensor:
+    dims = model_dims(config)
+    rank, size = groups.part(rule.per_expert)
+    tensors = [read(n) for n in names]
+    wholes = rule.transform.unshard([torch.empty(parameter.shape, device="meta")] * size, dims)
+    for name, tensor, whole in zip(names, tensors, wholes, strict=True):
+        if tensor.shape != whole.shape:
+            raise TempoError(
+                f"{config.name_or_path or 'the model'}: tensor {name} has the shape {list(tensor.shape)}, "
+                f"config.json asks for {list(whole.shape)}"
+            )
+    return rule.transform.shard(tensors, dims, rank, size)
+
+
 @torch.no_grad()
 def load_hf_weights(
-    model: GPTModel,
+    models: Sequence[GPTModel],
     config: PretrainedConfig,
     role: Role,
     groups: ModelParallelGroups,
@@ -94,44 +140,30 @@ def load_hf_weights(
     Args:
         skip_head: leave the value head as it was built (a critic that starts from a policy checkpoint).
     """
-    dims = model_dims(config)
-
-    def fill(parameter: torch.nn.Parameter, rule: WeightRule, names: tuple[str, ...]) -> None:
-        tensors = [read(n) for n in names]
-        shards = [torch.empty(parameter.shape, device="meta")] * groups.tp_size
-        for name, tensor, whole in zip(names, tensors, rule.transform.unshard(shards, dims), strict=True):
-            if tensor.shape != whole.shape:
-                raise TempoError(
-                    f"{config.name_or_path or 'the model'}: tensor {name} has the shape {list(tensor.shape)}, "
-                    f"config.json asks for {list(whole.shape)}"
-                )
-        parameter.copy_(rule.transform.shard(tensors, dims, groups.tp_rank, groups.tp_size).to(parameter.dtype))
-
-    for entry in _entries(model, config, role):
-        if skip_head and entry.rule in VALUE_HEAD_RULES:
-            continue
-        fill(entry.parameter, entry.rule, entry.hf_names)
-    tied_copy = _tied_output_copy(model, config, role)
-    if tied_copy is not None:
+    for entry in (e for chunk in local_entries(models, config, role, groups) for e in chunk):
+        if not (skip_head and entry.rule in VALUE_HEAD_RULES):
+            entry.parameter.copy_(entry_shard(entry, config, groups, read))
+    for copy in _tied_output_copies(models, config, role):
         embedding = next(r for r in rules_for(config, role) if r.megatron.startswith("embedding."))
-        fill(tied_copy, embedding, embedding.hf)
+        copy.copy_(_shard(copy, embedding, embedding.hf, config, groups, read))
 
 
-def _tied_output_copy(model: GPTModel, config: PretrainedConfig, role: Role) -> torch.nn.Parameter | None:
+def _tied_output_copies(models: Sequence[GPTModel], config: PretrainedConfig, role: Role) -> list[torch.nn.Parameter]:
     """The output layer that a last stage without the embedding holds for a tied model."""
-    if role == "actor" and config.tie_word_embeddings and model.post_process and not model.pre_process:
-        weight: torch.nn.Parameter = model.output_layer.weight
-        return weight
-    return None
+    if role == "actor" and config.tie_word_embeddings:
+        return [m.output_layer.weight for m in models if m.post_process and not m.pre_process]
+    return []
 
 
 def expected_hf_names(config: PretrainedConfig, role: Role) -> set[str]:
     """Every HF tensor name that a complete checkpoint of this role holds."""
     names: set[str] = set()
     for rule in rules_for(config, role):
-        layers: range | tuple[None] = range(config.num_hidden_layers) if LAYER in rule.megatron else (None,)
+        layers: range | tuple[None] = range(config.num_hidden_layers) if rule.per_layer else (None,)
+        experts: range | tuple[None] = range(config.num_experts) if rule.per_expert else (None,)
         for layer in layers:
-            names.update(rule.hf_names(layer))
+            for expert in experts:
+                names.update(rule.hf_names(layer, expert))
     return names
 
 
@@ -149,10 +181,11 @@ def unexpected_hf_names(names: set[str], config: PretrainedConfig, role: Role, *
 
 @dataclass(frozen=True)
 class _Planned:
-    """What every stage knows of a parameter that one stage owns."""
+    """What every stage knows of a parameter that one stage owns. ``shape`` is that of one rank's part."""
 
     rule: WeightRule
     layer: int | None
+    expert: int | None
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -164,35 +197,58 @@ class _Planned:
 class HFWeightStream:
     """Streams the full HF tensors of a role to every rank, bucket by bucket, in layer order.
 
-    Of each bucket (parameters of one pipeline stage) the tensor-parallel parts are gathered, sent to the other
-    stages, and turned into HF tensors.  A rank holds no more than one bucket of full weights at a time, as long
-    as the consumer drops the tensors that it has used.
+    Of each bucket (parameters of one model chunk of one pipeline stage) the parts of all tensor-parallel ranks -- of
+    experts, those of all expert-parallel ranks too -- are gathered, sent to the other stages, and turned into HF
+    tensors.  A rank holds no more than one bucket of full weights at a time, as long as the consumer drops the
+    tensors that it has used.
     """
 
     def __init__(
-        self, model: GPTModel, config: PretrainedConfig, role: Role, groups: ModelParallelGroups, bucket_bytes: int
+        self,
+        models: Sequence[GPTModel],
+        config: PretrainedConfig,
+        role: Role,
+        groups: ModelParallelGroups,
+        bucket_bytes: int,
     ) -> None:
         self.groups, self.bucket_bytes, self.dims = groups, bucket_bytes, model_dims(config)
-        self.entries = _entries(model, config, role)
+        self.experts_per_rank = getattr(config, "num_experts", 0) // groups.ep_size
+        self.chunks = local_entries(models, config, role, groups)
+        self.device = next(models[0].parameters()).device
         by_name = {r.megatron: r for r in rules_for(config, role)}
-        mine = [(e.rule.megatron, e.layer, tuple(e.parameter.shape), e.parameter.dtype) for e in self.entries]
-        stages: list[list[tuple[str, int | None, tuple[int, ...], torch.dtype]]] = [mine] * groups.pp_size
+        mine = [
+            [(e.rule.megatron, e.layer, e.expert, tuple(e.parameter.shape), e.parameter.dtype) for e in chunk]
+            for chunk in self.chunks
+        ]
+        stages = [mine] * groups.pp_size
         if groups.pp_size > 1:
             stages = [[]] * groups.pp_size
             dist.all_gather_object(stages, mine, group=groups.pp_group)
-        self.stages = [
-            [_Planned(by_name[name], layer, shape, dtype) for name, layer, shape, dtype in stage] for stage in stages
+        #: [stage][chunk][parameter]
+        self.plan = [
+            [
+                [_Planned(by_name[n], layer, expert, shape, dtype) for n, layer, expert, shape, dtype in chunk]
+                for chunk in stage
+            ]
+            for stage in stages
         ]
 
-    def _buckets(self, stage: list[_Planned]) -> Iterator[list[int]]:
-        """Positions of ``stage`` in runs of at most ``bucket_bytes`` of full weights and one dtype."""
+    def _sources(self, item: _Planned) -> int:
+        """Ranks whose parts of this parameter, or of its siblings on other expert-parallel ranks, are gathered."""
+        return self.groups.expert_group.size() if item.rule.per_expert else self.groups.tp_size
+
+    def _buckets(self, items: list[_Planned]) -> Iterator[list[int]]:
+        """Positions in ``items`` in runs of at most ``bucket_bytes`` of full weights, of one dtype and one group."""
         bucket: list[int] = []
         size = 0
-        for i, item in enumerate(stage):
-            item_bytes = item.numel * item.dtype.itemsize * self.groups.tp_size
-            if bucket and (size + item_bytes > self.bucket_bytes or item.dtype != stage[bucket[0]].dtype):
-                yield bucket
-                bucket, size = [], 0
+        for i, item in enumerate(items):
+            item_bytes = item.numel * item.dtype.itemsize * self._sources(item)
+            if bucket:
+                first = items[bucket[0]]
+                alike = (item.dtype, item.rule.per_expert) == (first.dtype, first.rule.per_expert)
+                if not alike or size + item_bytes > self.bucket_bytes:
+                    yield bucket
+                    bucket, size = [], 0
             bucket.append(i)
             size += item_bytes
         if bucket:
@@ -201,28 +257,38 @@ class HFWeightStream:
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) on this rank's device. All ranks of the model-parallel group iterate together."""
-        for owner, stage in enumerate(self.stages):
-            for bucket in self._buckets(stage):
-                parts = self._gather(owner, [stage[i] for i in bucket], bucket)
-                for n, i in enumerate(bucket):
-                    shards = [rank_parts[n].view(stage[i].shape) for rank_parts in parts]
-                    tensors = stage[i].rule.transform.unshard(shards, self.dims)
-                    yield from zip(stage[i].rule.hf_names(stage[i].layer), tensors, strict=True)
+        for chunk in range(len(self.chunks)):
+            for owner in range(self.groups.pp_size):
+                items = self.plan[owner][chunk]
+                for bucket in self._buckets(items):
+                    parts = self._gather(owner, chunk, bucket)
+                    for n, i in enumerate(bucket):
+                        yield from self._to_hf(items[i], [part[n].view(items[i].shape) for part in parts])
 
-    def _gather(self, owner: int, items: list[_Planned], bucket: list[int]) -> list[tuple[Tensor, ...]]:
-        """Flat parts of the bucket's parameters: one tuple per tensor-parallel rank."""
-        groups = self.groups
+    def _to_hf(self, item: _Planned, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors of a parameter; of an expert's, those of its siblings on the other expert-parallel ranks too."""
+        size = self.groups.part(item.rule.per_expert)[1]
+        for sibling in range(len(parts) // size):
+            expert = item.expert
+            if expert is not None:
+                expert += sibling * self.experts_per_rank
+            tensors = item.rule.transform.unshard(parts[sibling * size : (sibling + 1) * size], self.dims)
+            yield from zip(item.rule.hf_names(item.layer, expert), tensors, strict=True)
+
+    def _gather(self, owner: int, chunk: int, bucket: list[int]) -> list[tuple[Tensor, ...]]:
+        """Flat parts of the bucket's parameters: one tuple per rank that holds a part, expert-tensor rank fastest."""
+        groups, items = self.groups, [self.plan[owner][chunk][i] for i in bucket]
         sizes = [item.numel for item in items]
+        sources = self._sources(items[0])
         if groups.pp_rank == owner:
-            local = torch.cat([self.entries[i].parameter.detach().flatten() for i in bucket])
-            gathered = local.new_empty(groups.tp_size, local.numel())
-            if groups.tp_size > 1:
-                dist.all_gather_into_tensor(gathered.view(-1), local, group=groups.tp_group)
-            else:
-                gathered = local.unsqueeze(0)
+            local = torch.cat([self.chunks[chunk][i].parameter.detach().flatten() for i in bucket])
+            gathered = local.unsqueeze(0)
+            if sources > 1:
+                gathered = local.new_empty(sources, local.numel())
+                group = groups.expert_group if items[0].rule.per_expert else groups.tp_group
+                dist.all_gather_into_tensor(gathered.view(-1), local, group=group)
         else:
-            device = self.entries[0].parameter.device
-            gathered = torch.empty(groups.tp_size, sum(sizes), dtype=items[0].dtype, device=device)
+            gathered = torch.empty(sources, sum(sizes), dtype=items[0].dtype, device=self.device)
         if groups.pp_size > 1:
             dist.broadcast(gathered, groups.stage_rank(owner), group=groups.pp_group)
         return [row.split(sizes) for row in gathered]

@@ -189,3 +189,50 @@ def _patch_megatron() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+    _patch_moe()
+
+
+def _patch_moe() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    moe_utils.te_general_gemm = None  # router_gating_linear reads it, but without TE 0.16.1 does not define it
+    original = moe_utils.maybe_move_tensor_to_cpu
+
+    # moves only CUDA tensors, so that the split sizes of the all-to-all stay tensors: gloo wants numbers
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
+    _patch_uneven_collectives()
+
+
+def _patch_uneven_collectives() -> None:
+    """Expert-tensor parallel ranks exchange unequal numbers of tokens (token_dispatcher.py): gloo wants equal ones."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(tensor, group, None, *rest)
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        every = padded.new_empty(len(sizes), *padded.shape)
+        torch.distributed.all_gather_into_tensor(every.flatten(0, 1), padded, group=group)
+        return torch.cat([part[:n] for part, n in zip(every, sizes, strict=True)])
+
+    def reduce_scatter_uneven(
+        tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(tensor, group, None, *rest)
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven

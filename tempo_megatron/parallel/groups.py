@@ -26,7 +26,9 @@ def _layout_globals() -> dict[str, Any]:
 class ModelParallelGroups:
     """The groups of one layout; built by all ranks together.
 
-    Attributes: ``tp_rank``, ``tp_size``, ``pp_rank``, ``pp_size``, ``dp_rank``, ``dp_size``.
+    Attributes: rank and size of this process along each dimension, and the groups of those that share the rest:
+    ``tp_*`` tensor, ``pp_*`` pipeline, ``cp_*`` context, ``dp_*`` data (without context), ``ep_*`` expert,
+    ``etp_*`` expert-tensor parallel.
     """
 
     def __init__(self, layout: ParallelConfig, timeout_s: int) -> None:
@@ -34,24 +36,34 @@ class ModelParallelGroups:
         before = _layout_globals()
         for name in before:
             setattr(mpu, name, {} if isinstance(before[name], dict) else None)
+        chunks = layout.virtual_pipeline_model_parallel_size
         try:
             mpu.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tensor_model_parallel_size,
                 pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+                context_parallel_size=layout.context_parallel_size,
+                expert_model_parallel_size=layout.expert_model_parallel_size,
+                expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
                 distributed_timeout_minutes=max(1, timeout_s // 60),
             )
             self._globals = _layout_globals()
-            self.tp_rank, self.tp_size = (
-                mpu.get_tensor_model_parallel_rank(),
-                mpu.get_tensor_model_parallel_world_size(),
-            )
-            self.pp_rank, self.pp_size = (
-                mpu.get_pipeline_model_parallel_rank(),
-                mpu.get_pipeline_model_parallel_world_size(),
-            )
-            self.dp_rank, self.dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
             self.tp_group: dist.ProcessGroup = mpu.get_tensor_model_parallel_group()
             self.pp_group: dist.ProcessGroup = mpu.get_pipeline_model_parallel_group()
+            self.cp_group: dist.ProcessGroup = mpu.get_context_parallel_group()
+            self.expert_group: dist.ProcessGroup = mpu.get_expert_tensor_and_model_parallel_group()
+            self.tp_rank, self.tp_size = self.tp_group.rank(), self.tp_group.size()
+            self.pp_rank, self.pp_size = self.pp_group.rank(), self.pp_group.size()
+            self.cp_rank, self.cp_size = self.cp_group.rank(), self.cp_group.size()
+            self.dp_rank, self.dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+            self.ep_rank, self.ep_size = (
+                mpu.get_expert_model_parallel_rank(),
+                mpu.get_expert_model_parallel_world_size(),
+            )
+            self.etp_rank, self.etp_size = (
+                mpu.get_expert_tensor_parallel_rank(),
+                mpu.get_expert_tensor_parallel_world_size(),
+            )
         finally:
             self._restore(before)
 
@@ -70,18 +82,32 @@ class ModelParallelGroups:
         finally:
             self._restore(before)
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
+    def close(self) -> None:
+        """Destroy the groups; on the CPU each keeps several threads."""
+        for group in self._globals["_global_process_group_list"]:
+            if group is not None and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    def holds_embedding(self, chunk: int | None) -> bool:
+        """Whether this rank's model (its chunk ``chunk`` if stages are interleaved) begins with the embedding."""
+        return self.pp_rank == 0 and not chunk
+
+    def holds_output(self, chunk: int | None) -> bool:
+        """Whether this rank's model (its chunk ``chunk`` if stages are interleaved) ends with the output layer."""
+        return self.is_last_stage and (chunk is None or chunk == self.layout.virtual_pipeline_model_parallel_size - 1)
+
+    def part(self, per_expert: bool) -> tuple[int, int]:
+        """This rank's (rank, size) along the dimension that cuts a tensor: tensor or expert-tensor parallel."""
+        return (self.etp_rank, self.etp_size) if per_expert else (self.tp_rank, self.tp_size)
+
     @property
     def reports(self) -> bool:
-        """True on the one rank per data-parallel replica whose outputs count (last stage, first TP rank)."""
-        return self.is_last_stage and self.tp_rank == 0
+        """True on the one rank per data-parallel replica whose outputs count (last stage, first TP and CP rank)."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     def stage_rank(self, stage: int) -> int:
         """Global rank of pipeline stage ``stage`` in this rank's pipeline."""

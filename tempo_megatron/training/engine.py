@@ -76,15 +76,21 @@ class MegatronEngine:
         self.temperature = temperature
         with groups.active():
             tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-            self.model: GPTModel = build_model(hf_config, role, config, groups, head_bias)
-            megatron_config = self.model.config
-            wrapped = Float16Module(megatron_config, self.model) if megatron_config.bf16 else self.model
+            self.models: list[GPTModel] = build_model(hf_config, role, config, groups, head_bias)
+            self.megatron_config = self.models[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
             )
-            self.ddp = DistributedDataParallel(megatron_config, ddp_config, wrapped)
+            self.ddp = [
+                DistributedDataParallel(
+                    self.megatron_config,
+                    ddp_config,
+                    Float16Module(self.megatron_config, model) if self.megatron_config.bf16 else model,
+                )
+                for model in self.models
+            ]
             self.optimizer: Any = None
-            megatron_config.finalize_model_grads_func = _finalize_without_scaling
+            self.megatron_config.finalize_model_grads_func = _finalize_without_scaling
 
     def start_optimizer(self) -> None:
         """Make optimizer and schedule; call it after the weights are loaded (fp32 masters are copied from them)."""
@@ -103,8 +109,8 @@ class MegatronEngine:
             use_distributed_optimizer=settings.distributed,
         )
         with self.groups.active():
-            self.optimizer = get_megatron_optimizer(megatron_settings, [self.ddp])
-            self.model.config.grad_scale_func = self.optimizer.scale_loss
+            self.optimizer = get_megatron_optimizer(megatron_settings, self.ddp)
+            self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         # Adam's moments come with the first step, but a role held back from its first step is checkpointed too
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if part.optimizer is not None:
@@ -129,8 +135,9 @@ class MegatronEngine:
         Raises RunError on every rank, before the optimizer moves, if the loss is not finite; and after it if the
         gradient norm is not (the weights are then lost, checkpoints are not touched).
         """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(sequences, loss=loss)
         mine: dict[str, float] = {}
@@ -152,27 +159,34 @@ class MegatronEngine:
 
     def weight_stream(self, bucket_mib: int) -> HFWeightStream:
         """The current weights as HF tensors, for every rank, bucket by bucket."""
-        return HFWeightStream(self.model, self.hf_config, self.role, self.groups, bucket_mib << 20)
+        return HFWeightStream(self.models, self.hf_config, self.role, self.groups, bucket_mib << 20)
 
     def _run(self, sequences: Sequences, loss: LossFunction | None) -> list[Any]:
         """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, tables, sums)."""
-        groups = self.groups
+        groups, layout = self.groups, self.config.parallel
+        interleaved = layout.virtual_pipeline_model_parallel_size > 1
         microbatches = make_microbatches(
             sequences,
             self.config.max_tokens_per_microbatch,
-            groups.dp_size,
-            groups.dp_rank,
-            groups.tp_size if self.config.parallel.sequence_parallel else 1,
+            (groups.dp_rank, groups.dp_size),
+            (groups.cp_rank, groups.cp_size),
+            align=groups.tp_size if layout.sequence_parallel else 1,
+            # the interleaved schedule hands micro-batches on in groups of as many as there are stages; sending their
+            # shapes ahead, as the plain one does, mixes up or deadlocks two stages (0.16.1), so they are of one shape
+            multiple=groups.pp_size if interleaved else 1,
+            equal_lengths=interleaved,
         )
         if loss is None:
-            self.ddp.eval()
+            for ddp in self.ddp:
+                ddp.eval()
+        iterators = [iter(microbatches) for _ in self.ddp]
         with groups.active(), torch.set_grad_enabled(loss is not None):
             results: list[Any] = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss),
-                data_iterator=iter(microbatches),
-                model=self.ddp,
+                data_iterator=iterators if interleaved else iterators[0],
+                model=self.ddp if interleaved else self.ddp[0],
                 num_microbatches=len(microbatches),
-                seq_length=self.config.max_tokens_per_microbatch,
+                seq_length=microbatches[0].tokens,
                 micro_batch_size=1,
                 forward_only=loss is None,
             )
@@ -196,18 +210,21 @@ class MegatronEngine:
         return share, no_tokens, (mb.rows, kept, {**sums, "_loss": share.detach()})
 
     def _tables(self, mb: MicroBatch, output: Tensor) -> dict[str, Tensor]:
+        """Outputs ``[t / cp, *]`` of this context rank's tokens -> padded tables of the micro-batch's rows."""
         if self.role == "critic":
-            positions, index = mb.positions(extra=1)
-            return {"values": mb.table(output.squeeze(-1)[positions], index, extra=1)}
-        positions, index = mb.positions(extra=0)
+            return {"values": mb.table(mb.gather(output.squeeze(-1), self.groups.cp_group), extra=1)}
         log_probs, entropy = vocab_parallel_log_probs(
-            output[positions],
+            output[mb.predicting],
             mb.targets,
             vocab_size=self.hf_config.vocab_size,
             tp_group=self.groups.tp_group,
             temperature=self.temperature,
         )
-        return {"log_probs": mb.table(log_probs, index, 0), "entropy": mb.table(entropy, index, 0)}
+        empty = log_probs.new_zeros(output.shape[0])
+        return {
+            name: mb.table(mb.gather(empty.index_put((mb.predicting,), flat), self.groups.cp_group), extra=0)
+            for name, flat in (("log_probs", log_probs), ("entropy", entropy))
+        }
 
     def _collect(self, sequences: Sequences, results: list[Any]) -> dict[str, Tensor]:
         """Every rank's rows to every rank: each row is filled by one rank and summed with zeros."""

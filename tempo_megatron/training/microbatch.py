@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from tempo_megatron.data.packing import plan_microbatches
+from tempo_megatron.model.layers import context_positions
 from tempo_megatron.parallel.device import device
 
 
@@ -34,88 +37,139 @@ class Sequences:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed forward pass of n sequences with t tokens in all.
+    """One packed forward pass of n sequences with t tokens in all, as one context rank sees it.
+
+    With context parallelism each sequence is padded to a multiple of 2 cp tokens, and this rank holds t / cp of the
+    tokens (``model.layers.context_positions``).
 
     Attributes:
         rows: positions of the n sequences in the batch they come from.
-        input_ids: ``[1, t]`` int64; padding to a multiple of the TP size stands at the end as a sequence of its own.
-        position_ids: ``[1, t]`` int64, from 0 in each sequence.
-        packed: cumulative lengths for attention and rope.
-        response_lengths: ``[n]`` int64 T_i.
+        input_ids: ``[1, t / cp]`` int64; padding for sequence parallelism stands at the end, a sequence of its own.
+        position_ids: ``[1, t / cp]`` int64, from 0 in each sequence.
+        packed: cumulative lengths of whole sequences, for attention and rope.
+        order: ``[t]`` int64; where each token of the pack stands when the ranks' tokens are concatenated.
+        predicting: positions in this rank's tokens of those that predict a response token, ``[m]`` int64.
+        targets: the tokens that they predict, ``[m]`` int64.
         first: ``[n]`` int64 position in the pack of the last prompt token, where y_0 is predicted.
+        response_lengths: ``[n]`` int64 T_i.
     """
 
     rows: list[int]
     input_ids: Tensor
     position_ids: Tensor
     packed: PackedSeqParams
-    response_lengths: Tensor
-    first: Tensor
+    order: Tensor
+    predicting: Tensor
     targets: Tensor
+    first: Tensor
+    response_lengths: Tensor
 
-    def positions(self, extra: int) -> tuple[Tensor, Tensor]:
-        """Positions in the pack that feed outputs for response columns 0..T_i-1+extra of each row.
+    @property
+    def tokens(self) -> int:
+        """t, of all context ranks together."""
+        return len(self.order)
 
-        Returns:
-            flat pack positions ``[m]`` and their index ``[m]`` into a flattened ``[n, L + extra]`` table, where L is
-            the longest response of the micro-batch.
+    def gather(self, local: Tensor, cp_group: dist.ProcessGroup) -> Tensor:
+        """This rank's ``[t / cp]`` outputs -> the whole pack's ``[t]``, on every context rank; differentiable."""
+        if cp_group.size() == 1:
+            return local
+        # every context rank computes the same loss of all tokens, so the backward only takes this rank's part
+        every = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=cp_group)
+        return every[self.order]
+
+    def table(self, flat: Tensor, extra: int) -> Tensor:
+        """Outputs ``[t]`` of the pack -> ``[n, L + extra]``, 0 beyond each row's T_i + extra; differentiable.
+
+        Column c of row i is the output at the token before y_c; L is the longest response of the micro-batch.
         """
         counts = self.response_lengths + extra
         width = int(counts.max()) if len(counts) else 0
-        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        starts = counts.cumsum(0) - counts
-        column = torch.arange(len(row), device=counts.device) - starts[row]
-        return self.first[row] + column, row * width + column
-
-    def table(self, flat: Tensor, index: Tensor, extra: int) -> Tensor:
-        """Scatter ``flat [m]`` (as ``positions`` orders it) to ``[n, L + extra]``, 0 elsewhere; differentiable."""
-        width = int(self.response_lengths.max()) + extra if self.rows else 0
-        padded = flat.new_zeros(len(self.rows) * width)
-        return padded.index_put((index,), flat).view(len(self.rows), width)
+        columns = torch.arange(width, device=flat.device)
+        inside = columns < counts.unsqueeze(1)
+        positions = (self.first.unsqueeze(1) + columns)[inside]
+        return flat.new_zeros(len(self.rows), width).masked_scatter(inside, flat[positions])
 
 
-def make_microbatches(sequences: Sequences, max_tokens: int, shards: int, shard: int, align: int) -> list[MicroBatch]:
-    """This data-parallel shard's packed micro-batches; every shard gets the same number.
+def make_microbatches(
+    sequences: Sequences,
+    max_tokens: int,
+    data_part: tuple[int, int],
+    context_part: tuple[int, int],
+    *,
+    align: int,
+    multiple: int,
+    equal_lengths: bool,
+) -> list[MicroBatch]:
+    """This rank's packed micro-batches; every rank gets the same number.
 
     Args:
-        max_tokens: token budget of a pack. Raises TempoError if a sequence is longer.
-        align: pack lengths become a multiple of it (the TP size under sequence parallelism).
+        max_tokens: token budget of a pack, before padding. Raises TempoError if a sequence is longer.
+        data_part: data-parallel (rank, size): each takes its own rows.
+        context_part: context-parallel (rank, size): each takes its tokens of every row.
+        align: the tokens of a context rank become a multiple of it (the TP size under sequence parallelism).
+        multiple: the number of micro-batches becomes a multiple of it, by empty ones.
+        equal_lengths: pad all packs of this rank to the longest.
     """
+    shard, shards = data_part
     plan = plan_microbatches(sequences.lengths, max_tokens, shards)[shard]
-    return [_pack(sequences, rows, align) for rows in plan]
+    plan = plan + [[] for _ in range(-len(plan) % multiple)]
+    unit = 2 * context_part[1] if context_part[1] > 1 else 1
+    sizes = [sum(_up(sequences.lengths[r], unit) for r in rows) for rows in plan]
+    sizes = [_up(max(n, 1), unit * align) for n in sizes]
+    if equal_lengths:
+        sizes = [max(sizes)] * len(sizes)
+    return [_pack(sequences, rows, context_part, unit, n) for rows, n in zip(plan, sizes, strict=True)]
 
 
-def _pack(sequences: Sequences, rows: list[int], align: int) -> MicroBatch:
+def _up(n: int, unit: int) -> int:
+    """``n`` rounded up to a multiple of ``unit``."""
+    return -(-n // unit) * unit
+
+
+def _pack(sequences: Sequences, rows: list[int], context_part: tuple[int, int], unit: int, total: int) -> MicroBatch:
+    """``total`` tokens: the rows, each padded to a multiple of ``unit``, and padding as a sequence of its own."""
+    cp_rank, cp = context_part
     lengths = sequences.lengths
     rows = sorted(rows, key=lambda r: (lengths[r], r))  # neighbours of one length are attended as one batch
     tokens = [[*sequences.prompts[r], *sequences.responses[r]] for r in rows]
-    sizes = [len(t) for t in tokens]
-    padding = -sum(sizes) % align if rows else align
-    if padding:
+    tokens = [t + [0] * (-len(t) % unit) for t in tokens]
+    if padding := total - sum(map(len, tokens)):
         tokens.append([0] * padding)
-        sizes.append(padding)
-    where = device()
-    size = torch.tensor(sizes, dtype=torch.int64)
-    ends = size.cumsum(0)
-    cumulative = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    size = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
+    cumulative = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])
     starts = cumulative[:-1]
-    positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(starts, size)
-    cu_seqlens = cumulative.to(torch.int32).to(where)
-    longest = max(sizes)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
     prompt_lengths = torch.tensor([len(sequences.prompts[r]) for r in rows], dtype=torch.int64)
+    response_lengths = torch.tensor([len(sequences.responses[r]) for r in rows], dtype=torch.int64)
+    first = starts[: len(rows)] + prompt_lengths - 1
+
+    # [t], -1 where no response token is predicted
+    targets = torch.full((total,), -1)
+    for row, at in zip(rows, first.tolist(), strict=True):
+        response = sequences.responses[row]
+        targets[at : at + len(response)] = torch.tensor(response, dtype=torch.int64)
+    by_rank = [
+        torch.cat([s + context_positions(n, cp, r) for s, n in zip(starts.tolist(), size.tolist(), strict=True)])
+        for r in range(cp)
+    ]
+    mine = by_rank[cp_rank]
+    predicting = (targets[mine] >= 0).nonzero().squeeze(1)
+    where = device()
+    cu_seqlens = cumulative.to(torch.int32).to(where)
+    longest = int(size.max())
     return MicroBatch(
         rows=rows,
-        input_ids=torch.tensor([t for seq in tokens for t in seq], dtype=torch.int64, device=where).unsqueeze(0),
-        position_ids=positions.unsqueeze(0).to(where),
-        packed=packed,
-        response_lengths=torch.tensor([len(sequences.responses[r]) for r in rows], dtype=torch.int64, device=where),
-        first=(starts[: len(rows)] + prompt_lengths - 1).to(where),
-        targets=torch.tensor([t for r in rows for t in sequences.responses[r]], dtype=torch.int64, device=where),
+        input_ids=torch.tensor([t for seq in tokens for t in seq], dtype=torch.int64)[mine].unsqueeze(0).to(where),
+        position_ids=(torch.arange(total) - torch.repeat_interleave(starts, size))[mine].unsqueeze(0).to(where),
+        packed=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+        order=torch.cat(by_rank).argsort().to(where),
+        predicting=predicting.to(where),
+        targets=targets[mine][predicting].to(where),
+        first=first.to(where),
+        response_lengths=response_lengths.to(where),
     )

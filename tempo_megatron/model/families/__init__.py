@@ -5,10 +5,10 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.model.families import llama, qwen3
+from tempo_megatron.model.families import llama, olmo3, qwen3, qwen3_moe
 from tempo_megatron.model.families.base import Family
 
-FAMILIES: dict[str, Family] = {f.architecture: f for f in (qwen3.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {f.architecture: f for f in (qwen3.FAMILY, qwen3_moe.FAMILY, olmo3.FAMILY, llama.FAMILY)}
 
 
 def family_of(config: PretrainedConfig) -> Family:

@@ -2,21 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
+from tempo_megatron.model.families.base import ATTENTION_RULES, MLP_RULES, PRE_NORM_RULES, Family
 
-from transformers import PretrainedConfig
-
-from tempo_megatron.model.families.base import DECODER_RULES, Family
-
-
-def _transformer_config(config: PretrainedConfig) -> dict[str, Any]:
-    return {}
-
-
-FAMILY = Family(
-    architecture="LlamaForCausalLM",
-    rules=DECODER_RULES,
-    transformer_config=_transformer_config,
-    qk_norm=False,
-    refuse=lambda config: None,
-)
+FAMILY = Family(architecture="LlamaForCausalLM", layer_rules=PRE_NORM_RULES + ATTENTION_RULES + MLP_RULES)

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import PretrainedConfig
-
-from tempo_megatron.model.families.base import DECODER_RULES, Family
-from tempo_megatron.model.weight_map import Replicated, WeightRule
-
-_ATTENTION = "decoder.layers.{layer}.self_attention."
-
-RULES = (
-    *DECODER_RULES,
-    WeightRule(_ATTENTION + "q_layernorm.weight", ("model.layers.{layer}.self_attn.q_norm.weight",), Replicated()),
-    WeightRule(_ATTENTION + "k_layernorm.weight", ("model.layers.{layer}.self_attn.k_norm.weight",), Replicated()),
-)
-
-
-def _transformer_config(config: PretrainedConfig) -> dict[str, Any]:
-    return {"qk_layernorm": True}
-
+from tempo_megatron.model.families.base import ATTENTION_RULES, HEAD_NORM_RULES, MLP_RULES, PRE_NORM_RULES, Family
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
-    rules=RULES,
-    transformer_config=_transformer_config,
-    qk_norm=True,
-    refuse=lambda config: None,
+    layer_rules=PRE_NORM_RULES + ATTENTION_RULES + HEAD_NORM_RULES + MLP_RULES,
+    qk_norm="head",
+    transformer_config=lambda config: {"qk_layernorm": True},
 )

@@ -1,0 +1,190 @@
+"""Which layouts fit a model: what must divide what.  Reads one ``config.json``; knows no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tempo_megatron.config.schema import ParallelConfig
+from tempo_megatron.errors import TempoError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Olmo3ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a Hugging Face ``config.json`` that layouts must agree with.
+
+    ``experts`` is 0 and ``expert_intermediate_size`` is 0 in a dense model.
+    """
+
+    file: Path
+    attention_heads: int
+    key_value_heads: int
+    intermediate_size: int
+    layers: int
+    vocab_size: int
+    max_positions: int
+    experts: int
+    expert_intermediate_size: int
+
+
+def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> ModelShape:
+    """Read and judge one ``config.json``; ``key`` is the config key that led to it.
+
+    Args:
+        critic: take a token classification model (a critic) of a supported architecture too.
+
+    Raises:
+        TempoError: not JSON, an architecture that is not supported, a number that is missing.
+    """
+    try:
+        values = json.loads(config_json.read_text("utf-8"))
+    except OSError as error:
+        raise TempoError(f"{key}: {config_json} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise TempoError(f"{key}: {config_json} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise TempoError(f"{key}: {config_json} holds a {type(values).__name__}; a JSON object is needed")
+    architectures = values.get("architectures")
+    named = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else "none"
+    causal = named.replace("ForTokenClassification", "ForCausalLM") if critic else named
+    if causal not in SUPPORTED_ARCHITECTURES:
+        valid = ", ".join(SUPPORTED_ARCHITECTURES)
+        if not critic and named.endswith("ForTokenClassification"):
+            valid += " (a token classification model is a critic, not a policy)"
+        raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
+
+    def number(name: str) -> int:
+        value = values.get(name)
+        if type(value) is not int or value < 1:
+            raise TempoError(f"{key}: {config_json}: {name}: {value!r} must be a positive integer")
+        return value
+
+    heads = number("num_attention_heads")
+    moe = causal == "Qwen3MoeForCausalLM"
+    return ModelShape(
+        file=config_json,
+        attention_heads=heads,
+        # older files leave it out or null: multi-head attention
+        key_value_heads=heads if values.get("num_key_value_heads") is None else number("num_key_value_heads"),
+        intermediate_size=number("intermediate_size"),
+        layers=number("num_hidden_layers"),
+        vocab_size=number("vocab_size"),
+        max_positions=number("max_position_embeddings"),
+        experts=number("num_experts") if moe else 0,
+        expert_intermediate_size=number("moe_intermediate_size") if moe else 0,
+    )
+
+
+def check_layout(shape: ModelShape, layout: ParallelConfig, key: str, world_size: int) -> None:
+    """Refuse a layout that does not fit the model or the number of ranks; ``key`` names it (``actor.parallel``).
+
+    Raises:
+        TempoError: the key, the value, and the nearest that would do.
+    """
+    _check_tensor(shape, layout, key)
+    _check_pipeline(shape, layout, key)
+    _check_experts(shape, layout, key)
+    _check_world(shape, layout, key, world_size)
+
+
+def _tensor_sizes(shape: ModelShape) -> list[int]:
+    # key-value heads are not copied to several ranks: Megatron's norms of k could not follow
+    sizes = [shape.attention_heads, shape.key_value_heads] + ([] if shape.experts else [shape.intermediate_size])
+    return divisors(math.gcd(*sizes))
+
+
+def _check_tensor(shape: ModelShape, layout: ParallelConfig, key: str) -> None:
+    tensor, valid = layout.tensor_model_parallel_size, _tensor_sizes(shape)
+    if tensor not in valid:
+        heads = f"num_attention_heads {shape.attention_heads}"
+        kv = f"num_key_value_heads {shape.key_value_heads}"
+        every = (
+            f"{heads} and {kv}" if shape.experts else f"{heads}, {kv} and intermediate_size {shape.intermediate_size}"
+        )
+        raise TempoError(
+            f"{key}.tensor_model_parallel_size: {tensor} must divide {every} ({shape.file}); "
+            f"nearest valid: {nearest(tensor, valid)}"
+        )
+
+
+def _check_pipeline(shape: ModelShape, layout: ParallelConfig, key: str) -> None:
+    pipeline, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    valid = divisors(shape.layers)
+    if pipeline not in valid:
+        raise TempoError(
+            f"{key}.pipeline_model_parallel_size: {pipeline} must divide num_hidden_layers {shape.layers} "
+            f"({shape.file}); nearest valid: {nearest(pipeline, valid)}"
+        )
+    valid = divisors(shape.layers // pipeline)
+    if chunks not in valid:
+        raise TempoError(
+            f"{key}.virtual_pipeline_model_parallel_size: {chunks} must divide the {shape.layers // pipeline} layers "
+            f"of a stage (num_hidden_layers {shape.layers} / pipeline_model_parallel_size {pipeline}, {shape.file}); "
+            f"nearest valid: {nearest(chunks, valid)}"
+        )
+
+
+def _check_experts(shape: ModelShape, layout: ParallelConfig, key: str) -> None:
+    expert, expert_tensor = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    if not shape.experts:
+        for name, size in (("expert_model_parallel_size", expert), ("expert_tensor_parallel_size", expert_tensor)):
+            if size > 1:
+                raise TempoError(f"{key}.{name}: {size} must be 1: the model has no experts ({shape.file})")
+        return
+    valid = divisors(shape.experts)
+    if expert not in valid:
+        raise TempoError(
+            f"{key}.expert_model_parallel_size: {expert} must divide num_experts {shape.experts} ({shape.file}); "
+            f"nearest valid: {nearest(expert, valid)}"
+        )
+    valid = divisors(shape.expert_intermediate_size)
+    if expert_tensor not in valid:
+        raise TempoError(
+            f"{key}.expert_tensor_parallel_size: {expert_tensor} must divide moe_intermediate_size "
+            f"{shape.expert_intermediate_size} ({shape.file}); nearest valid: {nearest(expert_tensor, valid)}"
+        )
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        raise TempoError(
+            f"{key}.sequence_parallel: false must be true: with tensor_model_parallel_size "
+            f"{layout.tensor_model_parallel_size} Megatron trains experts only under sequence parallelism"
+        )
+
+
+def _check_world(shape: ModelShape, layout: ParallelConfig, key: str, world_size: int) -> None:
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    context = layout.context_parallel_size
+    if world_size % layout.model_parallel_size:
+        layouts = [
+            (t, p) for t in _tensor_sizes(shape) for p in divisors(shape.layers) if world_size % (t * p * context) == 0
+        ]
+        layouts.sort(key=lambda each: abs(each[0] - tensor) + abs(each[1] - pipeline))
+        near = ", ".join(f"{t} x {p}" for t, p in layouts[:3]) or "a smaller context_parallel_size"
+        with_context = f" x context_parallel_size {context}" if context > 1 else ""
+        raise TempoError(
+            f"{key}: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline}{with_context} = "
+            f"{layout.model_parallel_size} must divide the world size {world_size}; nearest valid: {near}"
+        )
+    if world_size % layout.expert_parallel_size:
+        raise TempoError(
+            f"{key}: expert_tensor_parallel_size {layout.expert_tensor_parallel_size} x expert_model_parallel_size "
+            f"{layout.expert_model_parallel_size} x pipeline_model_parallel_size {pipeline} = "
+            f"{layout.expert_parallel_size} must divide the world size {world_size}"
+        )
+
+
+def divisors(n: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def nearest(value: int, valid: Iterable[int]) -> str:
+    """The closest valid number below ``value`` and the closest above: "2 or 4"."""
+    numbers = list(valid)
+    below, above = [n for n in numbers if n <= value], [n for n in numbers if n > value]
+    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
