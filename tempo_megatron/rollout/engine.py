@@ -111,9 +111,10 @@ class RolloutEngine:
         so it may run collectives as long as it yields the same names on every rank.
 
         Args:
-            weights: (HF name, whole tensor) pairs, each parameter of the HF model once; a tied output layer is not
-                one. vLLM holds on to the tensors of a layer until the layer is complete: yield fresh tensors or the
-                trainer's own, not one staging buffer again and again. Nothing is kept after the return.
+            weights: (name, whole tensor) pairs, each tensor of the model's HF checkpoint once, under its name there
+                (experts one by one); a tied output layer is not one. vLLM holds on to the tensors of a layer until
+                the layer is complete (all experts of a block are one): yield fresh tensors or the trainer's own, not
+                one staging buffer again and again. Nothing is kept after the return.
             version: what ``generate`` will have to ask for.
 
         Raises:
@@ -242,12 +243,18 @@ def _read_hf_config(hf_dir: str | Path) -> PretrainedConfig:
 
 
 def _expected_weights(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the HF model, shared ones once (built on the meta device)."""
+    """Name and shape of every tensor of the model's HF checkpoint, shared ones once (built on the meta device).
+
+    transformers keeps the experts of a layer in one parameter; its own tables, which ``save_pretrained`` uses too,
+    say which tensors of a checkpoint those are (``...experts.3.gate_proj.weight``).
+    """
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    tensors = revert_weight_conversion(model, dict(model.named_parameters()))
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _checked(
@@ -284,7 +291,7 @@ def _build_engine(
     with patches.shielded(f"{token.item():x}"):
         from vllm import EngineArgs, LLMEngine
 
-        _check_head_dim(hf_dir, hf_config)
+        _check_model(hf_dir, hf_config, config.tensor_parallel_size)
         try:
             args = EngineArgs(
                 model=hf_dir,
@@ -314,13 +321,33 @@ def _build_engine(
             raise TempoError(f"rollout: vLLM cannot run {hf_dir}: {' '.join(lines)}") from error
 
 
-def _check_head_dim(hf_dir: str, hf_config: PretrainedConfig) -> None:
-    """On the CPU vLLM would only find out at its first step, with the whole model loaded."""
+def _check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size: int) -> None:
+    """Refuse by name what vLLM would meet as a bare assertion, or only at its first step with the whole model loaded.
+
+    Raises:
+        TempoError: a size of the model is one that vLLM's kernels or its tensor-parallel layers cannot take.
+    """
+    file, split = f"{hf_dir}/config.json", f"rollout.tensor_parallel_size: {tensor_parallel_size}"
+    if hf_config.model_type == "olmo3" and hf_config.num_key_value_heads % tensor_parallel_size:
+        # models/transformers/fusers/rms_norm.py, TPAwareNormMixin: the norm of k is over all heads, none may be doubled
+        raise TempoError(
+            f"{split} does not divide num_key_value_heads {hf_config.num_key_value_heads} of OLMo-3 {file}"
+        )
+    experts_width = getattr(hf_config, "moe_intermediate_size", None)
+    if experts_width is not None and experts_width % tensor_parallel_size:
+        raise TempoError(f"{split} does not divide moe_intermediate_size {experts_width} ({file})")
     if use_cuda():
         return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     supported = CPUAttentionBackend.get_supported_head_sizes()
     if head_dim not in supported:
-        raise TempoError(f"{hf_dir}/config.json: head_dim {head_dim} is not one that vLLM runs on the CPU: {supported}")
+        raise TempoError(f"{file}: head_dim {head_dim} is not one that vLLM runs on the CPU: {supported}")
+    alignment = CPUUnquantizedExperts.output_alignment
+    if experts_width is not None and hf_config.hidden_size % alignment:
+        raise TempoError(
+            f"{file}: hidden_size {hf_config.hidden_size} is not a multiple of {alignment}, as vLLM needs it for "
+            "experts on the CPU"
+        )

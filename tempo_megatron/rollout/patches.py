@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tempo_megatron.parallel.device import use_cuda
 
@@ -95,6 +96,8 @@ def shielded(shm_token: str) -> Iterator[None]:
             _guard_process_group()
             _keep_memory_policy()
             _name_shared_memory(shm_token)
+            _repack_experts_on_reload()
+            _leave_hf_classes_alone()
             try:
                 yield
             finally:
@@ -140,6 +143,42 @@ def _name_shared_memory(token: str) -> None:
         return f"tempo-{token}-{communicator.unique_name}-[{ranks}]-cpushm"
 
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+
+
+def _repack_experts_on_reload() -> None:
+    """Let a reload of a mixture-of-experts layer end in the layout that the CPU kernel reads.
+
+    model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel, pads and packs the expert weights
+    on the first load only (``if not is_weight_update``). A reload would copy the unpacked weights of a checkpoint
+    into the packed tensors: garbage, silently, or a shape error where the kernel wants padding.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    def set_up_kernel(method: UnquantizedFusedMoEMethod, layer: RoutedExperts, w13: Tensor, w2: Tensor) -> None:
+        """``w13`` and ``w2`` are the layer's own parameters; the CPU backend packs those."""
+        if method.moe_kernel is None:
+            method._init_moe_kernel(layer)
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    UnquantizedFusedMoEMethod._setup_kernel = set_up_kernel
+
+
+def _leave_hf_classes_alone() -> None:
+    """Keep transformers' model classes usable for models that are not vLLM's.
+
+    A model that vLLM has no class of its own for (OLMo-3 in 0.32) is built from transformers' class, and
+    model_executor/models/transformers/base.py, _decorate_cls_for_torch_compile, replaces ``__init__``, ``__call__``
+    and ``__bases__`` of that class (``Olmo3Model``) for the whole process: from then on it cannot be built outside
+    an engine, nor can earlier instances be called. Engines on the CPU are eager (``enforce_eager``): compilation mode
+    NONE, in which the replacements do nothing. GPU engines do compile; but 0.22 has a class of its own for OLMo-3.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    def leave_undecorated(model: Base, cls: type, *args: object, **kwargs: object) -> None:
+        """vLLM reads nothing of what the decorator would have added when the engine is eager."""
+
+    Base._decorate_cls_for_torch_compile = leave_undecorated
 
 
 def repack_tied_lm_head(model: torch.nn.Module) -> None:

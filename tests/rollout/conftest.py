@@ -1,4 +1,4 @@
-"""One vLLM engine per tiny model for the whole session, in a world of one."""
+"""Tiny models for the whole session and the vLLM engine of one of them, in a world of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 
 from tempo_megatron.rollout.engine import RolloutEngine
-from tests.rollout.tiny_models import TinyModel, build, tiny_qwen3, tiny_tied_llama
+from tests.rollout.tiny_models import (
+    Engines,
+    TinyModel,
+    tiny_olmo3,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+    tiny_tied_llama,
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,16 +41,28 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
-def qwen3_engine(world_of_one: None, qwen3: TinyModel) -> Iterator[RolloutEngine]:
-    """Samples at temperature 1."""
-    engine = build(qwen3.folder)
-    yield engine
-    engine.close()
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"))
 
 
 @pytest.fixture(scope="session")
-def llama_engine(world_of_one: None, tied_llama: TinyModel) -> Iterator[RolloutEngine]:
-    """Samples at temperature 0.7 and top-p 0.9."""
-    engine = build(tied_llama.folder, temperature=0.7, top_p=0.9)
-    yield engine
-    engine.close()
+def olmo3(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_olmo3(tmp_path_factory.mktemp("olmo3"))
+
+
+@pytest.fixture(scope="session")
+def engines(world_of_one: None, request: pytest.FixtureRequest) -> Iterator[Engines]:
+    engines = Engines(request.getfixturevalue)
+    yield engines
+    engines.close()
+
+
+@pytest.fixture
+def no_engine(engines: Engines) -> None:
+    """For a test that builds its own."""
+    engines.close()
+
+
+@pytest.fixture
+def qwen3_engine(engines: Engines) -> RolloutEngine:
+    return engines.of("qwen3")

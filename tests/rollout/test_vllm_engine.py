@@ -12,13 +12,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, Qwen3Config
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from vllm.distributed.parallel_state import destroy_model_parallel
 
 from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SampledResponse, _checked
+from tempo_megatron.rollout.engine import (
+    GenerationRequest,
+    RolloutEngine,
+    SampledResponse,
+    _check_model,
+    _checked,
+    _expected_weights,
+    _read_hf_config,
+)
 from tests.rollout.tiny_models import (
     MAX_MODEL_LEN,
+    OLMO3_ORIGINAL_POSITIONS,
+    OLMO3_WINDOW,
+    SAMPLING,
     STOP_TOKEN_IDS,
+    Engines,
     TinyModel,
     build,
     random_prompt,
@@ -31,41 +45,6 @@ def _tokens(responses: list[SampledResponse]) -> list[list[int]]:
     return [r.token_ids for r in responses]
 
 
-def _assert_equals_hf(
-    engine: RolloutEngine,
-    version: int,
-    model: PreTrainedModel,
-    other: PreTrainedModel,
-    temperature: float,
-    top_p: float,
-) -> None:
-    requests = [GenerationRequest(random_prompt(i, 5 + 9 * i), 100 * i, 4, 12) for i in range(6)]
-    responses = engine.generate(requests, version)
-    prompts = [r.prompt_token_ids for r in requests for _ in range(r.num_samples)]
-    to_other = 0.0
-    for prompt, response in zip(prompts, responses, strict=True):
-        expected = reference_log_probs(model, prompt, response.token_ids, temperature, top_p)
-        assert response.log_probs == pytest.approx(expected, abs=1e-4)
-        wrong = reference_log_probs(other, prompt, response.token_ids, temperature, top_p)
-        to_other = max(to_other, max(abs(a - b) for a, b in zip(response.log_probs, wrong, strict=True)))
-    assert to_other > 1, "the two sets of weights are too alike for this test to mean anything"
-
-
-@pytest.mark.parametrize(
-    ("engine_name", "model_name", "temperature", "top_p"),
-    [("qwen3_engine", "qwen3", 1.0, 1.0), ("llama_engine", "tied_llama", 0.7, 0.9)],
-)
-def test_log_probs_equal_hf_before_and_after_an_update(
-    engine_name: str, model_name: str, temperature: float, top_p: float, request: pytest.FixtureRequest
-) -> None:
-    engine: RolloutEngine = request.getfixturevalue(engine_name)
-    tiny: TinyModel = request.getfixturevalue(model_name)
-    for version, (model, other) in enumerate([(tiny.first, tiny.second), (tiny.second, tiny.first)] * 2):
-        engine.update_weights(stream(model), version)
-        assert engine.version == version
-        _assert_equals_hf(engine, version, model, other, temperature, top_p)
-
-
 @pytest.fixture
 def loaded(qwen3_engine: RolloutEngine, qwen3: TinyModel) -> RolloutEngine:
     qwen3_engine.update_weights(stream(qwen3.first), 7)
@@ -76,17 +55,6 @@ def test_only_the_loaded_version_is_sampled(loaded: RolloutEngine) -> None:
     for version in (6, 8):
         with pytest.raises(RunError, match=f"asked to sample weights version {version}, but version 7 is loaded"):
             loaded.generate([GenerationRequest([5], 0, 1, 4)], version)
-
-
-def test_an_update_forgets_the_cached_prompt(loaded: RolloutEngine, qwen3: TinyModel) -> None:
-    long = random_prompt(3, MAX_MODEL_LEN - 20)
-    for version, model in ((7, qwen3.first), (8, qwen3.second)):
-        if version == 8:
-            loaded.update_weights(stream(model), version)
-        for _ in range(2):  # the second round reads the prompt from the cache
-            (response,) = loaded.generate([GenerationRequest(long, 1, 1, 8)], version)
-            expected = reference_log_probs(model, long, response.token_ids, 1.0, 1.0)
-            assert response.log_probs == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_sample_depends_on_its_prompt_and_seed_alone(loaded: RolloutEngine) -> None:
@@ -134,8 +102,82 @@ def _random_states() -> tuple:
     return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
+def _assert_equals_hf(
+    engine: RolloutEngine,
+    version: int,
+    model: PreTrainedModel,
+    other: PreTrainedModel,
+    temperature: float,
+    top_p: float,
+) -> None:
+    requests = [GenerationRequest(random_prompt(i, 5 + 9 * i), 100 * i, 4, 12) for i in range(6)]
+    responses = engine.generate(requests, version)
+    prompts = [r.prompt_token_ids for r in requests for _ in range(r.num_samples)]
+    to_other = 0.0
+    for prompt, response in zip(prompts, responses, strict=True):
+        expected = reference_log_probs(model, prompt, response.token_ids, temperature, top_p)
+        assert response.log_probs == pytest.approx(expected, abs=1e-4)
+        wrong = reference_log_probs(other, prompt, response.token_ids, temperature, top_p)
+        to_other = max(to_other, max(abs(a - b) for a, b in zip(response.log_probs, wrong, strict=True)))
+    assert to_other > 1, "the two sets of weights are too alike for this test to mean anything"
+
+
+FAMILIES = pytest.mark.parametrize("family", SAMPLING, scope="module")  # in that scope pytest groups by family
+
+
+@FAMILIES
+def test_log_probs_equal_hf_before_and_after_an_update(
+    family: str, engines: Engines, request: pytest.FixtureRequest
+) -> None:
+    engine, tiny = engines.of(family), request.getfixturevalue(family)
+    for version, (model, other) in enumerate([(tiny.first, tiny.second), (tiny.second, tiny.first)] * 2):
+        engine.update_weights(stream(model), version)
+        assert engine.version == version
+        _assert_equals_hf(engine, version, model, other, *SAMPLING[family])
+
+
+@FAMILIES
+def test_an_update_forgets_the_cached_prompt(family: str, engines: Engines, request: pytest.FixtureRequest) -> None:
+    engine, tiny = engines.of(family), request.getfixturevalue(family)
+    long = random_prompt(3, MAX_MODEL_LEN - 20)
+    for version, model in ((7, tiny.first), (8, tiny.second)):
+        engine.update_weights(stream(model), version)
+        for _ in range(2):  # the second round reads the prompt from the cache
+            (response,) = engine.generate([GenerationRequest(long, 1, 1, 8)], version)
+            expected = reference_log_probs(model, long, response.token_ids, *SAMPLING[family])
+            assert response.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+def _with_config(model: PreTrainedModel, **changes: object) -> PreTrainedModel:
+    """The same weights under another config."""
+    other = type(model)(type(model.config)(**(model.config.to_dict() | changes))).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_olmo3_slides_its_window_and_stretches_its_positions(engines: Engines, olmo3: TinyModel) -> None:
+    olmo3_engine = engines.of("olmo3")
+    olmo3_engine.update_weights(stream(olmo3.first), 1)
+    prompts = [random_prompt(i, length) for i, length in enumerate((4, OLMO3_WINDOW, OLMO3_ORIGINAL_POSITIONS, 160))]
+    responses = olmo3_engine.generate([GenerationRequest(p, i, 1, 32) for i, p in enumerate(prompts)], 1)
+    lengths = [len(p) + len(r.token_ids) for p, r in zip(prompts, responses, strict=True)]
+    assert max(lengths) > 5 * OLMO3_ORIGINAL_POSITIONS > OLMO3_WINDOW
+
+    def largest_difference(model: PreTrainedModel) -> float:
+        pairs = zip(prompts, responses, strict=True)
+        expected = [p for prompt, r in pairs for p in reference_log_probs(model, prompt, r.token_ids, 1.0, 1.0)]
+        sampled = [p for r in responses for p in r.log_probs]
+        return max(abs(a - b) for a, b in zip(sampled, expected, strict=True))
+
+    plain = {name: {"rope_type": "default", "rope_theta": 500000.0} for name in ("full_attention", "sliding_attention")}
+    assert largest_difference(olmo3.first) < 1e-4
+    assert largest_difference(_with_config(olmo3.first)) < 1e-4, "transformers' class is another after the engine"
+    assert largest_difference(_with_config(olmo3.first, sliding_window=MAX_MODEL_LEN)) > 0.1
+    assert largest_difference(_with_config(olmo3.first, rope_parameters=plain)) > 0.1
+
+
 def test_an_engine_comes_and_goes_without_a_trace_in_the_trainer(
-    world_of_one: None, qwen3: TinyModel, monkeypatch: pytest.MonkeyPatch
+    no_engine: None, qwen3: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")  # torchrun's; vLLM would set it to 1
     states, threads, set_num_threads = _random_states(), torch.get_num_threads(), torch.set_num_threads
@@ -152,13 +194,14 @@ def test_an_engine_comes_and_goes_without_a_trace_in_the_trainer(
     total = torch.ones(1)
     dist.all_reduce(total)
     assert total.item() == 1
+    destroy_model_parallel()  # close() would have
 
 
 def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
 
 
-def test_an_engine_without_good_weights_does_not_sample(world_of_one: None, qwen3: TinyModel) -> None:
+def test_an_engine_without_good_weights_does_not_sample(no_engine: None, qwen3: TinyModel) -> None:
     engine = build(qwen3.folder)
     request = GenerationRequest([5, 6, 7], 0, 2, 4)
     assert engine.version is None
@@ -188,7 +231,7 @@ def test_an_engine_without_good_weights_does_not_sample(world_of_one: None, qwen
         engine.generate([request], 1)
 
 
-def test_an_update_that_lacks_a_tensor_fails(world_of_one: None, qwen3: TinyModel) -> None:
+def test_an_update_that_lacks_a_tensor_fails(no_engine: None, qwen3: TinyModel) -> None:
     engine = build(qwen3.folder)
     without_last = list(stream(qwen3.first))[:-1]
     with pytest.raises(RunError, match=r"lacks 1 of \d+ tensors, the first is lm_head.weight"):
@@ -196,6 +239,32 @@ def test_an_update_that_lacks_a_tensor_fails(world_of_one: None, qwen3: TinyMode
     with pytest.raises(RunError, match="unusable"):
         engine.generate([GenerationRequest([5], 0, 1, 4)], 1)
     engine.close()
+
+
+@FAMILIES
+def test_an_update_speaks_the_names_of_the_checkpoint(family: str, request: pytest.FixtureRequest) -> None:
+    tiny: TinyModel = request.getfixturevalue(family)
+    saved = {name: tensor.shape for name, tensor in load_file(tiny.folder / "model.safetensors").items()}
+    assert _expected_weights(_read_hf_config(tiny.folder)) == saved
+    assert {name: tensor.shape for name, tensor in stream(tiny.first)} == saved
+
+
+def test_an_update_names_the_expert_that_is_wrong(qwen3_moe: TinyModel) -> None:
+    expected = _expected_weights(qwen3_moe.first.config)
+    whole = dict(stream(qwen3_moe.first))
+    down = "model.layers.2.mlp.experts.5.down_proj.weight"
+    fused = dict(qwen3_moe.first.named_parameters())
+    for tensors, message in (
+        ({n: t for n, t in whole.items() if n != down}, rf"lacks 1 of {len(whole)} tensors, the first is {down}"),
+        (
+            whole | {down.replace("5", "6"): whole[down]},
+            r"experts\.6\.down_proj\.weight, which the model does not have",
+        ),
+        (whole | {down: whole[down].T}, r"as \[48, 64\], the model has \[64, 48\]"),
+        (fused, r"mlp\.experts\.gate_up_proj, which the model does not have"),
+    ):
+        with pytest.raises(RunError, match=message):
+            list(_checked(tensors.items(), expected, 4))
 
 
 def test_an_update_names_the_tensor_that_is_wrong() -> None:
@@ -212,13 +281,31 @@ def test_an_update_names_the_tensor_that_is_wrong() -> None:
             list(_checked(stream_of, expected, 4))
 
 
-def test_settings_that_vllm_cannot_run_are_one_line(world_of_one: None, qwen3: TinyModel, tmp_path: Path) -> None:
+def test_sizes_that_vllm_cannot_split_are_named(qwen3_moe: TinyModel, olmo3: TinyModel) -> None:
+    _check_model("hf", olmo3.first.config, 2)
+    with pytest.raises(
+        TempoError, match=r"tensor_parallel_size: 4 does not divide num_key_value_heads 2 of OLMo-3 hf/c"
+    ):
+        _check_model("hf", olmo3.first.config, 4)
+    _check_model("hf", qwen3_moe.first.config, 4)
+    with pytest.raises(
+        TempoError, match=r"tensor_parallel_size: 5 does not divide moe_intermediate_size 48 \(hf/config"
+    ):
+        _check_model("hf", qwen3_moe.first.config, 5)
+
+
+def test_settings_that_vllm_cannot_run_are_one_line(
+    no_engine: None, qwen3: TinyModel, qwen3_moe: TinyModel, tmp_path: Path
+) -> None:
     with pytest.raises(TempoError, match="tensor_parallel_size: 3 does not divide the world of 1 ranks"):
         build(qwen3.folder, tensor_parallel_size=3)
     with pytest.raises(TempoError, match=r"no config\.json"):
         build(tmp_path)
     Qwen3Config(**(qwen3.first.config.to_dict() | {"head_dim": 16})).save_pretrained(tmp_path)
     with pytest.raises(TempoError, match=r"config\.json: head_dim 16 is not one that vLLM runs on the CPU: \[32, "):
+        build(tmp_path)
+    Qwen3MoeConfig(**(qwen3_moe.first.config.to_dict() | {"hidden_size": 48})).save_pretrained(tmp_path)
+    with pytest.raises(TempoError, match=r"config\.json: hidden_size 48 is not a multiple of 32"):
         build(tmp_path)
     Qwen3Config(**(qwen3.first.config.to_dict() | {"max_position_embeddings": 64})).save_pretrained(tmp_path)
     with pytest.raises(TempoError, match=r"vLLM cannot run .*max_model_len") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,13 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from tempo_megatron.config.schema import RolloutConfig
@@ -22,6 +27,9 @@ from tempo_megatron.rollout.engine import RolloutEngine
 VOCAB_SIZE = 96
 MAX_MODEL_LEN = 192
 STOP_TOKEN_IDS = (0, 1, 2, 3)
+
+#: Temperature and top-p of each model's engine.
+SAMPLING = {"qwen3": (1.0, 1.0), "tied_llama": (0.7, 0.9), "qwen3_moe": (1.0, 1.0), "olmo3": (1.0, 1.0)}
 
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -48,9 +56,18 @@ class TinyModel:
 
 
 def stream(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors under their HF names, each made at the moment it is asked for."""
+    """The tensors of the model's HF checkpoint under their names there, each made at the moment it is asked for."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach().clone()
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":  # [experts, 2 * width, hidden]
+            for expert, (gate, up) in enumerate(pair.chunk(2) for pair in parameter.detach()):
+                yield f"{prefix}.{expert}.gate_proj.weight", gate.clone()
+                yield f"{prefix}.{expert}.up_proj.weight", up.clone()
+        elif last == "down_proj":
+            for expert, down in enumerate(parameter.detach()):
+                yield f"{prefix}.{expert}.down_proj.weight", down.clone()
+        else:
+            yield name, parameter.detach().clone()
 
 
 @torch.no_grad()
@@ -69,11 +86,16 @@ def random_prompt(seed: int, length: int) -> list[int]:
     return torch.randint(0, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@torch.no_grad()
 def _tiny(folder: Path, make: Callable[[], PreTrainedModel]) -> TinyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         first = make().eval()
         second = make().eval()
+        for model in (first, second):
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # transformers starts every norm at one, where a misplaced norm goes unnoticed
+                    parameter.uniform_(0.5, 1.5)
     first.save_pretrained(folder)
     return TinyModel(folder, first, second)
 
@@ -88,7 +110,59 @@ def tiny_tied_llama(folder: Path) -> TinyModel:
     return _tiny(folder, lambda: LlamaForCausalLM(config))
 
 
+def tiny_qwen3_moe(folder: Path) -> TinyModel:
+    """A dense layer between two of experts, whose width is not the multiple of 32 that the CPU kernel wants."""
+    config = Qwen3MoeConfig(
+        **_SHAPE
+        | {"num_hidden_layers": 3, "num_attention_heads": 4, "mlp_only_layers": [1]}
+        | {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 48},
+        tie_word_embeddings=True,
+    )
+    return _tiny(folder, lambda: Qwen3MoeForCausalLM(config))
+
+
+#: Far below MAX_MODEL_LEN, so that most positions lie beyond them.
+OLMO3_WINDOW, OLMO3_ORIGINAL_POSITIONS = 16, 32
+
+
+def tiny_olmo3(folder: Path) -> TinyModel:
+    """Three layers with a sliding window, then one with full attention and YaRN; config.json as in published models."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": OLMO3_ORIGINAL_POSITIONS}
+    yarn |= {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2079441541679836}
+    shape = _SHAPE | {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape |= {"sliding_window": OLMO3_WINDOW, "tie_word_embeddings": False}
+    del shape["head_dim"]
+    config = Olmo3Config(**shape, rope_scaling=yarn, rope_theta=500000.0)
+    tiny = _tiny(folder, lambda: Olmo3ForCausalLM(config))
+    published = config.to_dict() | {"rope_scaling": yarn, "rope_theta": 500000.0}
+    del published["rope_parameters"]  # transformers 5's own form, which save_pretrained has written
+    (folder / "config.json").write_text(json.dumps(published))
+    return tiny
+
+
 def build(folder: Path, **changes: object) -> RolloutEngine:
     settings = {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 64, "max_num_batched_tokens": 1024}
     config = RolloutConfig(**(settings | changes))
     return RolloutEngine(folder, config, max_model_len=MAX_MODEL_LEN, seed=0, stop_token_ids=STOP_TOKEN_IDS)
+
+
+class Engines:
+    """One engine is open at a time, as in a run: vLLM's process groups fit the model they were made for."""
+
+    def __init__(self, tiny_model: Callable[[str], TinyModel]) -> None:
+        self._tiny_model = tiny_model
+        self._open: tuple[str, RolloutEngine] | None = None
+
+    def of(self, family: str) -> RolloutEngine:
+        """The engine of the tiny model of this fixture name; it samples with ``SAMPLING``."""
+        if self._open is None or self._open[0] != family:
+            self.close()
+            temperature, top_p = SAMPLING[family]
+            engine = build(self._tiny_model(family).folder, temperature=temperature, top_p=top_p)
+            self._open = family, engine
+        return self._open[1]
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
