@@ -329,9 +329,10 @@ def _check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size:
     """
     file, split = f"{hf_dir}/config.json", f"rollout.tensor_parallel_size: {tensor_parallel_size}"
     if hf_config.model_type == "olmo3" and hf_config.num_key_value_heads % tensor_parallel_size:
-        # models/transformers/fusers/rms_norm.py, TPAwareNormMixin: the norm of k is over all heads, none may be doubled
+        # fewer KV heads than ranks are doubled, for which the norm over all of k has no place:
+        # models/transformers/fusers/rms_norm.py, TPAwareNormMixin.forward
         raise TempoError(
-            f"{split} does not divide num_key_value_heads {hf_config.num_key_value_heads} of OLMo-3 {file}"
+            f"{split} does not divide num_key_value_heads {hf_config.num_key_value_heads} ({file}), as OLMo-3 needs it"
         )
     experts_width = getattr(hf_config, "moe_intermediate_size", None)
     if experts_width is not None and experts_width % tensor_parallel_size:

@@ -152,10 +152,9 @@ def _repack_experts_on_reload() -> None:
     on the first load only (``if not is_weight_update``). A reload would copy the unpacked weights of a checkpoint
     into the packed tensors: garbage, silently, or a shape error where the kernel wants padding.
     """
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-    def set_up_kernel(method: UnquantizedFusedMoEMethod, layer: RoutedExperts, w13: Tensor, w2: Tensor) -> None:
+    def set_up_kernel(method: UnquantizedFusedMoEMethod, layer: torch.nn.Module, w13: Tensor, w2: Tensor) -> None:
         """``w13`` and ``w2`` are the layer's own parameters; the CPU backend packs those."""
         if method.moe_kernel is None:
             method._init_moe_kernel(layer)

@@ -1,6 +1,6 @@
-"""Started under torchrun by ``test_replicas``: one rollout on each vLLM layout of these ranks.
+"""Started under torchrun by ``test_replicas``: one rollout of each model on each vLLM layout of these ranks.
 
-Arguments: the HF folder, a JSON file with the settings, the folder for the results.
+Arguments: a JSON file with the settings, the folder for the results.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def _plain(batch: RolloutBatch) -> dict:
 
 
 def main() -> None:
-    folder, settings, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    settings, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     distributed.start(threads=1, timeout_s=60)
     draws = [PromptDraw(**draw) for draw in settings["draws"]]
     sizes = {key: settings[key] for key in ("samples_per_prompt", "max_response_tokens")}
-    for tensor_parallel_size in (1, dist.get_world_size()):
+    for model, tensor_parallel_size in settings["layouts"]:
+        folder = Path(settings["folders"][model])
         config = RolloutConfig(**settings["config"], tensor_parallel_size=tensor_parallel_size)
         engine = RolloutEngine(
             folder,
@@ -73,9 +74,9 @@ def main() -> None:
             rollout(engine, draws, **sizes, version=1, decode=_decode_failing_on_last_rank)
         except RunError as error:
             result["failure"] = str(error)
-        (results / f"tp{tensor_parallel_size}-rank{dist.get_rank()}.json").write_text(json.dumps(result))
+        (results / f"{model}-tp{tensor_parallel_size}-rank{dist.get_rank()}.json").write_text(json.dumps(result))
         engine.close()
-    distributed.sum_over_world(torch.ones(1))  # the trainer's group outlives both engines
+    distributed.sum_over_world(torch.ones(1))  # the trainer's group outlives the engines
     dist.destroy_process_group()
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config, Qwen3MoeConfig
-from vllm.distributed.parallel_state import destroy_model_parallel
 
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.rollout.engine import (
@@ -194,6 +193,8 @@ def test_an_engine_comes_and_goes_without_a_trace_in_the_trainer(
     total = torch.ones(1)
     dist.all_reduce(total)
     assert total.item() == 1
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
     destroy_model_parallel()  # close() would have
 
 
@@ -283,9 +284,7 @@ def test_an_update_names_the_tensor_that_is_wrong() -> None:
 
 def test_sizes_that_vllm_cannot_split_are_named(qwen3_moe: TinyModel, olmo3: TinyModel) -> None:
     _check_model("hf", olmo3.first.config, 2)
-    with pytest.raises(
-        TempoError, match=r"tensor_parallel_size: 4 does not divide num_key_value_heads 2 of OLMo-3 hf/c"
-    ):
+    with pytest.raises(TempoError, match=r"tensor_parallel_size: 4 does not divide num_key_value_heads 2 \(hf/config"):
         _check_model("hf", olmo3.first.config, 4)
     _check_model("hf", qwen3_moe.first.config, 4)
     with pytest.raises(
