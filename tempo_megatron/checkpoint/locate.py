@@ -78,7 +78,7 @@ def resolve_init(path: str, key: str) -> InitSource:
     folder = _existing_folder(path, key)
     if (folder / "config.json").is_file():
         if not any(folder.glob("*.safetensors")):
-            raise TempoError(f"{key}: {path!r} has a config.json but no *.safetensors file (nothing else is read)")
+            raise TempoError(f"{key}: {path!r} has a config.json but {no_weights_reason(folder)}")
         return InitSource("hf", folder, folder)
     if not (is_complete(folder) or (folder / CHECKPOINTS).is_dir() or _STEP.fullmatch(folder.name)):
         raise TempoError(
@@ -92,6 +92,17 @@ def resolve_init(path: str, key: str) -> InitSource:
     if not (hf_dir / "config.json").is_file():
         raise TempoError(f"{key}: checkpoint {checkpoint} is damaged: it has no {hf_dir.name}/config.json")
     return InitSource("checkpoint", checkpoint, hf_dir)
+
+
+def no_weights_reason(folder: Path) -> str:
+    """Why an HF folder without safetensors is refused."""
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles:
+        return (
+            f"no *.safetensors file; {pickles[0].name} is a pickle, which can run code and is not read: convert it "
+            "(load it with transformers where you trust it, and save_pretrained)"
+        )
+    return "no *.safetensors file (nothing else is read)"
 
 
 def hf_name(role: str) -> str:

@@ -7,7 +7,7 @@ One checkpoint folder::
       state.json        trainer state: samplers with carried-over prompts, gate, schedules, counters
       rng/rank_0.safetensors
       actor/  critic/   Megatron distributed checkpoints: weights, fp32 masters, Adam moments, any layout
-      hf/  hf-critic/   config and tokenizer of the actor and of the critic
+      hf/  hf-critic/   config and tokenizer of the actor and of the critic (see critic_format for its lm_head)
 
 It is written under a hidden name and renamed when complete, so a folder with a manifest is a whole checkpoint.
 Megatron's checkpoint format keeps plain Python values in pickles: load checkpoints only from people you trust
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint import inprocess_writer
+from tempo_megatron.checkpoint.critic_format import carry_lm_head
 from tempo_megatron.checkpoint.hf_files import copy_side_files
 from tempo_megatron.checkpoint.locate import hf_name
 from tempo_megatron.errors import RunError, TempoError
@@ -179,6 +180,8 @@ def save_checkpoint(
         (partial / "state.json").write_text(json.dumps({"trainer": state, "schedules": schedules}))
         for role, hf_dir in hf_dirs.items():
             copy_side_files(hf_dir, partial / hf_name(role))
+            if role == "critic":
+                carry_lm_head(hf_dir, partial / hf_name(role))
         manifest = {
             "format": FORMAT,
             "step": step,

@@ -14,17 +14,16 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from tempo_megatron.checkpoint.hf_files import HFTensors, HFWriter, load_hf_config
+from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights
+from tempo_megatron.checkpoint.hf_files import load_hf_config
 from tempo_megatron.checkpoint.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
-from tempo_megatron.checkpoint.store import check_resumable, load_weights, resume_checkpoint, save_checkpoint
+from tempo_megatron.checkpoint.store import check_resumable, resume_checkpoint, save_checkpoint
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.encode import check_tokenizer
 from tempo_megatron.errors import TempoError
 from tempo_megatron.loop.data import read_data
 from tempo_megatron.model.build import Role
-from tempo_megatron.model.families import family_of
-from tempo_megatron.model.weights import load_hf_weights, unexpected_hf_names
 from tempo_megatron.parallel.distributed import on_rank0, rank, start, together, world_size
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.telemetry.environment import environment
@@ -103,7 +102,6 @@ class Session:
                 groups[layout] = ModelParallelGroups(role_config.parallel, self.config.launch.timeout_s)
             source = sources[role]
             hf_config = together(partial(load_hf_config, source.hf_dir))
-            together(partial(family_of, hf_config))
             self.hf_dirs[role] = source.hf_dir
             head_bias = role_config.head_bias if isinstance(role_config, CriticConfig) else 0.0
             engine = MegatronEngine(
@@ -175,18 +173,9 @@ class Session:
             )
 
     def export_hf(self) -> None:
-        """Write ``hf/actor`` and ``hf/critic`` (a token-classification model with one label)."""
+        """Write ``hf/actor`` and ``hf/critic`` (its head as other programs of its family read it)."""
         for role, engine in self.engines.items():
-            stream = engine.weight_stream(self.config.rollout.bucket_mib)
-            changes: dict[str, Any] = {"dtype": engine.config.dtype}
-            if role == "critic":
-                name = family_of(engine.hf_config).architecture.replace("ForCausalLM", "ForTokenClassification")
-                changes |= {"architectures": [name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-            if self.is_main:
-                HFWriter(self.output / "hf" / role).write(stream, self.hf_dirs[role], changes)
-            else:
-                for _ in stream:
-                    pass
+            export_hf(engine, self.hf_dirs[role], self.output / "hf" / role, self.config.rollout.bucket_mib)
 
     def __enter__(self) -> Session:
         return self
@@ -217,33 +206,3 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
         raise TempoError(f"{folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
     check_tokenizer(tokenizer, vocab_size)
     return tokenizer
-
-
-def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
-    """Weights of a fresh role from an HF folder or a checkpoint. Collective; errors are raised on every rank."""
-    init_head = isinstance(engine.config, CriticConfig) and engine.config.init_head
-    if source.kind == "checkpoint":
-        load_weights(source.path, engine, init_head=init_head)
-        return
-
-    def load() -> None:
-        try:
-            _load_hf_folder(engine, source.path, init_head=init_head)
-        except TempoError as error:
-            raise TempoError(f"{engine.role}.init: {error}") from error
-
-    together(load)
-
-
-def _load_hf_folder(engine: MegatronEngine, folder: Path, *, init_head: bool) -> None:
-    tensors = HFTensors(folder)
-    has_head = "score.weight" in tensors.names
-    if engine.role == "critic" and not has_head and not init_head:
-        raise TempoError(
-            f"{folder} has no value head (score.weight); set critic.init_head=true to start with a fresh one"
-        )
-    skip_head = engine.role == "critic" and not has_head
-    extra = unexpected_hf_names(tensors.names, engine.hf_config, engine.role, skip_head=skip_head)
-    if extra:
-        raise TempoError(f"{folder}: tensors with no place in a {engine.role}: {', '.join(sorted(extra)[:5])}")
-    load_hf_weights(engine.models, engine.hf_config, engine.role, engine.groups, tensors, skip_head=skip_head)

@@ -77,6 +77,8 @@ def test_refusals_name_what_is_missing(tmp_path: Path) -> None:
     assert "no config.json" in refusal(tmp_path / "empty")
     (hf_folder(tmp_path / "old") / "model.safetensors").unlink()
     assert "no *.safetensors" in refusal(tmp_path / "old", "critic.init")
+    (tmp_path / "old" / "pytorch_model.bin").touch()
+    assert "pytorch_model.bin is a pickle, which can run code and is not read: convert" in refusal(tmp_path / "old")
     half = checkpoint(tmp_path / "run", 5, complete=False)
     assert "not a complete checkpoint" in refusal(half)
     assert "no complete checkpoint" in refusal(tmp_path / "run")

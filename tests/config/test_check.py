@@ -172,6 +172,13 @@ def test_llama_is_supported(job: Job) -> None:
     job.check()
 
 
+def test_critic_may_be_a_token_classifier(job: Job) -> None:
+    job.model("critic", architectures=["Qwen3ForTokenClassification"])
+    job.check()
+    job.model("actor", architectures=["Qwen3ForTokenClassification"])
+    assert "architectures: Qwen3ForTokenClassification is not supported" in job.refusal()
+
+
 def test_both_roles_need_one_vocabulary(job: Job) -> None:
     job.model("critic", vocab_size=101)
     assert job.refusal().startswith("critic.init: vocab_size 101 (")

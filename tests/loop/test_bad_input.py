@@ -243,8 +243,8 @@ MODELS = {
         {"actor.init": "{model:truncated}"},
     ),
     "wrong-shape": Case(
-        r"actor\.init: .*/wide-k: tensor model\.layers\.1\.self_attn\.k_proj\.weight has the shape \[65, 63\], "
-        r"config\.json asks for \[64, 64\]",
+        r"actor\.init: .*/wide-k/model\.safetensors: tensor model\.layers\.1\.self_attn\.k_proj\.weight has the "
+        r"shape \[65, 63\], config\.json asks for \[64, 64\]",
         {"actor.init": "{model:wide-k}"},
     ),
     "other-tokenizer": Case(
@@ -397,8 +397,9 @@ FOR_EVER = {"steps": 100_000, "checkpoint.every": 1}
 def test_a_tensor_that_only_one_rank_misses(bad: Bad, tmp_path: Path) -> None:
     changes = {"actor.init": "{model:no-final-norm}", "actor.parallel.pipeline_model_parallel_size": 2}
     ended = _two_ranks(bad, "sft", tmp_path / "run", changes)
-    folder = bad.model("no-final-norm")
-    assert ended.messages == [f"error: actor.init: {folder}: tensor model.norm.weight is missing"]
+    file = bad.model("no-final-norm") / "model.safetensors"
+    told = f"error: actor.init: {file}: tensor model.norm.weight is missing; config.json asks for it"
+    assert ended.messages == [told]
     assert ended.code == 2
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,79 @@
+"""A role's weights from an HF folder and into one; collective over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tempo_megatron.checkpoint.critic_format import HeadFormat, critic_folder, open_hf_folder
+from tempo_megatron.checkpoint.hf_check import check_hf_folder
+from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
+from tempo_megatron.checkpoint.locate import InitSource
+from tempo_megatron.checkpoint.store import load_weights
+from tempo_megatron.config.schema import CriticConfig
+from tempo_megatron.errors import TempoError
+from tempo_megatron.model.weights import load_hf_weights
+from tempo_megatron.parallel.distributed import on_rank0, rank, together
+from tempo_megatron.training.engine import MegatronEngine
+
+
+def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
+    """Weights of a fresh role from an HF folder or a checkpoint; what is wrong with them is raised on every rank."""
+    init_head = isinstance(engine.config, CriticConfig) and engine.config.init_head
+    if source.kind == "checkpoint":
+        load_weights(source.path, engine, init_head=init_head)
+        return
+
+    def check() -> bool:
+        try:
+            tensors = open_hf_folder(source.path, engine.role)
+            return check_hf_folder(tensors, engine.hf_config, engine.role, init_head=init_head)
+        except TempoError as error:
+            raise TempoError(f"{engine.role}.init: {error}") from error
+
+    keep_head = on_rank0(check)
+
+    def load() -> None:
+        tensors = open_hf_folder(source.path, engine.role)
+        load_hf_weights(engine.model, engine.hf_config, engine.role, engine.groups, tensors, skip_head=keep_head)
+
+    together(load)
+
+
+def export_hf(
+    engine: MegatronEngine, hf_dir: Path, target: Path, bucket_mib: int, head_format: HeadFormat | None = None
+) -> None:
+    """Write a role as an HF folder with the weights' own dtypes. All ranks call it, rank 0 writes.
+
+    Args:
+        hf_dir: folder whose config, tokenizer and generation config (and a critic's carried output layer) go along.
+        bucket_mib: weights that travel between ranks at a time.
+        head_format: of a critic, see ``critic_format``.
+
+    Raises:
+        RunError: the folder cannot be written; an older one is as it was.
+    """
+    stream = iter(engine.weight_stream(bucket_mib))
+    tensors: Iterator[tuple[str, Tensor]]
+    changes: dict[str, Any]
+    failure: OSError | TempoError | None = None
+    if rank() == 0:
+        try:
+            tensors, changes = stream, {}
+            if engine.role == "critic":
+                tensors, changes = critic_folder(stream, engine.hf_config, hf_dir, head_format)
+            changes |= dtype_change(hf_dir, engine.config.dtype)
+            HFWriter(target).write(tensors, hf_dir, changes)
+        except (OSError, TempoError) as error:
+            failure = error
+    for _ in stream:  # the other ranks take part in gathering; so does rank 0 when it could not write
+        pass
+
+    def tell() -> None:
+        if failure is not None:
+            raise failure
+
+    on_rank0(tell)
