@@ -28,19 +28,18 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
         return
 
     def check() -> bool:
-        try:
-            tensors = open_hf_folder(source.path, engine.role)
-            return check_hf_folder(tensors, engine.hf_config, engine.role, init_head=init_head)
-        except TempoError as error:
-            raise TempoError(f"{engine.role}.init: {error}") from error
-
-    keep_head = on_rank0(check)
+        tensors = open_hf_folder(source.path, engine.role)
+        return check_hf_folder(tensors, engine.hf_config, engine.role, init_head=init_head)
 
     def load() -> None:
         tensors = open_hf_folder(source.path, engine.role)
         load_hf_weights(engine.model, engine.hf_config, engine.role, engine.groups, tensors, skip_head=keep_head)
 
-    together(load)
+    try:
+        keep_head = on_rank0(check)
+        together(load)
+    except TempoError as error:
+        raise TempoError(f"{engine.role}.init: {error}") from error
 
 
 def export_hf(

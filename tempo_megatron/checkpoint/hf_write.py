@@ -113,6 +113,7 @@ class HFWriter:
             size += tensor.nbytes
             metadata["total_parameters"] += tensor.numel()
             metadata["total_size"] += tensor.nbytes
+            del tensor  # the stream makes its next one now
         flush()
         return shards, metadata
 
