@@ -33,7 +33,7 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
 
     def load() -> None:
         tensors = open_hf_folder(source.path, engine.role)
-        load_hf_weights(engine.model, engine.hf_config, engine.role, engine.groups, tensors, skip_head=keep_head)
+        load_hf_weights(engine.models, engine.hf_config, engine.role, engine.groups, tensors, skip_head=keep_head)
 
     try:
         keep_head = on_rank0(check)
