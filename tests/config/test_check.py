@@ -141,7 +141,7 @@ def test_divisors_and_nearest(n: int, value: int) -> None:
     [
         (
             {"architectures": ["GemmaForCausalLM"]},
-            "GemmaForCausalLM is not supported; supported: LlamaForCausalLM, Qwen3",
+            "GemmaForCausalLM is not supported; supported: LlamaForCausalLM, Olmo3",
         ),
         ({"architectures": "absent"}, "architectures: none is not supported"),
         ({"architectures": []}, "architectures: none is not supported"),
