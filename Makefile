@@ -18,7 +18,7 @@ REAL_STAMP := $(VENV)/.real-model-$(KEY)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
-.PHONY: help demo demo-real test test-slurm lint lock clean
+.PHONY: help demo demo-real test test-slurm parity lint lock clean
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -36,6 +36,9 @@ test: $(STAMP) ## all tests but those that need Slurm [PYTEST_ARGS="-k name"]
 test-slurm: $(STAMP) ## tests on a real two-node Slurm cluster on loopback; as root, installs Slurm if missing
 	tests/slurm/cluster/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+parity: $(STAMP) ## compare every family, role and layout with transformers; writes docs/parity.md
+	$(BIN)/python -m tests.model.parity_table
 
 lint: $(STAMP) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .

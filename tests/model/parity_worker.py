@@ -189,7 +189,6 @@ class Wanted:
     """What transformers says: outputs per row, the loss, and gradients under checkpoint names."""
 
     outputs: list[torch.Tensor]
-    tokens: int
     loss: float
     gradients: dict[str, torch.Tensor]
     norm: float
@@ -209,7 +208,7 @@ def wanted(name: str, role: str) -> Wanted:
         assert p.grad is not None
         gradients.update(per_expert(key, p.grad))
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
-    return Wanted([w.detach() for w in outputs], tokens, loss.item(), gradients, norm)
+    return Wanted([w.detach() for w in outputs], loss.item(), gradients, norm)
 
 
 def per_expert(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -252,33 +251,34 @@ def case(name: str, role: str, layout: Layout, groups: ModelParallelGroups, fold
     roundtrip = set(before) == read.names - tied and all(torch.equal(before[n], read(n)) for n in before)
     engine.start_optimizer()
 
-    want = wanted(name, role)
+    sequences = data()
+    tokens = sum(len(r) + (role == "critic") for r in sequences.responses)
     key = "log_probs" if role == "actor" else "values"
-    got = engine.forward(data())[key]
-    forward = max((got[i, : len(w)] - w).abs().max().item() for i, w in enumerate(want.outputs))
+    got = engine.forward(sequences)[key]
 
     def loss(tables: dict[str, torch.Tensor], rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         table = tables[key]
         weights = torch.tensor([[weight_of(r, t) for t in range(table.shape[1])] for r in rows])
-        return (table * weights).sum() / want.tokens, {}
+        return (table * weights).sum() / tokens, {}
 
-    result = engine.step(data(), loss)
-    # The step that AdamW takes tells the gradient, whichever optimizer has reduced and applied it
-    gradient = 0.0
+    result = engine.step(sequences, loss)
     after = dict(engine.weight_stream(1))
-    for n, w in after.items():
-        g = want.gradients[n]
-        gradient = max(gradient, relative((before[n] - w) / LR, g / (g.abs() + ADAM_EPS)))
+    if dist.get_rank() != 0:
+        return {}
+    want = wanted(name, role)
+    # The step that AdamW takes tells the gradient, whichever optimizer has reduced and applied it
+    steps = {n: (before[n] - w) / LR for n, w in after.items()}
+    wanted_steps = {n: g / (g.abs() + ADAM_EPS) for n, g in want.gradients.items()}
     return {
         "family": name,
         "role": role,
         "ranks": dist.get_world_size(),
-        "layout": layout.name.replace(" distopt", "").replace("distopt", ""),
+        "layout": layout.name.replace("distopt", "").strip(),
         "dp": engine.groups.dp_size,
         "distopt": layout.distributed,
-        "forward": forward,
+        "forward": max((got[i, : len(w)] - w).abs().max().item() for i, w in enumerate(want.outputs)),
         "loss": abs(result.loss - want.loss) / abs(want.loss),
-        "gradient": gradient,
+        "gradient": max(relative(step, wanted_steps[n]) for n, step in steps.items()),
         "grad_norm": abs(result.grad_norm - want.norm) / want.norm,
         "parameters": len(after),
         "roundtrip": roundtrip,
