@@ -22,7 +22,7 @@ Each cell is one model in one layout, actor and critic, compared with the same m
 
 | measure | what is compared | bound |
 |---|---|---|
-| forward | log-probabilities at temperature 0.7 (actor) or values (critic) of all responses, largest difference | 1e-4 |
+| forward | log-probabilities at temperature 0.7 (actor), values (critic) of all responses, largest difference | 1e-4 |
 | loss | a weighted sum over all response tokens divided by their number, relative | 1e-4 |
 | gradient | of every parameter: AdamW's first step with epsilon 1 and a huge rate, which tells the gradient \
 through whatever reduces and applies it; largest difference over the largest step of the tensor | 1e-4 |
