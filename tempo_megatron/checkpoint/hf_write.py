@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tempo_megatron.checkpoint.safetensors_stream import SafetensorsWriter
+
 CONFIG = "config.json"
+#: Name of a config.json that is not complete.
+UNNAMED = ".config.json.partial"
 
 #: Files of an HF folder that are not weights and travel with a model.
 SIDE_FILES = (
@@ -51,7 +54,7 @@ class HFWriter:
     end. A process that is killed between those two moves leaves both whole under their hidden names, and the next
     writer of the folder moves the older one back.
 
-    Memory: at most ``shard_bytes`` of tensors, and the stream's current one.
+    Memory: the stream's current tensor.
 
     Args:
         shard_bytes: largest shard; a single larger tensor is a shard of its own.
@@ -63,7 +66,11 @@ class HFWriter:
         self.replaced = folder.with_name(f".{folder.name}.replaced")
 
     def write(
-        self, tensors: Iterable[tuple[str, Tensor]], side_files: Path, config: Mapping[str, Any] | None = None
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        side_files: Path,
+        config: Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         """Write the folder.
 
@@ -72,6 +79,7 @@ class HFWriter:
             side_files: HF folder whose config, tokenizer and generation config are copied, byte for byte.
             config: keys of config.json to replace or add (None: remove), looked at after the last tensor. A config
                 that has these values already is copied byte for byte.
+            check: looks at the hidden folder when all but config.json is in it, and raises to have it removed.
 
         Raises:
             OSError: a full disk, a file in the way. The folder is as it was before.
@@ -85,8 +93,11 @@ class HFWriter:
             _copy(side_files, self.partial, (name for name in SIDE_FILES if name != CONFIG))
             for path in self.partial.iterdir():
                 _sync(path)
-            (self.partial / CONFIG).write_bytes(changed_config(side_files / CONFIG, config or {}))
-            _sync(self.partial / CONFIG)
+            if check is not None:
+                check(self.partial)
+            self.partial.joinpath(UNNAMED).write_bytes(changed_config(side_files / CONFIG, config or {}))
+            _sync(self.partial / UNNAMED)
+            os.replace(self.partial / UNNAMED, self.partial / CONFIG)
             _sync(self.partial)
             self._take_place()
         except BaseException:
@@ -95,27 +106,20 @@ class HFWriter:
 
     def _write_shards(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[list[str]], dict[str, int]]:
         """Write ``shard-0``, ``shard-1``, ...; returns the tensor names of each, and the index's metadata."""
-        shards: list[list[str]] = []
-        pending: dict[str, Tensor] = {}
-        size = 0
-        metadata = {"total_parameters": 0, "total_size": 0}
-
-        def flush() -> None:
-            nonlocal pending, size
-            save_file(pending, self.partial / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending, size = {}, 0
-
+        shards: list[SafetensorsWriter] = []
+        parameters = 0
         for name, tensor in tensors:
-            if pending and size + tensor.nbytes > self.shard_bytes:
-                flush()
-            pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            size += tensor.nbytes
-            metadata["total_parameters"] += tensor.numel()
-            metadata["total_size"] += tensor.nbytes
+            last = shards[-1] if shards else None
+            if last is None or last.data_bytes + tensor.nbytes > self.shard_bytes or not last.fits(name, tensor):
+                if last is not None:
+                    last.close()
+                shards.append(SafetensorsWriter(self.partial / f"shard-{len(shards)}"))
+            shards[-1].add(name, tensor.cpu())
+            parameters += tensor.numel()
             del tensor  # the stream makes its next one now
-        flush()
-        return shards, metadata
+        shards[-1].close()
+        metadata = {"total_parameters": parameters, "total_size": sum(shard.data_bytes for shard in shards)}
+        return [shard.names for shard in shards], metadata
 
     def _name_shards(self, shards: list[list[str]], metadata: dict[str, int]) -> None:
         """transformers' names: model.safetensors, or model-0000i-of-0000n with an index."""

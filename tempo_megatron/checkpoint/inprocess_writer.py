@@ -13,6 +13,9 @@ import queue
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.storage import WriteResult
+
+from tempo_megatron.errors import TempoError
 
 
 def install() -> None:
@@ -24,27 +27,40 @@ def install() -> None:
 def _write_buckets(
     transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
 ) -> None:
-    results: dict[int, Any] = {}
-    failure: Exception | None = None
-    for i, bucket in enumerate(write_buckets):
-        done: queue.Queue[Any] = queue.Queue()
-        counter: queue.Queue[int] = queue.Queue()
-        counter.put(i)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transform_list,
-            local_proc_idx=i,
-            write_bucket=bucket,
-            results_queue=done,
-            count_queue=counter,
-            use_fsync=True,
-            use_msc=use_msc,
-        )
-        _, outcome = done.get_nowait()
-        if isinstance(outcome, Exception):
-            failure = _cause(outcome)
-            break
-        results[i] = outcome
-    global_results_queue.put(failure or results)
+    try:
+        results = {i: write_bucket(transform_list, bucket, use_msc=use_msc) for i, bucket in enumerate(write_buckets)}
+    except Exception as error:  # the queue carries it to the thread that saves
+        global_results_queue.put(error)
+    else:
+        global_results_queue.put(results)
+
+
+def write_bucket(transform_list: list[Any], bucket: Any, *, use_msc: bool = False) -> list[WriteResult]:
+    """Write one ``.distcp`` file with Megatron's own writer.
+
+    Args:
+        bucket: (path, name in the metadata, (pairs of WriteItem and BytesIO, pairs of WriteItem and tensor)); the
+            pairs may be made as they are written, so that no more than one tensor is in memory.
+
+    Raises whatever making a pair raised; OSError for a full disk.
+    """
+    done: queue.Queue[Any] = queue.Queue()
+    counter: queue.Queue[int] = queue.Queue()
+    counter.put(0)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transform_list,
+        local_proc_idx=0,
+        write_bucket=bucket,
+        results_queue=done,
+        count_queue=counter,
+        use_fsync=True,
+        use_msc=use_msc,
+    )
+    _, outcome = done.get_nowait()
+    if isinstance(outcome, Exception):
+        raise outcome if isinstance(outcome, TempoError) else _cause(outcome)
+    results: list[WriteResult] = outcome
+    return results
 
 
 def _cause(error: Exception) -> Exception:

@@ -89,6 +89,8 @@ def resolve_init(path: str, key: str) -> InitSource:
     hf_dir = checkpoint / hf_name(key.partition(".")[0])
     if not hf_dir.is_dir():  # a critic that starts from a stage without one
         hf_dir = checkpoint / HF
+    if not hf_dir.is_dir() and (checkpoint / hf_name("critic")).is_dir():
+        raise TempoError(f"{key}: checkpoint {checkpoint} holds a critic only")
     if not (hf_dir / "config.json").is_file():
         raise TempoError(f"{key}: checkpoint {checkpoint} is damaged: it has no {hf_dir.name}/config.json")
     return InitSource("checkpoint", checkpoint, hf_dir)

@@ -79,7 +79,7 @@ def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) ->
 
 
 @contextmanager
-def _one_line(error_class: type[TempoError], what: str) -> Iterator[None]:
+def one_line(error_class: type[TempoError], what: str) -> Iterator[None]:
     """What torch and Megatron raise over a full disk, a file in the way or a damaged file, as one line."""
     try:
         yield
@@ -114,7 +114,7 @@ def _save_role(engine: MegatronEngine, folder: Path) -> None:
 
 def _check_metadata(folder: Path) -> None:
     """Before torch reads it (state_dict_loader.py), which logs a traceback and goes on to a worse message."""
-    with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
+    with one_line(TempoError, f"{folder}: {UNREADABLE}"):
         FileSystemReader(folder).read_metadata()
 
 
@@ -128,7 +128,7 @@ def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_he
         if skip_head:
             for i in range(len(engine.models)):
                 wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}
-        with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
+        with one_line(TempoError, f"{folder}: {UNREADABLE}"):
             loaded = dist_checkpointing.load(wanted, str(folder), strategy)
         for i, model in enumerate(engine.models):
             missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
@@ -190,7 +190,7 @@ def save_checkpoint(
             "layouts": {role: engine.config.parallel.model_dump() for role, engine in engines.items()},
             "version": __version__,
         }
-        _sync_write(partial / "manifest.json", json.dumps(manifest, indent=2))
+        sync_write(partial / "manifest.json", json.dumps(manifest, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for old in sorted(parent.glob("step_*"))[:-keep]:
@@ -203,7 +203,7 @@ def save_checkpoint(
             _save_role(engine, partial / role)
 
     def guarded(fn: Callable[[], None]) -> None:
-        with _one_line(RunError, f"{final}: the checkpoint cannot be saved (earlier ones are complete)"):
+        with one_line(RunError, f"{final}: the checkpoint cannot be saved (earlier ones are complete)"):
             fn()
 
     try:
@@ -218,7 +218,8 @@ def save_checkpoint(
     return final
 
 
-def _sync_write(path: Path, text: str) -> None:
+def sync_write(path: Path, text: str) -> None:
+    """Write a small file and wait until it is on disk."""
     with path.open("w") as f:
         f.write(text)
         f.flush()
@@ -241,6 +242,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_resumable(folder: Path, roles: Iterable[str]) -> None:
     """TempoError if a run of these roles on this many ranks cannot go on from the checkpoint."""
     manifest = read_manifest(folder)
+    if manifest.get("weights_only"):
+        raise TempoError(
+            f"{folder}: holds weights only (a converted model), no run to go on with; give it as "
+            f"{manifest['roles'][0]}.init instead"
+        )
     if manifest["roles"] != sorted(roles):
         raise TempoError(f"{folder}: holds {manifest['roles']}, this run trains {sorted(roles)}; they must be the same")
     if manifest["world_size"] != world_size():
@@ -257,7 +263,7 @@ def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[
     """
     for role, engine in engines.items():
         _load_role(engine, folder / role, optimizer=True)
-    with _one_line(TempoError, f"{folder}: {UNREADABLE}"):
+    with one_line(TempoError, f"{folder}: {UNREADABLE}"):
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         random_state = load_file(folder / "rng" / f"rank_{rank()}.safetensors")
     for role, engine in engines.items():

@@ -75,7 +75,8 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         layers=number("num_hidden_layers"),
         vocab_size=number("vocab_size"),
         max_positions=number("max_position_embeddings"),
-        experts=number("num_experts") if moe else 0,
+        # transformers 5 saves it under the second name
+        experts=number("num_experts" if "num_experts" in values else "num_local_experts") if moe else 0,
         expert_intermediate_size=number("moe_intermediate_size") if moe else 0,
     )
 

@@ -72,7 +72,8 @@ def _rope(config: PretrainedConfig, layer_type: str | None) -> Rope:
     parameters = _parameters(config, layer_type)
     kind = parameters.get("rope_type", "default")
     if kind != "default":
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+        with torch.device("cpu"):  # also where a model is built on the meta device: these are numbers, not weights
+            inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
         return Rope(inv_freq.float(), float(factor))
     exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32, device="cpu") / head_dim(config)
     return Rope(1.0 / parameters["rope_theta"] ** exponents, 1.0)

@@ -46,6 +46,8 @@ class ModelParallelGroups:
                 expert_model_parallel_size=layout.expert_model_parallel_size,
                 expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
                 distributed_timeout_minutes=max(1, timeout_s // 60),
+                # the one process that plays every rank of a layout (checkpoint/convert_plan.py) cannot meet the others
+                create_gloo_process_groups=dist.get_backend() != "fake",
             )
             self._globals = _layout_globals()
             self.tp_group: dist.ProcessGroup = mpu.get_tensor_model_parallel_group()

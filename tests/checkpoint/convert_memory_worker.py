@@ -1,0 +1,42 @@
+"""Run by test_convert_memory.py: one conversion; prints JSON with its peak memory above that of its imports, in GiB.
+
+Arguments: ``hf_to_megatron`` or ``megatron_to_hf``, and its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from tempo_megatron.checkpoint import convert
+from tempo_megatron.parallel import cpu_shim
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+cpu_shim.install()
+
+import rich.progress  # noqa: E402, F401
+from transformers import Olmo3ForCausalLM  # noqa: E402, F401
+
+from tempo_megatron.checkpoint import convert_verify  # noqa: E402, F401
+
+
+def peak_gib() -> float:
+    """Highest resident memory. Not getrusage's ru_maxrss, which begins with what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
+
+
+def main() -> None:
+    imports, began = peak_gib(), time.monotonic()
+    code = getattr(convert, sys.argv[1])(sys.argv[2:])
+    told = {"imports": imports, "above": peak_gib() - imports, "seconds": time.monotonic() - began}
+    print(json.dumps(told))
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
