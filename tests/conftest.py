@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import sys
+from importlib import metadata
+from pathlib import Path
 
 # Before any test imports torch, vllm or transformers: they read these once.
 os.environ.update(
@@ -60,3 +62,15 @@ def _seeded() -> None:
         torch.manual_seed(0)
         if torch.get_num_threads() != 1:
             torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as an HF folder in float32; half a minute, once."""
+    from tempo_megatron.demo.real import PACKAGE, write_smollm2
+
+    try:
+        metadata.files(PACKAGE)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"package {PACKAGE} is not installed (make demo-real installs it)")
+    return write_smollm2(tmp_path_factory.mktemp("smollm2") / "model")

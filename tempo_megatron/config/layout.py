@@ -66,6 +66,8 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
 
     heads = number("num_attention_heads")
     moe = causal == "Qwen3MoeForCausalLM"
+    # transformers 5 saves the number of experts under a name of its own
+    experts = "num_local_experts" if "num_local_experts" in values else "num_experts"
     return ModelShape(
         file=config_json,
         attention_heads=heads,
@@ -75,8 +77,7 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         layers=number("num_hidden_layers"),
         vocab_size=number("vocab_size"),
         max_positions=number("max_position_embeddings"),
-        # transformers 5 saves it under the second name
-        experts=number("num_experts" if "num_experts" in values else "num_local_experts") if moe else 0,
+        experts=number(experts) if moe else 0,
         expert_intermediate_size=number("moe_intermediate_size") if moe else 0,
     )
 
@@ -163,19 +164,31 @@ def _check_world(shape: ModelShape, layout: ParallelConfig, key: str, world_size
         layouts = [
             (t, p) for t in _tensor_sizes(shape) for p in divisors(shape.layers) if world_size % (t * p * context) == 0
         ]
-        layouts.sort(key=lambda each: abs(each[0] - tensor) + abs(each[1] - pipeline))
-        near = ", ".join(f"{t} x {p}" for t, p in layouts[:3]) or "a smaller context_parallel_size"
+        near = _nearest_pairs((tensor, pipeline), layouts) or "a smaller context_parallel_size"
         with_context = f" x context_parallel_size {context}" if context > 1 else ""
         raise TempoError(
             f"{key}: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline}{with_context} = "
             f"{layout.model_parallel_size} must divide the world size {world_size}; nearest valid: {near}"
         )
     if world_size % layout.expert_parallel_size:
+        expert_tensor, expert = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
+        layouts = [
+            (t, e)
+            for t in divisors(shape.expert_intermediate_size)
+            for e in divisors(shape.experts)
+            if world_size % (t * e * pipeline) == 0
+        ]
         raise TempoError(
-            f"{key}: expert_tensor_parallel_size {layout.expert_tensor_parallel_size} x expert_model_parallel_size "
-            f"{layout.expert_model_parallel_size} x pipeline_model_parallel_size {pipeline} = "
-            f"{layout.expert_parallel_size} must divide the world size {world_size}"
+            f"{key}: expert_tensor_parallel_size {expert_tensor} x expert_model_parallel_size {expert} x "
+            f"pipeline_model_parallel_size {pipeline} = {layout.expert_parallel_size} must divide the world size "
+            f"{world_size}; nearest valid: {_nearest_pairs((expert_tensor, expert), layouts)}"
         )
+
+
+def _nearest_pairs(value: tuple[int, int], valid: list[tuple[int, int]]) -> str:
+    """The three valid pairs that are closest to ``value``: "1 x 2, 2 x 1, 2 x 3"."""
+    by_distance = sorted(valid, key=lambda pair: abs(pair[0] - value[0]) + abs(pair[1] - value[1]))
+    return ", ".join(f"{a} x {b}" for a, b in by_distance[:3])
 
 
 def divisors(n: int) -> list[int]:

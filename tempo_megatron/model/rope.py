@@ -50,15 +50,20 @@ def rope_of_layer(config: PretrainedConfig, layer: int) -> int:
 
 def refuse_rope(config: PretrainedConfig) -> str | None:
     """Why this config's rope is not supported, or None."""
+    partial = getattr(config, "partial_rotary_factor", None)  # beside the ropes transformers reads it in some families
     for layer_type in rope_layer_types(config):
         parameters = _parameters(config, layer_type)
         kind = parameters.get("rope_type", "default")
         if kind not in SUPPORTED_ROPES:
             return f"rope_type: {kind} is not supported (only {', '.join(SUPPORTED_ROPES)})"
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            return f"partial_rotary_factor: {parameters['partial_rotary_factor']} is not supported (only 1.0)"
-        if not isinstance(parameters.get("rope_theta"), int | float):
-            return "rope_theta: missing (a number is needed)"
+        if parameters.get("type", kind) != kind:  # the older key, which transformers overlooks in ropes by layer type
+            return f"rope type: {parameters['type']} is not supported beside rope_type: {kind} (only rope_type is)"
+        factor = parameters.get("partial_rotary_factor", partial)
+        if factor not in (None, 1.0):
+            return f"partial_rotary_factor: {factor} is not supported (only 1.0)"
+        theta = parameters.get("rope_theta")
+        if not isinstance(theta, int | float):
+            return f"rope_theta: {'null' if theta is None else repr(theta)} is not supported (a number is needed)"
     return None
 
 

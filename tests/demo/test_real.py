@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tempo_megatron.config.load import load_config
 from tempo_megatron.data.encode import encode_prompts
 from tempo_megatron.data.prompts import read_eval_answers, read_prompts
 from tempo_megatron.demo import run
-from tempo_megatron.demo.real import EXAMPLE, ONE_DIGIT, PACKAGE, SET_SIZE, find_gguf, write_arithmetic, write_smollm2
+from tempo_megatron.demo.real import EXAMPLE, ONE_DIGIT, SET_SIZE, find_gguf, write_arithmetic, write_smollm2
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers import verify
 
@@ -139,36 +138,27 @@ def test_failed_preparation_leaves_the_previous_demo_and_can_be_repeated(
 # ---------------------------------------------------------------- the model
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    try:
-        metadata.files(PACKAGE)
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"package {PACKAGE} is not installed (make demo-real installs it)")
-    yield write_smollm2(tmp_path_factory.mktemp("smollm2"))
-
-
 @pytest.mark.slow
-def test_real_model_folder_is_a_plain_float_checkpoint(model_folder: Path) -> None:
+def test_real_model_folder_is_a_plain_float_checkpoint(smollm2: Path) -> None:
     from tempo_megatron.checkpoint.hf_files import HFTensors, load_hf_config
     from tempo_megatron.model.families import family_of
     from tempo_megatron.model.weights import unexpected_hf_names
 
-    config = load_hf_config(model_folder)
+    config = load_hf_config(smollm2)
     family_of(config).check(config)  # refuses what is left of a quantization
     assert config.tie_word_embeddings
-    tensors = HFTensors(model_folder)
+    tensors = HFTensors(smollm2)
     assert not unexpected_hf_names(tensors.names, config, "actor", skip_head=False)
     assert "lm_head.weight" not in tensors.names
     assert tensors("model.embed_tokens.weight").dtype == torch.float32
 
 
 @pytest.mark.slow
-def test_real_model_knows_its_sums(model_folder: Path, files: dict[str, Path]) -> None:
+def test_real_model_knows_its_sums(smollm2: Path, files: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, local_files_only=True).eval()
     limits = load_config(CONFIG, []).data
     records = [r for r in read_prompts([str(files["train"])]) if r.labeled]
     prompts = encode_prompts(tokenizer, records, limits.max_prompt_tokens)

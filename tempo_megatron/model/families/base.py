@@ -103,7 +103,7 @@ class Family:
 
     def check(self, config: PretrainedConfig) -> None:
         """TempoError if the config has a feature that would be loaded only approximately."""
-        reason = self.refuse(config) or refuse_common(config) or refuse_rope(config)
+        reason = refuse_common(config) or self.refuse(config) or refuse_rope(config)
         if reason:
             raise TempoError(f"{self.architecture}: {reason}")
 
@@ -113,8 +113,13 @@ def refuse_common(config: PretrainedConfig) -> str | None:
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if getattr(config, key, False):
             return f"{key}: true is not supported (only false)"
-    if getattr(config, "quantization_config", None):
-        return "quantization_config: quantized weights are not supported; convert them to safetensors in float first"
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        return (
+            f"quantization_config: quant_method {method}: quantized weights are not supported; convert them to "
+            "safetensors in float first"
+        )
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"hidden_act: {config.hidden_act} is not supported (only silu)"
     dropout = getattr(config, "attention_dropout", 0.0)

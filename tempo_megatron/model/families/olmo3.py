@@ -31,8 +31,9 @@ def _refuse(config: PretrainedConfig) -> str | None:
     unknown = sorted(set(config.layer_types) - {"sliding_attention", "full_attention"})
     if unknown:
         return f"layer_types: {unknown[0]} is not supported (only sliding_attention and full_attention)"
-    if config.sliding_window is None:
-        return "sliding_window: null is not supported (a number of tokens is needed)"
+    if not config.sliding_window or config.sliding_window < 0:
+        window = "null" if config.sliding_window is None else config.sliding_window
+        return f"sliding_window: {window} is not supported (a number of tokens from 1 up is needed)"
     return None
 
 

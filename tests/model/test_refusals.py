@@ -1,0 +1,204 @@
+"""What is not supported is refused by name, from config.json on: key, value and what would be right, on one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tempo_megatron.checkpoint.hf_files import load_hf_config
+from tempo_megatron.config.layout import SUPPORTED_ARCHITECTURES, read_model_shape
+from tempo_megatron.errors import TempoError
+from tempo_megatron.model.families import FAMILIES, family_of
+from tests.model.published import PUBLISHED, write_config
+
+
+def refusal(path: Path) -> str:
+    """What ``load_hf_config`` says after the file's name."""
+    with pytest.raises(TempoError) as caught:
+        load_hf_config(path)
+    message, start = str(caught.value), f"{path / 'config.json'}: "
+    assert message.startswith(start)
+    assert "\n" not in message
+    return message.removeprefix(start)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_configs_pass(tmp_path: Path, family: str) -> None:
+    config = load_hf_config(write_config(tmp_path, family))
+    assert family_of(config).architecture == PUBLISHED[family]["architectures"][0]
+    shape = read_model_shape(tmp_path / "config.json", "actor.init")
+    assert (shape.attention_heads, shape.key_value_heads, shape.layers) == (8, 4, 4)
+    assert shape.experts == (8 if family == "qwen3-moe" else 0)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_configs_saved_again_by_transformers_pass_and_say_the_same(tmp_path: Path, family: str) -> None:
+    """transformers 5 writes ``rope_parameters``, ``dtype`` and, for experts, ``num_local_experts``."""
+    first = load_hf_config(write_config(tmp_path, family))
+    shape = read_model_shape(tmp_path / "config.json", "actor.init")
+    first.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_bytes())
+    assert "rope_scaling" not in saved
+    assert "torch_dtype" not in saved
+    second = load_hf_config(tmp_path)
+    assert second.dtype == first.dtype is not None
+    assert second.to_dict() == first.to_dict()
+    assert read_model_shape(tmp_path / "config.json", "actor.init") == shape
+
+
+def test_both_doors_know_the_same_architectures() -> None:
+    assert set(FAMILIES) == set(SUPPORTED_ARCHITECTURES)
+
+
+# ---------------------------------------------------------------- architectures
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "GemmaForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": ["LlamaModel"]}, "LlamaModel"),
+        ({"architectures": ["LlamaForCausalLM", "GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"architectures": []}, ""),
+        ({"architectures": "absent"}, ""),
+    ],
+)
+def test_architectures(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    write_config(tmp_path, "llama", **changes)
+    supported = f"is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+    told = refusal(tmp_path)
+    assert told.startswith("architectures: [")
+    assert named in told
+    assert told.endswith(supported)
+    with pytest.raises(TempoError) as caught:
+        read_model_shape(tmp_path / "config.json", "actor.init")
+    told = str(caught.value)
+    assert told.startswith(f"actor.init: {tmp_path / 'config.json'}: architectures: ")
+    assert named in told
+    assert told.endswith(supported)
+    assert "\n" not in told
+
+
+def test_architecture_of_another_model_type(tmp_path: Path) -> None:
+    told = refusal(write_config(tmp_path, "llama", architectures=["Qwen3ForCausalLM"]))
+    assert told == ("architectures: ['Qwen3ForCausalLM'] does not go with model_type: llama, that of LlamaForCausalLM")
+
+
+def test_model_type_that_transformers_does_not_know(tmp_path: Path) -> None:
+    told = refusal(write_config(tmp_path, "llama", model_type="mystery"))
+    assert told.startswith("not a config that transformers knows: ")
+    assert "model type `mystery`" in told
+
+
+# ---------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("attention_bias", True, "attention_bias: true is not supported (only false)"),
+        ("mlp_bias", True, "mlp_bias: true is not supported (only false)"),
+        ("hidden_act", "gelu", "hidden_act: gelu is not supported (only silu)"),
+        ("use_sliding_window", True, "use_sliding_window: true is not supported (only false)"),
+        ("attention_dropout", 0.1, "attention_dropout: 0.1 is not supported (only 0.0)"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor: 0.5 is not supported (only 1.0)"),
+        ("rope_theta", None, "rope_theta: null is not supported (a number is needed)"),
+        ("rope_theta", "big", "rope_theta: 'big' is not supported (a number is needed)"),
+        (
+            "quantization_config",
+            {"quant_method": "gptq", "bits": 4},
+            "quantization_config: quant_method gptq: quantized weights are not supported; convert them to safetensors "
+            "in float first",
+        ),
+    ],
+)
+def test_features_of_every_family(tmp_path: Path, family: str, key: str, value: object, told: str) -> None:
+    architecture = PUBLISHED[family]["architectures"][0]
+    assert refusal(write_config(tmp_path, family, **{key: value})) == f"{architecture}: {told}"
+
+
+LONGROPE = {"short_factor": [1.0] * 5, "long_factor": [2.0] * 5, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [("dynamic", {"factor": 2.0}), ("longrope", LONGROPE), ("proportional", {}), ("mystery", {"factor": 2.0})],
+)
+def test_rope_types(tmp_path: Path, family: str, kind: str, others: dict[str, Any]) -> None:
+    write_config(tmp_path, family, rope_scaling={"rope_type": kind, **others})
+    architecture = PUBLISHED[family]["architectures"][0]
+    told = f"{architecture}: rope_type: {kind} is not supported (only default, linear, llama3, yarn)"
+    assert refusal(tmp_path) == told
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-moe"])
+def test_rope_type_under_its_older_key(tmp_path: Path, family: str) -> None:
+    told = refusal(write_config(tmp_path, family, rope_scaling={"type": "dynamic", "factor": 2.0}))
+    assert "rope_type: dynamic is not supported" in told
+    config = load_hf_config(write_config(tmp_path, family, rope_scaling={"type": "linear", "factor": 2.0}))
+    assert config.rope_parameters["rope_type"] == "linear"
+
+
+def test_rope_type_under_its_older_key_by_layer_type(tmp_path: Path) -> None:
+    """transformers would take the default rope."""
+    told = refusal(write_config(tmp_path, "olmo3", rope_scaling={"type": "linear", "factor": 2.0}))
+    assert told == "Olmo3ForCausalLM: rope type: linear is not supported beside rope_type: default (only rope_type is)"
+
+
+def test_rope_that_lacks_a_number(tmp_path: Path) -> None:
+    told = refusal(write_config(tmp_path, "qwen3", rope_scaling={"rope_type": "yarn"}))
+    assert "'rope_type'='yarn': {'factor'}" in told
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        (
+            "qwen3-moe",
+            {"decoder_sparse_step": 2},
+            "decoder_sparse_step: 2 is not supported (only 1: experts in every layer)",
+        ),
+        (
+            "qwen3-moe",
+            {"mlp_only_layers": [0]},
+            "mlp_only_layers: [0] is not supported (only []: experts in every layer)",
+        ),
+        (
+            "olmo3",
+            {"layer_types": ["full_attention", "chunked_attention", "sliding_attention", "full_attention"]},
+            "layer_types: chunked_attention is not supported (only sliding_attention and full_attention)",
+        ),
+        (
+            "olmo3",
+            {"sliding_window": None},
+            "sliding_window: null is not supported (a number of tokens from 1 up is needed)",
+        ),
+        ("olmo3", {"sliding_window": 0}, "sliding_window: 0 is not supported (a number of tokens from 1 up is needed)"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "layer_types: sliding_attention is not supported (only full_attention)",
+        ),
+    ],
+)
+def test_features_of_one_family(tmp_path: Path, family: str, changes: dict[str, Any], told: str) -> None:
+    architecture = PUBLISHED[family]["architectures"][0]
+    assert refusal(write_config(tmp_path, family, **changes)) == f"{architecture}: {told}"
+
+
+def test_layer_types_that_transformers_does_not_know(tmp_path: Path) -> None:
+    assert "`layer_types`" in refusal(write_config(tmp_path, "olmo3", layer_types=["mystery"] * 4))
+    assert "`layer_types` (3)" in refusal(write_config(tmp_path, "olmo3", layer_types=["full_attention"] * 3))
+
+
+def test_number_of_experts_must_be_said(tmp_path: Path) -> None:
+    write_config(tmp_path, "qwen3-moe", num_experts="absent")
+    with pytest.raises(TempoError, match="num_experts: None must be a positive integer"):
+        read_model_shape(tmp_path / "config.json", "actor.init")

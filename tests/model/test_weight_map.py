@@ -1,0 +1,181 @@
+"""The weight map: every transform has an exact inverse, and HF names are those of transformers' own checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tempo_megatron.checkpoint.hf_files import HFTensors, load_hf_config
+from tempo_megatron.model.build import model_dims
+from tempo_megatron.model.families import family_of
+from tempo_megatron.model.families.base import VALUE_HEAD_RULES
+from tempo_megatron.model.weight_map import (
+    QKV,
+    GateUp,
+    ModelDims,
+    Replicated,
+    Split,
+    Transform,
+    Vocab,
+    WeightRule,
+    padded_vocab_size,
+)
+from tempo_megatron.model.weights import expected_hf_names, rules_for
+from tests.model.published import PUBLISHED, write_config
+
+TP = (1, 2, 4)
+
+
+def numbered(*shape: int) -> Tensor:
+    """Every element another number, exactly."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+
+
+def shards(transform: Transform, tensors: list[Tensor], dims: ModelDims, size: int) -> list[Tensor]:
+    parts = [transform.shard(tensors, dims, rank, size) for rank in range(size)]
+    assert len({part.shape for part in parts}) == 1  # ranks gather them without asking for shapes
+    return parts
+
+
+def assert_round_trip(transform: Transform, tensors: list[Tensor], dims: ModelDims, size: int) -> list[Tensor]:
+    parts = shards(transform, tensors, dims, size)
+    back = transform.unshard(parts, dims)
+    assert len(back) == len(tensors)
+    for got, want in zip(back, tensors, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    return parts
+
+
+SIZE = st.integers(1, 5)
+
+
+@pytest.mark.parametrize("tp", TP)
+@given(groups=SIZE, per_group=SIZE, head_dim=SIZE, width=SIZE)
+def test_qkv(tp: int, groups: int, per_group: int, head_dim: int, width: int) -> None:
+    kv, heads = tp * groups, tp * groups * per_group
+    dims = ModelDims(heads, kv, head_dim, vocab_size=1)
+    q, k, v = (
+        numbered(heads * head_dim, width),
+        -1 - numbered(kv * head_dim, width),
+        0.5 + numbered(kv * head_dim, width),
+    )
+    parts = assert_round_trip(QKV(), [q, k, v], dims, tp)
+    # Megatron's order: of each group its queries, its key, its value
+    rows = torch.cat(parts).reshape(kv, -1, width)
+    for group, block in enumerate(rows):
+        own = slice(group * head_dim, (group + 1) * head_dim)
+        assert torch.equal(block[: per_group * head_dim], q.reshape(kv, -1, width)[group])
+        assert torch.equal(block[per_group * head_dim : -head_dim], k[own])
+        assert torch.equal(block[-head_dim:], v[own])
+
+
+@pytest.mark.parametrize("tp", TP)
+@given(rows=SIZE, width=SIZE)
+def test_gate_and_up(tp: int, rows: int, width: int) -> None:
+    gate, up = numbered(tp * rows, width), -1 - numbered(tp * rows, width)
+    parts = assert_round_trip(GateUp(), [gate, up], ModelDims(1, 1, 1, 1), tp)
+    for rank, part in enumerate(parts):
+        own = slice(rank * rows, (rank + 1) * rows)
+        assert torch.equal(part, torch.cat([gate[own], up[own]]))
+
+
+@pytest.mark.parametrize("tp", TP)
+@given(vocab=st.integers(1, 40), width=SIZE)
+def test_vocabulary_is_padded_with_zeros_to_what_the_ranks_share(tp: int, vocab: int, width: int) -> None:
+    table = 1 + numbered(vocab, width)
+    parts = assert_round_trip(Vocab(), [table], ModelDims(1, 1, 1, vocab), tp)
+    padded = torch.cat(parts)
+    assert len(padded) == padded_vocab_size(vocab, tp)
+    assert len(padded) % tp == 0
+    assert vocab <= len(padded) < vocab + tp
+    assert not padded[vocab:].any()
+
+
+@pytest.mark.parametrize("tp", TP)
+@given(n=SIZE, other=SIZE)
+def test_split_and_replicated(tp: int, n: int, other: int) -> None:
+    dims = ModelDims(1, 1, 1, 1)
+    for dim, tensor in ((0, numbered(tp * n, other)), (1, numbered(other, tp * n)), (0, numbered(tp * n))):
+        parts = assert_round_trip(Split(dim), [tensor], dims, tp)
+        assert [p.shape[dim] for p in parts] == [n] * tp
+    whole = numbered(n, other)
+    assert all(torch.equal(part, whole) for part in assert_round_trip(Replicated(), [whole], dims, tp))
+
+
+@pytest.mark.parametrize("transform", [Replicated(), Split(0), Vocab(), QKV(), GateUp()])
+def test_tp_sharded_says_whether_ranks_hold_parts(transform: Transform) -> None:
+    count = {QKV: 3, GateUp: 2}.get(type(transform), 1)
+    tensors = [numbered(8, 3) for _ in range(count)]
+    parts = shards(transform, tensors, ModelDims(4, 4, 2, 8), 2)
+    assert transform.tp_sharded == (parts[0].numel() * 2 == sum(t.numel() for t in tensors))
+
+
+# ---------------------------------------------------------------- families
+
+
+def saved(path: Path, family: str, critic: bool = False, tied: bool = False) -> tuple[hf.PretrainedConfig, HFTensors]:
+    """A random model of the family, written by transformers."""
+    config = load_hf_config(write_config(path, family, tie_word_embeddings=tied))
+    config.num_labels = 1
+    auto = hf.AutoModelForTokenClassification if critic else hf.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    return load_hf_config(path), HFTensors(path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_names_are_those_of_transformers_checkpoints(tmp_path: Path, family: str, tied: bool) -> None:
+    config, tensors = saved(tmp_path, family, tied=tied)
+    assert expected_hf_names(config, "actor") == tensors.names
+    assert ("lm_head.weight" in tensors.names) is not tied
+    per_expert = {f"model.layers.3.mlp.experts.{e}.{n}_proj.weight" for e in range(8) for n in ("gate", "up", "down")}
+    assert (per_expert <= tensors.names) is (family == "qwen3-moe")
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in PUBLISHED if family != "olmo3"]
+)  # transformers has no such class
+def test_names_of_critics_are_those_of_token_classifiers(tmp_path: Path, family: str) -> None:
+    config, tensors = saved(tmp_path, family, critic=True)
+    assert config.architectures == [PUBLISHED[family]["architectures"][0].replace("CausalLM", "TokenClassification")]
+    assert expected_hf_names(config, "critic") == tensors.names
+    assert {name for rule in VALUE_HEAD_RULES for name in rule.hf} <= tensors.names
+
+
+@pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_every_tensor_of_a_checkpoint_comes_back(tmp_path: Path, family: str, tp: int) -> None:
+    config, tensors = saved(tmp_path, family)
+    dims, seen = model_dims(config), []
+    for rule in rules_for(config, "actor"):
+        for layer in range(4) if rule.per_layer else (None,):
+            for expert in range(8) if rule.per_expert else (None,):
+                names = rule.hf_names(layer, expert)
+                assert_round_trip(rule.transform, [tensors(name) for name in names], dims, tp)
+                seen += names
+    assert len(seen) == len(set(seen))
+    assert set(seen) == tensors.names
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_rules_do_not_share_a_megatron_parameter(tmp_path: Path, family: str) -> None:
+    config = load_hf_config(write_config(tmp_path, family))
+    for role in ("actor", "critic"):
+        names = [rule.megatron for rule in rules_for(config, role)]
+        assert len(names) == len(set(names))
+        assert set(family_of(config).rules) <= set(rules_for(config, role))
+
+
+def test_placeholders() -> None:
+    rule = WeightRule("l.{layer}.e.{expert}.w", ("m.{layer}.x.{expert}.a", "m.{layer}.x.{expert}.b"), GateUp())
+    assert rule.per_layer and rule.per_expert
+    assert rule.megatron_name(3, 1) == "l.3.e.1.w"
+    assert rule.hf_names(11, 5) == ("m.11.x.5.a", "m.11.x.5.b")
