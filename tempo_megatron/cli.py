@@ -55,6 +55,7 @@ EXAMPLES = """examples:
   tempo-megatron train --config configs/x.yaml steps=20 actor.optimizer.lr=1e-6
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
+  tempo-megatron convert hf-to-megatron --hf models/x --megatron models/x-megatron --verify
   tempo-megatron report runs/a runs/b --output compare.html
 """
 
@@ -119,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--report-only", action="store_true", help="table and report of stages that were run")
     demo.set_defaults(run=_demo)
 
+    convert = commands.add_parser("convert", help="HF folders to Megatron checkpoints and back, without training")
+    convert.add_argument("direction", choices=("hf-to-megatron", "megatron-to-hf"))
+    convert.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="--help lists those of a direction")
+    convert.set_defaults(run=_convert)
+
     report = commands.add_parser("report", help="curves and tables of one or several runs as one HTML file")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the last RUN_DIR")
@@ -159,6 +165,14 @@ def _demo(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         train=not (arguments.prepare_only or arguments.report_only),
         report=not arguments.prepare_only,
     )
+
+
+def _convert(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    if place is not None and place.world_size > 1:
+        raise TempoError(f"convert: runs as one process, not as one of {place.world_size} ranks")
+    return (hf_to_megatron if arguments.direction == "hf-to-megatron" else megatron_to_hf)(arguments.options)
 
 
 def _report(arguments: argparse.Namespace, place: RankInfo | None) -> int:

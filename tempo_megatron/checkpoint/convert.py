@@ -41,7 +41,7 @@ rank reading the whole folder takes long.
 TO_HF = """Turn a checkpoint (of this program, converted or written by `train`) into a Hugging Face folder.
 
 DIR is a checkpoint folder (it holds manifest.json) or the folder of a run (its newest checkpoint). A critic becomes
-a ...ForTokenClassification model with one label.
+a ...ForTokenClassification model with one label, or a policy's folder with a v_head.
 """
 
 COMMON_EPILOG = """The target appears when it is complete, or not at all. A tensor is in memory only while it is copied.
@@ -75,6 +75,11 @@ def megatron_to_hf(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write (new)")
     parser.add_argument("--critic", action="store_true", help="take the critic, not the actor")
     parser.add_argument(
+        "--head",
+        choices=("score", "v_head"),
+        help="form of a critic: transformers' or TRL's; default: as it came, else score if transformers can read it",
+    )
+    parser.add_argument(
         "--shard-gib", type=float, default=SHARD_GIB, metavar="G", help=f"largest file, GiB; default: {SHARD_GIB:g}"
     )
     _add_dtype_and_verify(parser)
@@ -95,8 +100,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, convert: C
     """What a user can mend is told in one line."""
     try:
         arguments = parser.parse_args(argv)
-        if arguments.critic is False and getattr(arguments, "init_head", False):
-            raise TempoError("--init-head is for critics: add --critic")
+        for flag in ("init_head", "head"):
+            if not arguments.critic and getattr(arguments, flag, None):
+                raise TempoError(f"--{flag.replace('_', '-')} is for critics: add --critic")
         _stay_on_cpu()
         convert(arguments)
     except SystemExit as error:  # argparse: --help (0) or bad usage (2)
@@ -140,7 +146,7 @@ def _convert_to_megatron(arguments: argparse.Namespace) -> None:
         head_bias = CriticConfig.model_fields["head_bias"].default
         write_checkpoint(source, partial, layout, head_bias, bar("converting", size))
         verified = verify_megatron(source, partial, bar("verifying", 2 * size)) if arguments.verify else None
-        write_manifest(partial, role, layout)
+        write_manifest(source, partial, layout)
         os.replace(partial, arguments.megatron)
     _report(arguments.megatron, size, time.monotonic() - began, verified)
 
@@ -173,7 +179,8 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
     if not arguments.shard_gib > 0:
         raise TempoError(f"--shard-gib {arguments.shard_gib:g} must be above 0")
     folder = resolve_checkpoint(str(arguments.megatron), "--megatron")
-    roles = read_manifest(folder)["roles"]
+    manifest = read_manifest(folder)
+    roles = manifest["roles"]
     if role not in roles:
         hint = "; add --critic" if roles == ["critic"] else ""
         raise TempoError(f"--megatron: {folder} holds no {role} (roles: {', '.join(roles)}){hint}")
@@ -187,7 +194,9 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
             if arguments.verify:
                 verified.append(verify_hf(source, written, bar("verifying", 2 * size)))
 
-        write_hf(source, arguments.hf, hf_dir, int(arguments.shard_gib * 2**30), bar("converting", size), verify)
+        shard_bytes = int(arguments.shard_gib * 2**30)
+        head = arguments.head or manifest.get("head_format")
+        write_hf(source, arguments.hf, hf_dir, shard_bytes, bar("converting", size), verify, head)
     _report(arguments.hf, size, time.monotonic() - began, *verified)
 
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from tempo_megatron.checkpoint.convert_plan import Part, simulated_rank
 from tempo_megatron.checkpoint.convert_to_megatron import OnBytes, config_dtype
-from tempo_megatron.checkpoint.critic_format import critic_folder
+from tempo_megatron.checkpoint.critic_format import HeadFormat, critic_folder
 from tempo_megatron.checkpoint.distcp import DistCheckpointReader
 from tempo_megatron.checkpoint.hf_write import HFWriter
 from tempo_megatron.config.schema import ParallelConfig
@@ -69,11 +69,13 @@ def write_hf(
     shard_bytes: int,
     on_bytes: OnBytes,
     check: Callable[[Path], None],
+    head_format: HeadFormat | None = None,
 ) -> None:
     """Write the HF folder ``target``; it appears when ``check`` has seen all of it but config.json.
 
     Args:
         hf_dir: folder with config.json, tokenizer and generation config (and a critic's carried output layer).
+        head_format: of a critic, see ``critic_format``.
     """
 
     def counted() -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +87,7 @@ def write_hf(
     tensors: Iterator[tuple[str, Tensor]] = counted()
     if source.role == "critic":
         # its changes are complete only when the tensors have been taken, and the writer looks at them after that
-        tensors, critic_changes = critic_folder(tensors, source.config, hf_dir)
+        tensors, critic_changes = critic_folder(tensors, source.config, hf_dir, head_format)
         critic_changes |= changes
         changes = critic_changes
     HFWriter(target, shard_bytes).write(tensors, hf_dir, changes, check)

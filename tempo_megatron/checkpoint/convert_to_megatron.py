@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint.convert_plan import Part, RankPlan, simulated_rank, world_size_of
-from tempo_megatron.checkpoint.critic_format import WEIGHT, carry_lm_head, open_hf_folder
+from tempo_megatron.checkpoint.critic_format import WEIGHT, CriticTensors, carry_lm_head, open_hf_folder
 from tempo_megatron.checkpoint.distcp import DistCheckpointWriter
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import CONFIG, changed_config, copy_side_files, dtype_change
@@ -47,6 +47,7 @@ class HFSource:
 
     Attributes:
         fresh_head: the value head is made anew.
+        head_format: of a critic whose head came with it, see ``critic_format``; else None.
         names: the tensors that are converted.
         dtypes: of each Megatron tensor in the checkpoint, by key.
 
@@ -64,6 +65,7 @@ class HFSource:
         if role == "critic" and WEIGHT not in self.tensors.names and not init_head:
             raise TempoError(f"{folder} has no value head ({WEIGHT}); --init-head makes a fresh one")
         self.fresh_head = check_hf_folder(self.tensors, config, role, init_head=init_head)
+        self.head_format = self.tensors.head_format if isinstance(self.tensors, CriticTensors) else None
         self.names = sorted(self.tensors.names & expected_hf_names(config, role))
         self.dtypes = self._megatron_dtypes()
 
@@ -146,13 +148,15 @@ def _pieces(source: HFSource, plan: RankPlan, head_bias: float, on_bytes: OnByte
             on_bytes(written)
 
 
-def write_manifest(folder: Path, role: Role, layout: ParallelConfig) -> None:
+def write_manifest(source: HFSource, folder: Path, layout: ParallelConfig) -> None:
     """What makes the folder a checkpoint that ``train`` takes as ``init`` (and refuses to resume)."""
+    role = source.role
     manifest = {
         "format": FORMAT,
         "step": 0,
         "roles": [role],
         "weights_only": True,
+        "head_format": source.head_format,
         "world_size": world_size_of(layout),
         "layouts": {role: layout.model_dump()},
         "version": __version__,

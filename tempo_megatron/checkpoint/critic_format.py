@@ -109,9 +109,10 @@ def head_format_for(config: PretrainedConfig, wanted: HeadFormat | None = None) 
     """The form in which a critic is written: ``score`` where transformers can read that, else ``v_head``.
 
     Raises:
-        TempoError: ``score`` is wanted of a family without a token-classification class.
+        TempoError: ``score`` is wanted of a family without a token-classification class, and did not come as such.
     """
-    readable = config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    came_so = any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+    readable = came_so or config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     if wanted == "score" and not readable:
         raise TempoError(
             f"head format score: transformers has no token-classification class for {family_of(config).architecture}; "
@@ -138,7 +139,7 @@ def critic_folder(
     form = head_format_for(config, head_format)
     changes: dict[str, Any] = {}
     if form == "score":
-        changes["architectures"] = [MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config.model_type]]
+        changes["architectures"] = [family_of(config).architecture.replace("ForCausalLM", "ForTokenClassification")]
         if config.num_labels != 1:
             changes |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": None}
         with_bias = getattr(config, "token_classification_bias", True)

@@ -46,6 +46,8 @@ def _quieten_megatron() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*`load_state_dict` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*(full scope is deprecated|CUDA_DEVICE_MAX_CONNECTIONS).*")
     warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor.*")
+    # said of each expert that is not cut while the layers around it are
+    warnings.filterwarnings("ignore", message=".*Disabling sequence parallel.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

@@ -89,6 +89,25 @@ def test_critic_there_and_back(folder: Callable[..., Path], tmp_path: Path, fami
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama-tied"])
+def test_critic_of_trl_there_and_back(folder: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """With the output layer that it came with; in the other form on request."""
+    source, there, back, other = (shutil.copytree(folder(family), tmp_path / "trl"), *(tmp_path / n for n in "abc"))
+    head = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.randn(1)}
+    origin = {**tensors(source), **head}
+    for path in source.glob("model*"):
+        path.unlink()
+    save_file(origin, source / "model.safetensors", metadata={"format": "pt"})
+    assert hf_to_megatron(["--hf", str(source), "--megatron", str(there), "--critic", "--pp", "2"]) == 0
+    assert megatron_to_hf(["--megatron", str(there), "--hf", str(back), "--critic"]) == 0
+    assert_same_bytes(tensors(back), origin)
+    for name in SIDE_FILES:
+        assert (back / name).read_bytes() == (source / name).read_bytes(), name
+    assert megatron_to_hf(["--megatron", str(there), "--hf", str(other), "--critic", "--head", "score"]) == 0
+    assert torch.equal(tensors(other)["score.weight"], head["v_head.summary.weight"])
+    assert "lm_head.weight" not in tensors(other)
+
+
 def test_layout_to_layout_by_way_of_hf(folder: Callable[..., Path], tmp_path: Path) -> None:
     """The files of one layout, made again from the HF folder that another layout gave, are the same bytes."""
     source = folder("qwen3")
