@@ -225,7 +225,7 @@ def test_what_is_let_through_divides_everything_that_it_must(
     shape: ModelShape, sizes: dict[str, int], sp: bool, world: int
 ) -> None:
     assume(not (sp and sizes["tp"] == 1) and not (sizes["vpp"] > 1 and sizes["pp"] == 1))
-    tp, pp, vpp, cp, ep, etp = sizes.values()
+    tp, pp, vpp, cp, ep, etp = (sizes[key] for key in ("tp", "pp", "vpp", "cp", "ep", "etp"))
     rules = [
         shape.attention_heads % tp == 0,
         shape.key_value_heads % tp == 0,
