@@ -261,19 +261,19 @@ RUNS = {
         copy="finished",
     ),
     "other-format": Case(
-        r".*/step_00000001/manifest\.json: format 7 is not supported, this version reads 1",
+        r".*/step_00000001/manifest\.json: format 7 is not supported, this version reads 2",
         copy="finished",
         write={"checkpoints/step_00000001/manifest.json": '{"format": 7}'},
     ),
     "no-manifest-format": Case(
-        r".*/step_00000001/manifest\.json: format None is not supported, this version reads 1",
+        r".*/step_00000001/manifest\.json: format None is not supported, this version reads 2",
         copy="finished",
         write={"checkpoints/step_00000001/manifest.json": "[]"},
     ),
     "other-world": Case(
         r".*/step_00000001: saved on 2 ranks, this run has 1; resume on as many ranks",
         copy="finished",
-        write={"checkpoints/step_00000001/manifest.json": '{"format": 1, "roles": ["actor"], "world_size": 2}'},
+        write={"checkpoints/step_00000001/manifest.json": '{"format": 2, "roles": ["actor"], "world_size": 2}'},
     ),
     "other-data": Case(
         r"resume: the checkpoint's prompt sampler has size 512, this run has 100; .*",
