@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +29,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -37,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -47,12 +49,14 @@ from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.critic_format import carry_lm_head
 from tempo_megatron.checkpoint.hf_files import copy_side_files
 from tempo_megatron.checkpoint.locate import hf_name
+from tempo_megatron.config.schema import RoleConfig
 from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.model.build import Role
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_rank0, rank, together, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
-FORMAT = 2
+FORMAT = 3
 UNREADABLE = "the checkpoint cannot be read"
 
 inprocess_writer.install()
@@ -112,14 +116,21 @@ def _save_role(engine: MegatronEngine, folder: Path) -> None:
         )
 
 
-def _check_metadata(folder: Path) -> None:
-    """Before torch reads it (state_dict_loader.py), which logs a traceback and goes on to a worse message."""
+def _stored_names(folder: Path) -> set[str]:
+    """Asked before torch reads them (state_dict_loader.py), which logs a traceback and goes on to a worse message."""
     with one_line(TempoError, f"{folder}: {UNREADABLE}"):
-        FileSystemReader(folder).read_metadata()
+        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def _check_complete(folder: Path, wanted: dict[str, Any], stored: set[str]) -> None:
+    tensors, _ = extract_sharded_tensors_and_factories(wanted)
+    missing = sorted({tensor.key for tensor in nested_values(tensors)} - stored)
+    if missing:
+        raise TempoError(f"{folder}: tensor {missing[0]} is missing; the checkpoint is not whole or of another model")
 
 
 def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_head: bool = False) -> None:
-    on_rank0(lambda: _check_metadata(folder))
+    stored = on_rank0(lambda: _stored_names(folder))
     with engine.groups.active():
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)), mpu.get_data_parallel_group(with_context_parallel=True)
@@ -128,6 +139,7 @@ def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_he
         if skip_head:
             for i in range(len(engine.models)):
                 wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}
+        together(lambda: _check_complete(folder, wanted, stored))
         with one_line(TempoError, f"{folder}: {UNREADABLE}"):
             loaded = dist_checkpointing.load(wanted, str(folder), strategy)
         for i, model in enumerate(engine.models):
@@ -188,6 +200,7 @@ def save_checkpoint(
             "roles": sorted(engines),
             "world_size": world_size(),
             "layouts": {role: engine.config.parallel.model_dump() for role, engine in engines.items()},
+            "optimizers": {role: _optimizer_kind(engine.config) for role, engine in engines.items()},
             "version": __version__,
         }
         sync_write(partial / "manifest.json", json.dumps(manifest, indent=2))
@@ -239,7 +252,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_resumable(folder: Path, roles: Iterable[str]) -> None:
+def _optimizer_kind(config: RoleConfig) -> dict[str, Any]:
+    return {"distributed": config.optimizer.distributed, "dtype": config.dtype}
+
+
+def _check_optimizer(folder: Path, role: str, saved: dict[str, Any], config: RoleConfig) -> None:
+    """Only the distributed optimizer keeps its state in one form for every dtype."""
+    own = _optimizer_kind(config)
+    keys = {"distributed": f"{role}.optimizer.distributed"}
+    if not saved["distributed"]:
+        keys["dtype"] = f"{role}.dtype (with optimizer.distributed: false)"
+    for key, setting in keys.items():
+        if saved[key] != own[key]:
+            raise TempoError(
+                f"{folder}: saved with {setting}: {json.dumps(saved[key])}, this run has {json.dumps(own[key])}; to "
+                f"resume it must be the same (a new run can take the weights alone, by {role}.init)"
+            )
+
+
+def check_resumable(folder: Path, roles: Mapping[Role, RoleConfig]) -> None:
     """TempoError if a run of these roles on this many ranks cannot go on from the checkpoint."""
     manifest = read_manifest(folder)
     if manifest.get("weights_only"):
@@ -253,6 +284,8 @@ def check_resumable(folder: Path, roles: Iterable[str]) -> None:
         raise TempoError(
             f"{folder}: saved on {manifest['world_size']} ranks, this run has {world_size()}; resume on as many ranks"
         )
+    for role, config in roles.items():
+        _check_optimizer(folder, role, manifest["optimizers"][role], config)
 
 
 def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def _sharded(
 
 
 class ValueHead(torch.nn.Linear):
-    """Scalar head in place of ``GPTModel.output_layer`` on the last stage; computed in fp32.
+    """Scalar head in place of ``GPTModel.output_layer`` on the last stage; float32, whatever the model's dtype.
 
     The weights are replicated over tensor-parallel ranks.  Under sequence parallelism each rank sees only its
     tokens: the values are gathered, and ``sequence_parallel`` on the parameters makes finalize_model_grads sum
@@ -239,7 +239,7 @@ class ValueHead(torch.nn.Linear):
     """
 
     def __init__(self, config: TransformerConfig, bias: float) -> None:
-        super().__init__(config.hidden_size, 1, bias=True, dtype=config.params_dtype)
+        super().__init__(config.hidden_size, 1, bias=True, dtype=torch.float32)
         torch.nn.init.zeros_(self.weight)
         torch.nn.init.constant_(self.bias, bias)
         self.sequence_parallel = config.sequence_parallel
@@ -248,11 +248,15 @@ class ValueHead(torch.nn.Linear):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """``[s, b, h]`` (s split over TP under sequence parallelism) -> ``([s, b, 1] float32, None)``."""
-        values = F.linear(x.float(), self.weight.float(), self.bias.float())
+        values = super().forward(x.float())
         if self.sequence_parallel:
             # every TP rank computes the same loss, so the backward only splits
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueHead:
+        # a cast of the whole model (Megatron's Float16Module) moves the head at most
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

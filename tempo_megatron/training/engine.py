@@ -32,6 +32,7 @@ from tempo_megatron.model.log_probs import vocab_parallel_log_probs
 from tempo_megatron.model.weights import HFWeightStream
 from tempo_megatron.parallel.distributed import sum_dicts, sum_over_world
 from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.training import mixed_dtypes
 from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
 
 #: outputs of one micro-batch -- tables ``[n, L]`` (actor) or ``[n, L + 1]`` (critic) -- and the rows they belong to
@@ -111,9 +112,10 @@ class MegatronEngine:
         with self.groups.active():
             self.optimizer = get_megatron_optimizer(megatron_settings, self.ddp)
             self.megatron_config.grad_scale_func = self.optimizer.scale_loss
-        # Adam's moments come with the first step, but a role held back from its first step is checkpointed too
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if part.optimizer is not None:
+                mixed_dtypes.repair(part)
+                # Adam's moments come with the first step, but a role held back from it is checkpointed too
                 part.init_state_fn(part.optimizer, part.config)
                 for group in part.optimizer.param_groups:
                     group.setdefault("step", 0)
