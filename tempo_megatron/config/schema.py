@@ -94,7 +94,9 @@ class RoleConfig(Section):
     )
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    max_tokens_per_microbatch: int = Field(20480, ge=1, description="token budget of one packed micro-batch")
+    max_tokens_per_microbatch: int = Field(
+        20480, ge=1, description="token budget of one packed micro-batch, of all its context ranks together"
+    )
     recompute: bool = Field(False, description="full activation recomputation")
 
 

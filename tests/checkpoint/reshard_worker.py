@@ -70,7 +70,11 @@ CHAINS = [
     Chain("llama-tied", "critic", "bfloat16", True, ("", "pp2 vpp2", "tp2 sp")),
     Chain("llama-tied", "critic", "bfloat16", False, ("tp2", "pp2 vpp2", "")),
     Chain(
-        "qwen3-moe", "actor", "float32", True, ("ep2", "", "tp2 sp etp2", "pp2 vpp2", "tp2 sp ep2", "cp2 ep2", "", "ep2")
+        "qwen3-moe",
+        "actor",
+        "float32",
+        True,
+        ("ep2", "", "tp2 sp etp2", "pp2 vpp2", "tp2 sp ep2", "cp2 ep2", "", "ep2"),
     ),
     Chain("qwen3-moe", "actor", "float32", False, ("ep2", "", "ep2")),
 ]
