@@ -56,7 +56,7 @@ from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_rank0, rank, together, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
-FORMAT = 3
+FORMAT = 2
 UNREADABLE = "the checkpoint cannot be read"
 
 inprocess_writer.install()
