@@ -31,6 +31,8 @@ from tempo_megatron.checkpoint.hf_files import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.locate import InitSource  # noqa: E402
 from tempo_megatron.checkpoint.store import check_resumable, resume_checkpoint, save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
+from tempo_megatron.errors import TempoError  # noqa: E402
+from tempo_megatron.model.build import Role  # noqa: E402
 from tempo_megatron.parallel.distributed import start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
@@ -45,7 +47,7 @@ class Chain:
     """A role that is trained under the first layout, then saved under each and loaded under the next."""
 
     family: str
-    role: str
+    role: Role
     dtype: str
     distributed: bool
     layouts: tuple[str, ...]
@@ -60,22 +62,10 @@ class Chain:
 
 
 CHAINS = [
-    Chain(
-        "llama-tied",
-        "critic",
-        "float32",
-        True,
-        ("tp2 sp", "pp2 vpp2", "cp2", "", "cp2", "pp2 vpp2", "tp2 sp", "", "tp2 sp"),
-    ),
+    Chain("llama-tied", "critic", "float32", True, ("tp2 sp", "pp2 vpp2", "cp2", "", "cp2", "pp2 vpp2", "tp2 sp")),
     Chain("llama-tied", "critic", "bfloat16", True, ("", "pp2 vpp2", "tp2 sp")),
     Chain("llama-tied", "critic", "bfloat16", False, ("tp2", "pp2 vpp2", "")),
-    Chain(
-        "qwen3-moe",
-        "actor",
-        "float32",
-        True,
-        ("ep2", "", "tp2 sp etp2", "pp2 vpp2", "tp2 sp ep2", "cp2 ep2", "", "ep2"),
-    ),
+    Chain("qwen3-moe", "actor", "float32", True, ("ep2", "", "tp2 sp etp2", "pp2 vpp2", "cp2 ep2", "tp2 sp ep2")),
     Chain("qwen3-moe", "actor", "float32", False, ("ep2", "", "ep2")),
 ]
 
@@ -124,6 +114,22 @@ def state(folder: Path, vocabulary: int) -> dict[str, Tensor]:
     }
 
 
+def refused(checkpoint: Path, role: Role, config: RoleConfig) -> str:
+    try:
+        check_resumable(checkpoint, {role: config})
+    except TempoError as error:
+        return str(error).removeprefix(f"{checkpoint}: ")
+    return "accepted"
+
+
+def other_kinds(checkpoint: Path, role: Role, config: RoleConfig) -> dict[str, str]:
+    """What a run is told whose optimizer keeps its state in another form."""
+    optimizer = config.optimizer.model_copy(update={"distributed": not config.optimizer.distributed})
+    dtype = "bfloat16" if config.dtype == "float32" else "float32"
+    changes = {"distributed": {"optimizer": optimizer}, "dtype": {"dtype": dtype}}
+    return {kind: refused(checkpoint, role, config.model_copy(update=change)) for kind, change in changes.items()}
+
+
 def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
     folder, run, role = root / chain.model, root / chain.name.replace(" ", "-"), chain.role
     vocabulary = configs()[chain.family].vocab_size
@@ -152,13 +158,18 @@ def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
             moved = tensors_of(engine)
             load_initial_weights(engine, InitSource("checkpoint", last, folder))  # weights alone
             weights_alone = same_tensors(tensors_of(engine), before)
+            kinds = other_kinds(checkpoint, role, engine.config)
         got = state(checkpoint / role, vocabulary)
         yield {
+            "role": role,
+            "dtype": chain.dtype,
+            "distributed": chain.distributed,
             "case": f"{chain.name}: {source or 'dp2'} -> {target or 'dp2'}",
             "moments": sum(name.startswith("optimizer.state.exp_avg.") for name in got),
             "same_state": same_tensors(got, want),
             "same_folder": same_tensors(stored(run / f"hf-{at}"), exported),
             "weights_alone": weights_alone,
+            "other_kinds": kinds,
             "lr": result.lr - third.lr,
             "loss": abs(result.loss - third.loss) / abs(third.loss),
             "grad_norm": abs(result.grad_norm - third.grad_norm) / third.grad_norm,

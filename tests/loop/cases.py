@@ -30,8 +30,8 @@ class Case:
     config: str = "configs/demo/tempo.yaml"
 
 
-def make_inputs(folder: Path) -> Inputs:
-    from transformers import AutoConfig, Qwen3ForTokenClassification
+def make_inputs(folder: Path, layers: int = 2) -> Inputs:
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForTokenClassification
 
     from tempo_megatron.demo.model import write_model
     from tempo_megatron.demo.task import write_task
@@ -39,7 +39,11 @@ def make_inputs(folder: Path) -> Inputs:
     write_task(folder / "data", 0, sft_rows=8192)
     write_model(folder / "model", 0)
     torch.manual_seed(5)
-    config = AutoConfig.from_pretrained(folder / "model", num_labels=1)
+    config = AutoConfig.from_pretrained(folder / "model")
+    if layers != config.num_hidden_layers:
+        config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    config.num_labels = 1
     critic = Qwen3ForTokenClassification(config)
     torch.nn.init.normal_(critic.score.weight, std=0.3)
     torch.nn.init.constant_(critic.score.bias, 0.5)

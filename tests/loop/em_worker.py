@@ -29,11 +29,11 @@ _built: dict[str, tuple[RolloutEngine, Any]] = {}
 
 
 def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> RolloutEngine:
-    """One vLLM engine for all cases with the same settings: building it is most of a small case's time.
+    """One vLLM engine for all cases with the same model and settings: building it is most of a small case's time.
 
     Every run starts by bringing its own weights, which also empties the prefix cache.
     """
-    key = f"{config.model_dump_json()} {settings}"
+    key = f"{(hf_dir / 'config.json').read_text()} {config.model_dump_json()} {settings}"
     if key not in _built:
         for _, close in _built.values():
             close()

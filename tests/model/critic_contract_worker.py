@@ -5,6 +5,7 @@ Argument: a folder for models and checkpoints.  Prints one JSON line per case fr
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import pickle
@@ -33,7 +34,7 @@ from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights 
 from tempo_megatron.checkpoint.hf_files import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.locate import resolve_init  # noqa: E402
 from tempo_megatron.checkpoint.store import resume_checkpoint, save_checkpoint  # noqa: E402
-from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
+from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
@@ -45,8 +46,6 @@ from tests.model.parity_worker import (  # noqa: E402
     Layout,
     configs,
     data,
-    hf_outputs,
-    reference,
     relative,
     save_reference,
     wanted,
@@ -388,6 +387,7 @@ def cases(root: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def main() -> None:
     start(threads=1, timeout_s=60)
+    gc.freeze()  # Megatron collects garbage whenever it saves or loads
     root = Path(sys.argv[1])
     for family, role in (("llama-tied", "actor"), ("llama-tied", "critic"), ("olmo3", "critic")):
         save_reference(configs()[family], role, root / f"{family}-{role}")

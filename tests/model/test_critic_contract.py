@@ -75,11 +75,12 @@ def check_resumed(line: dict[str, Any]) -> None:
 def check_heads(line: dict[str, Any]) -> None:
     assert line["whole"] == "no error"
     assert line["fresh"] == {"folder": True, "checkpoint": True}
-    policy, both = ("/run-%s/checkpoints/step_00000001" % name for name in ("policy", "both"))
+    policy, both = (f"/run-{name}/checkpoints/step_00000001" for name in ("policy", "both"))
     norm = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 
     def without(checkpoint: str, role: str, key: str) -> str:
-        return f"{checkpoint}-without-{role}-{key}/{role}: tensor {key} is missing; the checkpoint is not whole or of another model"
+        folder = f"{checkpoint}-without-{role}-{key}/{role}"
+        return f"{folder}: tensor {key} is missing; the checkpoint is not whole or of another model"
 
     assert line["refused"] == {
         "folder": "critic.init: /llama-tied-actor has no value head (score.weight); "
