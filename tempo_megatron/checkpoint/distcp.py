@@ -103,9 +103,6 @@ class _Into(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self._targets[index]
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("only tensors are read")
-
 
 class DistCheckpointReader:
     """Reads pieces of the tensors of one distributed checkpoint, whatever layout wrote them.

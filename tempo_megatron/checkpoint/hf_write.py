@@ -100,9 +100,8 @@ class HFWriter:
             os.replace(self.partial / UNNAMED, self.partial / CONFIG)
             _sync(self.partial)
             self._take_place()
-        except BaseException:
+        finally:
             shutil.rmtree(self.partial, ignore_errors=True)
-            raise
 
     def _write_shards(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[list[str]], dict[str, int]]:
         """Write ``shard-0``, ``shard-1``, ...; returns the tensor names of each, and the index's metadata."""
@@ -141,7 +140,7 @@ class HFWriter:
             os.replace(self.folder, self.replaced)
         try:
             os.replace(self.partial, self.folder)
-        except BaseException:
+        except OSError:
             if self.replaced.exists():
                 os.replace(self.replaced, self.folder)
             raise

@@ -27,15 +27,17 @@ def install() -> None:
 def _write_buckets(
     transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
 ) -> None:
-    try:
-        results = {i: write_bucket(transform_list, bucket, use_msc=use_msc) for i, bucket in enumerate(write_buckets)}
-    except Exception as error:  # the queue carries it to the thread that saves
-        global_results_queue.put(error)
-    else:
-        global_results_queue.put(results)
+    results: dict[int, list[WriteResult]] = {}
+    for i, bucket in enumerate(write_buckets):
+        outcome = _outcome(transform_list, bucket, use_msc)
+        if isinstance(outcome, Exception):  # the queue carries it to the thread that saves
+            global_results_queue.put(outcome)
+            return
+        results[i] = outcome
+    global_results_queue.put(results)
 
 
-def write_bucket(transform_list: list[Any], bucket: Any, *, use_msc: bool = False) -> list[WriteResult]:
+def write_bucket(transform_list: list[Any], bucket: Any) -> list[WriteResult]:
     """Write one ``.distcp`` file with Megatron's own writer.
 
     Args:
@@ -44,6 +46,14 @@ def write_bucket(transform_list: list[Any], bucket: Any, *, use_msc: bool = Fals
 
     Raises whatever making a pair raised; OSError for a full disk.
     """
+    outcome = _outcome(transform_list, bucket, use_msc=False)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _outcome(transform_list: list[Any], bucket: Any, use_msc: bool) -> list[WriteResult] | Exception:
+    """Megatron's writer catches what goes wrong and hands it back."""
     done: queue.Queue[Any] = queue.Queue()
     counter: queue.Queue[int] = queue.Queue()
     counter.put(0)
@@ -57,10 +67,10 @@ def write_bucket(transform_list: list[Any], bucket: Any, *, use_msc: bool = Fals
         use_msc=use_msc,
     )
     _, outcome = done.get_nowait()
-    if isinstance(outcome, Exception):
-        raise outcome if isinstance(outcome, TempoError) else _cause(outcome)
-    results: list[WriteResult] = outcome
-    return results
+    if isinstance(outcome, Exception) and not isinstance(outcome, TempoError):
+        return _cause(outcome)
+    result: list[WriteResult] | Exception = outcome
+    return result
 
 
 def _cause(error: Exception) -> Exception:

@@ -43,6 +43,13 @@ class ParallelConfig(Section):
             )
         return self
 
+    def megatron_sizes(self) -> dict[str, int | None]:
+        """The sizes by the names that Megatron's groups and its TransformerConfig both know them by."""
+        sizes: dict[str, int | None] = self.model_dump(exclude={"sequence_parallel"})
+        if self.virtual_pipeline_model_parallel_size == 1:
+            sizes["virtual_pipeline_model_parallel_size"] = None
+        return sizes
+
     @property
     def model_parallel_size(self) -> int:
         """Ranks of one replica of the dense layers."""

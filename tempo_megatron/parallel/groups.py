@@ -36,15 +36,9 @@ class ModelParallelGroups:
         before = _layout_globals()
         for name in before:
             setattr(mpu, name, {} if isinstance(before[name], dict) else None)
-        chunks = layout.virtual_pipeline_model_parallel_size
         try:
             mpu.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tensor_model_parallel_size,
-                pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-                virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-                context_parallel_size=layout.context_parallel_size,
-                expert_model_parallel_size=layout.expert_model_parallel_size,
-                expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+                **layout.megatron_sizes(),
                 distributed_timeout_minutes=max(1, timeout_s // 60),
                 # the one process that plays every rank of a layout (checkpoint/convert_plan.py) cannot meet the others
                 create_gloo_process_groups=dist.get_backend() != "fake",

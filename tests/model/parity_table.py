@@ -58,7 +58,7 @@ def render(cases: list[dict[str, Any]]) -> str:
         worst[row][c["family"]] = max(error, worst[row].get(c["family"], 0.0))
     lines = ["| ranks | layout | dist. opt. | " + " | ".join(families) + " |", "|---" * (3 + len(families)) + "|"]
     for (ranks, layout, dp, distributed), cells in worst.items():
-        name = " ".join([*layout.split(), *([f"dp{dp}"] if dp > 1 else [])]) or "-"
+        name = " ".join([*layout.split(), *([f"dp{dp}"] if dp > 1 else [])]) or "single"
         shown = [f"{cells[f]:.0e}" if f in cells else "-" for f in families]
         lines.append(f"| {ranks} | {name} | {'yes' if distributed else ''} | {' | '.join(shown)} |")
     return HEAD.format(cases=len(cases)) + "\n".join(lines) + "\n"

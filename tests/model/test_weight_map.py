@@ -174,7 +174,7 @@ def test_rules_do_not_share_a_megatron_parameter(tmp_path: Path, family: str) ->
         assert set(family_of(config).rules) <= set(rules_for(config, role))
 
 
-def test_placeholders() -> None:
+def test_names_of_a_layer_and_an_expert() -> None:
     rule = WeightRule("l.{layer}.e.{expert}.w", ("m.{layer}.x.{expert}.a", "m.{layer}.x.{expert}.b"), GateUp())
     assert rule.per_layer and rule.per_expert
     assert rule.megatron_name(3, 1) == "l.3.e.1.w"
