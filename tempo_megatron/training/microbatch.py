@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
+    @cached_property  # asked for once a row
     def lengths(self) -> list[int]:
         return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
 
