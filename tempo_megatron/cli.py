@@ -59,7 +59,7 @@ EXAMPLES = """examples:
   tempo-megatron report runs/a runs/b --output compare.html
 """
 
-TRAIN_HELP = """Train one stage (sft, rlvr or tempo) as a YAML file says.
+TRAIN_HELP = """Train one stage as a YAML file says: sft, ppo, grpo, tempo, ttrl, empo, oracle or random.
 
 Under torchrun or srun every process is one rank. Otherwise launch.nproc_per_node ranks are started here.
 key=value overrides the file; the value is YAML, a number indexes a list:

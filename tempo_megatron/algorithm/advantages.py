@@ -6,8 +6,7 @@ an unlabeled one what the critic says of it at its end.  Nothing here carries a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +16,8 @@ Normalization = Literal["whiten", "scale", "none"]
 
 #: Added to the variance (or second moment), as in the released code: equal raw advantages stay finite.
 VARIANCE_EPS = 1e-8
+#: Added to a group's standard deviation, as in GRPO's implementations.
+GROUP_STD_EPS = 1e-6
 
 
 def check_outcomes(outcome: Tensor, labeled: Tensor) -> None:
@@ -77,35 +78,6 @@ def terminal_rewards(
     return torch.where(labeled, outcome.float(), terminal)
 
 
-class ResponseRows(Protocol):
-    """What a terminal reward may look at: the plain tensors of a rollout batch, N rows."""
-
-    labeled: Tensor
-    outcome: Tensor
-    response_mask: Tensor
-
-
-class TerminalReward(Protocol):
-    """Strategy: what a response is worth at its end.  A baseline is another object, not a branch in the loop."""
-
-    def __call__(self, batch: ResponseRows, values: Tensor) -> Tensor:
-        """``[N]`` float32 rewards from a batch of N rows and its ``values [N, L+1]``."""
-        ...
-
-
-@dataclass(frozen=True)
-class CriticTerminalReward:
-    """TEMPO's own :class:`TerminalReward`, see :func:`terminal_rewards`."""
-
-    position: TerminalPosition
-    clamp: bool
-
-    def __call__(self, batch: ResponseRows, values: Tensor) -> Tensor:
-        return terminal_rewards(
-            batch.outcome, batch.labeled, values, batch.response_mask, position=self.position, clamp=self.clamp
-        )
-
-
 @torch.no_grad()
 def em_token_advantages(
     terminal: Tensor, values: Tensor, mask: Tensor, *, rows: Tensor, normalization: Normalization
@@ -138,6 +110,42 @@ def em_token_advantages(
     shift = tokens.mean()
     variance = (tokens - shift).square().sum() / max(tokens.numel() - 1, 1)
     return torch.where(valid, (raw - shift) / (variance + VARIANCE_EPS).sqrt(), 0.0)
+
+
+@torch.no_grad()
+def group_advantages(
+    rewards: Tensor, group: Tensor, mask: Tensor, *, rows: Tensor, normalization: Normalization
+) -> Tensor:
+    """GRPO's ``A_i = (R_i - mean_g) / (std_g + 1e-6)`` on every token of row i (arXiv 2402.03300).
+
+    Statistics are those of the group's rows that the actor trains on, in float64; the standard deviation has
+    Bessel's correction. A group of one row, or of equal rewards, has advantage 0.
+
+    Args:
+        rewards: ``[N]`` float32, ``R_i``.
+        group: ``[N]`` int64, the same number for the samples of one prompt draw.
+        mask: ``[N, L]`` bool.
+        rows: ``[N]`` bool, the rows that the actor trains on.
+        normalization: ``whiten`` as above; ``none`` leaves out the division.
+
+    Returns:
+        ``[N, L]`` float32, 0 off the mask and off ``rows``.
+
+    Raises:
+        ValueError: ``scale``, which has no meaning within a group.
+    """
+    if normalization == "scale":
+        raise ValueError("group advantages are whitened (whiten) or centred (none), not scaled")
+    _, member = torch.unique(group, return_inverse=True)
+    chosen = rows.double()
+    zeros = torch.zeros(int(member.max()) + 1 if len(member) else 0, dtype=torch.float64, device=rewards.device)
+    count = zeros.index_add(0, member, chosen)
+    mean = zeros.index_add(0, member, rewards.double() * chosen) / count.clamp(min=1)
+    centred = (rewards.double() - mean[member]) * chosen
+    if normalization == "whiten":
+        variance = zeros.index_add(0, member, centred.square()) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + GROUP_STD_EPS)[member]
+    return torch.where(mask & rows[:, None], centred.float()[:, None], 0.0)
 
 
 @torch.no_grad()

@@ -30,6 +30,10 @@ class CalibrationGate:
         return self._open or not self._config.enabled
 
     @property
+    def enabled(self) -> bool:
+        return self._config.enabled
+
+    @property
     def average(self) -> float | None:
         """Moving average of the AUROC; None until one was defined."""
         return self._average

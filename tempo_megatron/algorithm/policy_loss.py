@@ -65,6 +65,7 @@ def policy_loss(
     *,
     config: MStepConfig,
     denominator: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of one micro-batch of n rows.
 
@@ -80,6 +81,7 @@ def policy_loss(
         mask: ``[n, L]`` bool; a row that is all False adds nothing, whatever the other tensors hold there.
         config: uses ``loss``, ``clip_low``, ``clip_high``, ``dual_clip`` and ``loss_agg``.
         denominator: :func:`loss_denominator` of the whole optimizer mini-batch.
+        weights: ``[n, L]`` float32 factors of the token losses (``algorithm.correction``); None: 1.
 
     Returns:
         The loss (0-dim, dtype of ``log_probs``) and detached 0-dim float64 sums which add up over micro-batches
@@ -104,6 +106,8 @@ def policy_loss(
         ceiling = -advantages * config.dual_clip
         dual_clipped = (advantages < 0) & (ceiling < token_loss)
         token_loss = torch.where(dual_clipped, ceiling, token_loss)
+    if weights is not None:
+        token_loss = token_loss * weights
     total = aggregate(token_loss, mask, config.loss_agg)
 
     with torch.no_grad():

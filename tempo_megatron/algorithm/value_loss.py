@@ -1,4 +1,5 @@
-"""The E-step's loss: squared error against verified outcomes, clipped on the mean value of a sequence.
+"""The E-step's loss: squared error against verified outcomes, clipped on the mean value of a sequence, or
+binary cross-entropy of a sigmoid head.
 
 Sums over global counts, like the policy loss: see ``policy_loss``.  Only rows with targets take part, so the
 weight of a labeled row does not hang on which rows share its micro-batch (it does in the released code).
@@ -7,6 +8,7 @@ weight of a labeled row does not hang on which rows share its micro-batch (it do
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tempo_megatron.algorithm.policy_loss import LossAggregation, aggregate, row_means
@@ -58,19 +60,50 @@ def value_loss(
         token_loss = torch.maximum(squared_error, (values + move_back - targets).square())
         clipped = target_mask & (move_back != 0)
     total = 0.5 * aggregate(token_loss, target_mask, loss_agg)
+    return (total / denominator).to(values.dtype), _sums(total, values, targets, target_mask, clipped, loss_agg)
 
-    with torch.no_grad():
-        sums = {
-            "loss": total.detach(),
-            "loss_weight": target_mask.sum() if loss_agg == "token-mean" else target_mask.any(1).sum(),
-            "tokens": target_mask.sum(),
-            "sequences": target_mask.any(1).sum(),
-            "clipped": clipped.sum(),
-            "value": aggregate(values, target_mask, "token-mean"),
-            "target": aggregate(targets, target_mask, "token-mean"),
-            "squared_error": aggregate(squared_error, target_mask, "token-mean"),
-        }
-    return (total / denominator).to(values.dtype), {name: value.double() for name, value in sums.items()}
+
+def value_bce_loss(
+    logits: Tensor, targets: Tensor, target_mask: Tensor, *, loss_agg: LossAggregation, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Binary cross-entropy of ``V = sigmoid(logits)`` against the outcomes, for one micro-batch of n rows.
+
+    Args:
+        logits: ``[n, L+1]`` float32, with gradient.
+        targets, target_mask, loss_agg, denominator: as of :func:`value_loss`.
+
+    Returns:
+        As :func:`value_loss`; nothing is clipped.
+
+    Raises:
+        ValueError: ``denominator`` is not positive.
+    """
+    if denominator <= 0:
+        raise ValueError(f"denominator is {denominator}; a mini-batch without targets has no optimizer step")
+    logits = torch.where(target_mask, logits, 0.0)
+    targets = torch.where(target_mask, targets, 0.0).detach()
+    token_loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    total = aggregate(token_loss, target_mask, loss_agg)
+    clipped = torch.zeros_like(target_mask)
+    sums = _sums(total, logits.detach().sigmoid(), targets, target_mask, clipped, loss_agg)
+    return (total / denominator).to(logits.dtype), sums
+
+
+@torch.no_grad()
+def _sums(
+    total: Tensor, values: Tensor, targets: Tensor, mask: Tensor, clipped: Tensor, loss_agg: LossAggregation
+) -> dict[str, Tensor]:
+    sums = {
+        "loss": total.detach(),
+        "loss_weight": mask.sum() if loss_agg == "token-mean" else mask.any(1).sum(),
+        "tokens": mask.sum(),
+        "sequences": mask.any(1).sum(),
+        "clipped": clipped.sum(),
+        "value": aggregate(values, mask, "token-mean"),
+        "target": aggregate(targets, mask, "token-mean"),
+        "squared_error": aggregate((values - targets).square(), mask, "token-mean"),
+    }
+    return {name: value.double() for name, value in sums.items()}
 
 
 def value_metrics(sums: dict[str, Tensor]) -> dict[str, float]:

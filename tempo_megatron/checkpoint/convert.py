@@ -143,7 +143,7 @@ def _convert_to_megatron(arguments: argparse.Namespace) -> None:
         check_layout(shape, layout, "layout", world_size_of(layout))
         source = HFSource(arguments.hf, config, role, init_head=arguments.init_head, dtype=_dtype(arguments.dtype))
         began, size = time.monotonic(), source.total_bytes()
-        head_bias = CriticConfig.model_fields["head_bias"].default
+        head_bias = CriticConfig.model_fields["initial_value"].default
         write_checkpoint(source, partial, layout, head_bias, bar("converting", size))
         verified = verify_megatron(source, partial, bar("verifying", 2 * size)) if arguments.verify else None
         write_manifest(source, partial, layout)

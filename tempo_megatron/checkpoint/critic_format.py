@@ -34,6 +34,9 @@ from tempo_megatron.model.families import family_of
 
 HeadFormat = Literal["score", "v_head"]
 
+#: Key of a critic's config.json that says what turns the head's output into a value; absent: nothing does.
+ACTIVATION = "value_head_activation"
+
 WEIGHT, BIAS = "score.weight", "score.bias"
 LM_HEAD = "lm_head.weight"
 V_HEAD = {WEIGHT: "v_head.summary.weight", BIAS: "v_head.summary.bias"}
@@ -180,3 +183,18 @@ def carry_lm_head(hf_dir: Path, target: Path) -> None:
     stored = carried_lm_head(hf_dir)
     if stored is not None:
         save_file({LM_HEAD: stored.read().clone()}, target / LM_HEAD_FILE, metadata={"format": "pt"})
+
+
+def activation_change(head: str) -> dict[str, Any]:
+    """What ``config.json`` of a critic with this kind of head (``CriticConfig.head``) says besides."""
+    return {ACTIVATION: "sigmoid"} if head == "sigmoid" else {}
+
+
+def check_activation(stored: Any, head: str, where: str) -> None:
+    """TempoError if a trained head, by its config's ``value_head_activation``, is not of the kind ``critic.head``."""
+    found = "sigmoid" if stored == "sigmoid" else "regression"
+    if found != head:
+        raise TempoError(
+            f"{where}: its value head was trained as {ACTIVATION}: {stored or 'none'}; critic.head: {head} must be "
+            f"{found}"
+        )

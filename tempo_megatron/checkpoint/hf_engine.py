@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tempo_megatron.checkpoint.critic_format import HeadFormat, critic_folder, open_hf_folder
+from tempo_megatron.checkpoint.critic_format import (
+    ACTIVATION,
+    HeadFormat,
+    activation_change,
+    check_activation,
+    critic_folder,
+    open_hf_folder,
+)
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
 from tempo_megatron.checkpoint.locate import InitSource
@@ -24,7 +31,8 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
     """Weights of a fresh role from an HF folder or a checkpoint; what is wrong with them is raised on every rank."""
     init_head = isinstance(engine.config, CriticConfig) and engine.config.init_head
     if source.kind == "checkpoint":
-        load_weights(source.path, engine, init_head=init_head)
+        if not load_weights(source.path, engine, init_head=init_head):
+            _check_head(engine, source.path)
         return
 
     def check() -> bool:
@@ -37,9 +45,16 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
 
     try:
         keep_head = on_rank0(check)
+        if not keep_head:
+            _check_head(engine, source.path)
         together(load)
     except TempoError as error:
         raise TempoError(f"{engine.role}.init: {error}") from error
+
+
+def _check_head(engine: MegatronEngine, path: Path) -> None:
+    if isinstance(engine.config, CriticConfig):
+        check_activation(getattr(engine.hf_config, ACTIVATION, None), engine.config.head, str(path))
 
 
 def export_hf(
@@ -64,6 +79,7 @@ def export_hf(
             tensors, changes = stream, {}
             if engine.role == "critic":
                 tensors, changes = critic_folder(stream, engine.hf_config, hf_dir, head_format)
+                changes |= activation_change(getattr(engine.config, "head", "regression"))
             changes |= dtype_change(hf_dir, engine.config.dtype)
             HFWriter(target).write(tensors, hf_dir, changes)
         except (OSError, TempoError) as error:

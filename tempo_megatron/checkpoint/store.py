@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -46,10 +46,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint import inprocess_writer
-from tempo_megatron.checkpoint.critic_format import carry_lm_head
+from tempo_megatron.checkpoint.critic_format import ACTIVATION, activation_change, carry_lm_head, check_activation
 from tempo_megatron.checkpoint.hf_files import copy_side_files
-from tempo_megatron.checkpoint.locate import hf_name
-from tempo_megatron.config.schema import RoleConfig
+from tempo_megatron.checkpoint.locate import CHECKPOINTS, hf_name
+from tempo_megatron.config.schema import CriticConfig, RoleConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.model.build import Role
 from tempo_megatron.parallel.device import use_cuda
@@ -164,6 +164,7 @@ def save_checkpoint(
     state: dict[str, Any],
     hf_dirs: dict[str, Path],
     keep: int,
+    protected: Collection[int] = (),
 ) -> Path:
     """Write ``run_dir/checkpoints/step_...`` with everything; older ones beyond ``keep`` go.
 
@@ -171,9 +172,10 @@ def save_checkpoint(
         engines: by role, "actor" and perhaps "critic".
         state: the trainer's own state, JSON types.
         hf_dirs: by role, the folders whose config and tokenizer are carried along.
+        protected: steps whose checkpoints stay whatever their age.
     """
-    parent = run_dir / "checkpoints"
-    final, partial = parent / f"step_{step:08d}", parent / f".partial-step_{step:08d}"
+    parent = run_dir / CHECKPOINTS
+    final, partial = checkpoint_folder(run_dir, step), parent / f".partial-step_{step:08d}"
 
     def begin() -> None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +196,7 @@ def save_checkpoint(
             copy_side_files(hf_dir, partial / hf_name(role))
             if role == "critic":
                 carry_lm_head(hf_dir, partial / hf_name(role))
+                _note_activation(partial / hf_name(role) / "config.json", engines[role].config)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -206,7 +209,8 @@ def save_checkpoint(
         sync_write(partial / "manifest.json", json.dumps(manifest, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in sorted(parent.glob("step_*"))[:-keep]:
+        kept = {checkpoint_folder(run_dir, s) for s in protected}
+        for old in sorted(set(sorted(parent.glob("step_*"))[:-keep]) - kept):
             # the manifest goes first: a folder half removed must not look complete
             (old / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -229,6 +233,16 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _note_activation(path: Path, config: RoleConfig) -> None:
+    if change := activation_change(config.head if isinstance(config, CriticConfig) else "regression"):
+        sync_write(path, json.dumps(json.loads(path.read_text()) | change, indent=2))
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of ``step``."""
+    return run_dir / CHECKPOINTS / f"step_{step:08d}"
 
 
 def sync_write(path: Path, text: str) -> None:
@@ -286,6 +300,9 @@ def check_resumable(folder: Path, roles: Mapping[Role, RoleConfig]) -> None:
         )
     for role, config in roles.items():
         _check_optimizer(folder, role, manifest["optimizers"][role], config)
+        if isinstance(config, CriticConfig):
+            stored = json.loads((folder / hf_name(role) / "config.json").read_text()).get(ACTIVATION)
+            check_activation(stored, config.head, str(folder))
 
 
 def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[str, Any]:
@@ -300,6 +317,7 @@ def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         random_state = load_file(folder / "rng" / f"rank_{rank()}.safetensors")
     for role, engine in engines.items():
+        engine.scheduler.num_steps = 0  # load_state_dict adds to it
         engine.scheduler.load_state_dict(state["schedules"][role])
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state and use_cuda():
@@ -308,19 +326,23 @@ def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[
     return trainer
 
 
-def load_weights(folder: Path, engine: MegatronEngine, *, init_head: bool) -> None:
+def load_weights(folder: Path, engine: MegatronEngine, *, init_head: bool) -> bool:
     """Fill a fresh role from a checkpoint of an earlier stage (weights only).
 
     A critic takes the checkpoint's critic; where there is none, ``init_head`` must be set, the backbone then
     comes from the actor and the head stays fresh.
+
+    Returns:
+        whether the value head is fresh.
     """
     manifest = read_manifest(folder)
     if engine.role in manifest["roles"]:
         _load_role(engine, folder / engine.role, optimizer=False)
-    elif engine.role == "critic" and init_head:
+        return False
+    if engine.role == "critic" and init_head:
         _load_role(engine, folder / "actor", optimizer=False, skip_head=True)
-    else:
-        raise TempoError(
-            f"critic.init: {folder} holds no critic (roles: {manifest['roles']}); "
-            "set critic.init_head=true to start one with a fresh value head from its actor"
-        )
+        return True
+    raise TempoError(
+        f"critic.init: {folder} holds no critic (roles: {manifest['roles']}); "
+        "set critic.init_head=true to start one with a fresh value head from its actor"
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tempo_megatron.checkpoint.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
 from tempo_megatron.config.layout import ModelShape, check_layout, divisors, nearest, read_model_shape
+from tempo_megatron.config.methods import METHODS, Method, estimator
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.errors import TempoError
 
@@ -37,7 +38,7 @@ def check_config(config: Config, world_size: int) -> None:
 
 
 def _is_rl(config: Config) -> bool:
-    return config.stage in ("rlvr", "tempo")
+    return config.stage != "sft"
 
 
 def _generates(config: Config) -> bool:
@@ -46,26 +47,66 @@ def _generates(config: Config) -> bool:
 
 def _check_stage(config: Config) -> None:
     data, stage = config.data, config.stage
-    labeled, unlabeled = data.labeled_prompts_per_step, data.unlabeled_prompts_per_step
-    if _is_rl(config) and config.critic is None:
-        raise TempoError(f"critic: missing; stage {stage} trains an actor and a critic: give at least critic.init")
-    if stage == "sft" and config.critic is not None:
-        raise TempoError("critic: stage sft trains the actor alone; remove the section (or critic=null)")
     if not data.train_files:
         kind = "prompt+response" if stage == "sft" else "prompt"
         raise TempoError(f"data.train_files: [] is empty; stage {stage} needs at least one {kind} parquet file")
-    if _is_rl(config) and labeled == 0:
+    if stage == "sft":
+        if config.critic is not None:
+            raise TempoError("critic: stage sft trains the actor alone; remove the section (or critic=null)")
+        return
+    method = METHODS[stage]
+    if method.critic and config.critic is None:
+        raise TempoError(f"critic: missing; stage {stage} trains an actor and a critic: give at least critic.init")
+    if not method.critic and config.critic is not None:
+        raise TempoError(f"critic: stage {stage} trains the actor alone; remove the section (or critic=null)")
+    labeled, unlabeled = data.labeled_prompts_per_step, data.unlabeled_prompts_per_step
+    if method.labeled == "needed" and labeled == 0:
         raise TempoError(f"data.labeled_prompts_per_step: 0 must be at least 1 in stage {stage}")
-    if stage == "tempo" and unlabeled == 0:
-        raise TempoError("data.unlabeled_prompts_per_step: 0 must be at least 1 in stage tempo (without: stage rlvr)")
-    if stage == "rlvr" and unlabeled != 0:
+    if method.unlabeled and unlabeled == 0:
+        raise TempoError(f"data.unlabeled_prompts_per_step: 0 must be at least 1 in stage {stage}")
+    if not method.unlabeled and unlabeled != 0:
         raise TempoError(
-            f"data.unlabeled_prompts_per_step: {unlabeled} must be 0 in stage rlvr (otherwise: stage tempo)"
+            f"data.unlabeled_prompts_per_step: {unlabeled} must be 0 in stage {stage}, which trains on D_L alone"
         )
+    if stage == "oracle" and not data.oracle_files:
+        raise TempoError("data.oracle_files: [] is empty; stage oracle needs the answers of the unlabelled prompts")
+    if stage != "oracle" and data.oracle_files:
+        raise TempoError(f"data.oracle_files: only stage oracle may read them; stage {stage} must not")
+    _check_algorithm(config, method)
+
+
+def _check_algorithm(config: Config, method: Method) -> None:
+    algorithm, stage = config.algorithm, config.stage
+    mstep, estep = algorithm.mstep, algorithm.estep
+    if mstep.estimator is not None and mstep.estimator not in method.estimators:
+        raise TempoError(
+            f"algorithm.mstep.estimator: {mstep.estimator} must be {' or '.join(method.estimators)} in stage {stage}"
+        )
+    if estimator(config) == "group":
+        if mstep.advantage == "scale":
+            raise TempoError("algorithm.mstep.advantage: scale is of estimator token; with group: whiten or none")
+        if config.rollout.samples_per_prompt == 1:
+            raise TempoError(
+                f"rollout.samples_per_prompt: 1 must be at least 2 in stage {stage}, which compares the samples of a "
+                "prompt (algorithm.mstep.estimator group)"
+            )
+    if estep.every is None and stage == "tempo" and algorithm.gate.enabled:
+        raise TempoError(
+            "algorithm.estep.every: null never trains the critic, so algorithm.gate.enabled: true would never open; "
+            "set it to false"
+        )
+    if config.critic is not None and config.critic.head == "sigmoid" and estep.value_clip is not None:
+        raise TempoError(
+            f"algorithm.estep.value_clip: {estep.value_clip} is for critic.head: regression; with sigmoid: null"
+        )
+    guard = algorithm.guard
+    if guard.enabled and guard.action == "rollback" and method.unlabeled and config.checkpoint.every is None:
+        raise TempoError("algorithm.guard.action: rollback needs checkpoints to go back to: set checkpoint.every")
 
 
 def _check_files(config: Config) -> None:
     _check_exist("data.train_files", config.data.train_files)
+    _check_exist("data.oracle_files", config.data.oracle_files)
     names = [s.name for s in config.evaluation.sets]
     for i, eval_set in enumerate(config.evaluation.sets):
         if not eval_set.files:

@@ -6,9 +6,12 @@ told).  Cross-field rules that need the model's own numbers (heads, layers) live
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Stage = Literal["sft", "ppo", "grpo", "tempo", "ttrl", "empo", "oracle", "random"]
 
 
 class Section(BaseModel):
@@ -108,8 +111,24 @@ class RoleConfig(Section):
 
 
 class CriticConfig(RoleConfig):
+    head: Literal["regression", "sigmoid"] = Field(
+        "regression",
+        description="regression: linear head, squared error. sigmoid: V = sigmoid(head), binary cross-entropy",
+    )
     init_head: bool = Field(False, description="make a fresh value head when the checkpoint is a policy without one")
-    head_bias: float = Field(0.5, description="bias of a fresh head; its weight is 0, so V = bias everywhere at first")
+    initial_value: float = Field(0.5, description="V of a fresh head, everywhere (its weight is 0)")
+
+    @model_validator(mode="after")
+    def _probability(self) -> CriticConfig:
+        if self.head == "sigmoid" and not 0 < self.initial_value < 1:
+            raise ValueError(f"initial_value: {self.initial_value} must lie between 0 and 1 with head: sigmoid")
+        return self
+
+    @property
+    def initial_bias(self) -> float:
+        """Bias of a fresh head."""
+        v = self.initial_value
+        return math.log(v / (1 - v)) if self.head == "sigmoid" else v
 
 
 class DataConfig(Section):
@@ -117,7 +136,10 @@ class DataConfig(Section):
         [], description="prompt parquet (plain or verl schema); sft: prompt+response parquet"
     )
     labeled_prompts_per_step: int = Field(0, ge=0, description="D_L prompts of one step")
-    unlabeled_prompts_per_step: int = Field(0, ge=0, description="D_U prompts of one step; tempo stage only")
+    unlabeled_prompts_per_step: int = Field(0, ge=0, description="D_U prompts of one step; 0 in stages ppo and grpo")
+    oracle_files: list[str] = Field(
+        [], description="stage oracle only: prompt parquet with the answers of the unlabelled records"
+    )
     max_prompt_tokens: int = Field(2048, ge=1, description="a longer prompt is refused")
     max_response_tokens: int = Field(16384, ge=1, description="a response is cut off there and counts as truncated")
     sft_batch_size: int = Field(256, ge=1, description="sequences per optimizer step of the sft stage")
@@ -145,17 +167,36 @@ class EStepConfig(Section):
     order: Literal["before", "after_values"] = Field(
         "before", description="before: update, then take the M-step's values; after_values: take them first"
     )
-    every: int = Field(1, ge=1, description="E-step on every k-th step")
+    every: int | None = Field(1, ge=1, description="E-step on every k-th step; null: never")
     updates: int = Field(1, ge=1, description="passes over each step's labelled rows")
     minibatches: int = Field(4, ge=1, description="optimizer steps of one pass (paper: 256 prompts in 4)")
-    value_clip: float | None = Field(None, gt=0, description="clip on the shift of a sequence's mean value; none: off")
+    value_clip: float | None = Field(None, gt=0, description="clip on the shift of a sequence's mean value; null: off")
     loss_agg: Literal["token-mean", "seq-mean-token-mean"] = Field(
         "seq-mean-token-mean", description="mean over all tokens, or over the token means of the sequences"
     )
 
 
+class CorrectionConfig(Section):
+    """What is done about rollouts whose engine gives other probabilities than the trainer."""
+
+    weights: Literal["none", "token", "sequence"] = Field(
+        "none", description="truncated importance sampling by the ratio of each token, or of the whole response"
+    )
+    cap: float = Field(2.0, ge=1, description="a weight above this is cut to it")
+    mask_level: Literal["none", "token", "sequence"] = Field(
+        "none", description="leave out tokens by their ratio, or responses by their ratio per token (geometric mean)"
+    )
+    mask_low: float = Field(0.5, gt=0, le=1, description="a ratio below this is masked")
+    mask_high: float = Field(2.0, ge=1, description="a ratio above this is masked")
+
+
 class MStepConfig(Section):
-    rows: Literal["unlabeled", "all"] = Field("all", description="rows that train the actor in the tempo stage")
+    rows: Literal["unlabeled", "all"] = Field("all", description="rows that train the actor where D_U is drawn")
+    estimator: Literal["token", "group"] | None = Field(
+        None,
+        description="token: R - V of each state; group: R against the samples of its prompt. "
+        "null: token where there is a critic. tempo may have either (group: the released code's `em`)",
+    )
     minibatches: int = Field(4, ge=1, description="optimizer steps of one pass (paper: 256 prompts in 4)")
     loss: Literal["gspo", "ppo"] = Field(
         "gspo", description="ratio of the whole sequence (gspo) or of each token (ppo)"
@@ -171,8 +212,11 @@ class MStepConfig(Section):
     )
     clamp_terminal: bool = Field(True, description="clamp the terminal value of unlabelled rows to [0, 1]")
     advantage: Literal["whiten", "scale", "none"] = Field(
-        "whiten", description="over the policy batch's tokens: mean 0 and variance 1; mean square 1; as it is"
+        "whiten",
+        description="estimator token, over the policy batch's tokens: mean 0 and variance 1; mean square 1; as it is. "
+        "group: divided by the group's standard deviation (whiten) or not (none)",
     )
+    correction: CorrectionConfig = CorrectionConfig()
 
     @model_validator(mode="after")
     def _dual_clip_is_ppos(self) -> MStepConfig:
@@ -183,11 +227,29 @@ class MStepConfig(Section):
         return self
 
 
-class FilterConfig(Section):
-    """Drop labelled prompts whose samples are all right or all wrong; top up from the sampler."""
+class VoteConfig(Section):
+    """TTRL: the majority of a prompt's samples is its label."""
 
-    enabled: bool = Field(False, description="apply the filter")
-    apply_to_critic: bool = Field(False, description="also keep the dropped rows from the critic")
+    ties: Literal["none", "first"] = Field(
+        "none", description="several largest clusters: nobody wins and nothing is learnt, or the one seen first wins"
+    )
+
+
+class EntropyConfig(Section):
+    """EMPO: the reward is the share of samples that agree. Entropies are fractions of ln(samples)."""
+
+    min_entropy: float = Field(0.0, ge=0, le=1, description="prompts whose answers vary less have reward 0")
+    max_entropy: float = Field(
+        1.0, gt=0, le=1, description="prompts whose answers vary as much or more have reward 0; 1: all different"
+    )
+
+
+class FilterConfig(Section):
+    """Drop labelled prompts whose samples are all right or all wrong; top up from the sampler (DAPO's sampling)."""
+
+    enabled: bool = Field(False, description="top up until there are enough labelled prompts with mixed outcomes")
+    apply_to_actor: bool = Field(True, description="keep the dropped rows from the actor")
+    apply_to_critic: bool = Field(False, description="keep the dropped rows from the critic")
     max_rounds: int = Field(10, ge=1, description="generation rounds per step before giving up")
 
 
@@ -215,6 +277,36 @@ class GateConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """Watches the fresh labelled rollouts of every step against a collapse. Acts where D_L and D_U are drawn."""
+
+    enabled: bool = Field(False, description="hold or take back M-steps when a watch is beyond its bound")
+    action: Literal["hold", "rollback"] = Field(
+        "hold",
+        description="hold: no M-step (E-steps go on) until all is within bounds. rollback: back to the last good "
+        "checkpoint with a smaller actor step",
+    )
+    min_accuracy: float | None = Field(
+        0.8, gt=0, le=1, description="accuracy on labelled rollouts, as a fraction of its start; null: not watched"
+    )
+    min_readable: float | None = Field(
+        0.8, gt=0, le=1, description="fraction of labelled responses with an answer, as a fraction of its start"
+    )
+    max_truncated: float | None = Field(
+        0.2, gt=0, le=1, description="rise of the fraction of truncated responses above its start"
+    )
+    max_overclaim: float | None = Field(
+        0.2, gt=0, le=1, description="terminal value minus accuracy, labelled rollouts (methods with a critic)"
+    )
+    min_entropy: float | None = Field(None, gt=0, le=1, description="entropy of the policy, as a fraction of its start")
+    max_entropy: float | None = Field(3.0, gt=1, description="entropy of the policy, as a multiple of its start")
+    start_steps: int = Field(5, ge=1, description="steps whose mean is the start")
+    smoothing: float = Field(0.7, ge=0, lt=1, description="weight of the past in the moving averages")
+    max_hold: int = Field(20, ge=1, description="steps held in a row after which the run ends early")
+    lr_factor: float = Field(0.5, gt=0, le=1, description="the actor's learning rate is multiplied by it at a rollback")
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks of one run; after them the guard holds")
+
+
 #: What each preset changes; explicit keys win over it.  See docs/algorithm.md for the sources.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -235,6 +327,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mstep": {"rows": "all", "terminal_value": "post_last", "clamp_terminal": True},
         "filter": {"enabled": False},
         "gate": {"enabled": True},
+        "guard": {"enabled": True},
     },
 }
 
@@ -245,8 +338,11 @@ class AlgorithmConfig(Section):
     )
     estep: EStepConfig = EStepConfig()
     mstep: MStepConfig = MStepConfig()
+    vote: VoteConfig = VoteConfig()
+    entropy: EntropyConfig = EntropyConfig()
     filter: FilterConfig = FilterConfig()
     gate: GateConfig = GateConfig()
+    guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -271,8 +367,8 @@ class EvalSet(Section):
 
 
 class EvaluationConfig(Section):
-    sets: list[EvalSet] = Field([], description="what rlvr and tempo evaluate (sft evaluates nothing)")
-    every: int | None = Field(None, ge=1, description="steps between evaluations; none: only at start and end")
+    sets: list[EvalSet] = Field([], description="what is evaluated (stage sft evaluates nothing)")
+    every: int | None = Field(None, ge=1, description="policy updates between evaluations; null: at start and end only")
     at_start: bool = Field(True, description="before the first step of a run that is not resumed")
     at_end: bool = Field(True, description="after the last step")
     pass_k: int = Field(8, ge=1, description="the k of pass@k, maj@k and distinct@k")
@@ -289,7 +385,7 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int | None = Field(None, ge=1, description="steps between checkpoints; none: only at the end")
+    every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     export_hf: bool = Field(False, description="also write HF folders of both roles at the end")
 
@@ -308,12 +404,13 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    stage: Literal["sft", "rlvr", "tempo"] = Field(
-        description="sft: cold start; rlvr: PPO with a critic on D_L; tempo: EM on D_L and D_U"
+    stage: Stage = Field(
+        description="sft: cold start. On D_L: ppo (with a critic), grpo. On D_U: tempo (EM, with D_L), ttrl (majority "
+        "vote), empo (semantic entropy), oracle (true answers: the upper bound), random (coin flips: a control)"
     )
     output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
     seed: int = Field(0, description="of data order, samples and initialisation")
-    steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (rlvr, tempo)")
+    steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (all others)")
     resume: str = Field(
         "auto", description="auto: newest complete checkpoint of output_dir; never; or a checkpoint folder"
     )

@@ -26,6 +26,9 @@ class RolloutBatch:
         response_mask: ``[N, L]`` bool, True on sampled tokens.
         labeled: ``[N]`` bool.
         outcome: ``[N]`` float32, 1 correct, 0 wrong; NaN on unlabelled rows and until verified.
+        answer_cluster: ``[N]`` int64, the same number for equal answers within a group, -1 without an answer
+            (and everywhere, in methods that do not compare answers).
+        oracle_outcome: ``[N]`` float32, true outcome of unlabelled rows in the oracle's runs, else NaN.
         weights_version: number of policy updates behind the weights that sampled this.
     """
 
@@ -39,6 +42,8 @@ class RolloutBatch:
     response_mask: torch.Tensor
     labeled: torch.Tensor
     outcome: torch.Tensor
+    answer_cluster: torch.Tensor
+    oracle_outcome: torch.Tensor
     weights_version: int
 
     def __len__(self) -> int:

@@ -21,6 +21,10 @@ from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.sampling import sample_seed
 from tempo_megatron.verifiers.service import VerifierService
+from tempo_megatron.verifiers.verdict import Verdict
+
+#: The verifier's name for the files with the answers of D_U, which only the oracle asks about.
+ORACLE_SOURCE = "data.oracle_files"
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Collected:
 
     Attributes:
         batch: all rows that train anything.
-        kept: ``[N]`` bool, False on labelled rows that the filter keeps from the actor.
+        for_actor: ``[N]`` bool, False on labelled rows that the filter keeps from the actor.
+        for_critic: ``[N]`` bool, labelled rows but those that the filter keeps from the critic.
         metrics: realised counts.
     """
 
     batch: RolloutBatch
-    kept: Tensor
+    for_actor: Tensor
+    for_critic: Tensor
     metrics: dict[str, float]
 
 
@@ -46,7 +52,10 @@ class Collector:
         data = session.data
         assert isinstance(data, PromptData)
         self.labeled, self.unlabeled, self.answers = data.labeled, data.unlabeled, data.answers
+        everything = [pool for pool in (data.labeled, data.unlabeled) if pool is not None]
+        self.kinds = {r.id: r.answer_type for pool in everything for r in pool.records}
         self._acceptance = 1.0
+        self._metrics: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         samplers = {"labeled": self.labeled, "unlabeled": self.unlabeled}
@@ -61,32 +70,53 @@ class Collector:
             if pool is not None:
                 pool.sampler.load_state_dict(state["samplers"][name])
 
-    def collect(self, step: int, version: int, *, unlabeled: bool) -> Collected:
-        """Sample this step's prompts, D_U's only if asked, in one ``generate`` call (more if the filter tops up)."""
+    def collect(self, step: int, updates: int, version: int, *, unlabeled: bool) -> Collected:
+        """Sample this step's prompts, D_U's only if asked, in one ``generate`` call (more if the filter tops up).
+
+        Samples of D_L are seeded by the step, those of D_U by the policy updates so far: every method then meets the
+        same D_U prompts with the same seeds at the same update, however many critic-only steps went before.
+        """
         data, settings = self.session.config.data, self.session.config.algorithm.filter
         drawn: Counter[str] = Counter()
         labeled_draws = self._draw(self.labeled, data.labeled_prompts_per_step, step, drawn)
-        others = self._draw(self.unlabeled, data.unlabeled_prompts_per_step if unlabeled else 0, step, drawn)
+        others = self._draw(self.unlabeled, data.unlabeled_prompts_per_step if unlabeled else 0, updates, drawn)
         batch = self._sample(labeled_draws + others, version)
         if not settings.enabled:
-            return Collected(batch, torch.ones(len(batch), dtype=torch.bool), _counts(batch, 1, 0))
+            everything = torch.ones(len(batch), dtype=torch.bool)
+            return self._collected(batch, everything, everything, 1, 0)
         return self._top_up(batch, step, version, drawn)
 
-    def _draw(self, pool: Pool | None, count: int, step: int, drawn: Counter[str]) -> list[PromptDraw]:
+    def _collected(self, batch: RolloutBatch, actor: Tensor, critic: Tensor, rounds: int, dropped: int) -> Collected:
+        counts = {
+            "data/labeled_fraction": float(batch.labeled.float().mean()),
+            "data/generation_rounds": rounds,
+            "data/dropped_prompts": dropped,
+        }
+        metrics, self._metrics = counts | self._metrics, {}
+        return Collected(batch, actor, critic & batch.labeled, metrics)
+
+    def _draw(self, pool: Pool | None, count: int, index: int, drawn: Counter[str]) -> list[PromptDraw]:
         if pool is None or count == 0:
             return []
         draws = []
         for position in pool.sampler.draw(count):
             record = pool.records[position]
-            seed = sample_seed(self.session.config.seed, self.session.config.stage, step, record.id, drawn[record.id])
+            seed = sample_seed(self.session.config.seed, "train", index, record.id, drawn[record.id])
             drawn[record.id] += 1
             draws.append(PromptDraw(record.id, pool.token_ids[position], record.labeled, seed))
         return draws
 
     def _sample(self, draws: list[PromptDraw], version: int) -> RolloutBatch:
         batch = self._generate(draws, version)
-        self._verify(batch)
-        return batch
+        with self.session.ledger.phase("verify"):
+            unverified = self._verify(batch)
+            if self.session.config.stage == "oracle":
+                unverified |= self._ask_oracle(batch)
+            if self.session.config.stage in ("ttrl", "empo"):
+                self._compare_answers(batch)
+        self._metrics["verify/unverified"] = self._metrics.get("verify/unverified", 0) + int(unverified.sum())
+        # a response whose check failed has no outcome: it trains nothing
+        return batch.rows((~unverified).nonzero().flatten())
 
     def _generate(self, draws: list[PromptDraw], version: int) -> RolloutBatch:
         session = self.session
@@ -102,18 +132,48 @@ class Collector:
             session.ledger.add_tokens("rollout", int(batch.response_lengths.sum()))
         return batch
 
-    def _verify(self, batch: RolloutBatch) -> None:
-        """Outcomes of the labelled rows, from the verifier process beside rank 0."""
+    def _verify(self, batch: RolloutBatch) -> Tensor:
+        """Outcomes of the labelled rows, from the verifier process beside rank 0; ``[N]`` rows it could not check."""
         rows = batch.labeled.nonzero().flatten().tolist()
 
-        def score() -> list[bool]:
-            assert self.verifier is not None
-            items = [(batch.responses[i], *self.answers[batch.record_ids[i]]) for i in rows]
-            return [v.correct for v in self.verifier.score(items)]
+        def score() -> tuple[list[float], int]:
+            verdicts = self._service.score([(batch.responses[i], *self.answers[batch.record_ids[i]]) for i in rows])
+            if not any(v.verified for v in verdicts):
+                raise RunError(f"none of {len(verdicts)} labelled responses could be verified: {verdicts[0].reason}")
+            return _outcomes(verdicts), sum(v.extracted is not None for v in verdicts)
 
-        with self.session.ledger.phase("verify"):
-            if rows:
-                batch.outcome[rows] = torch.tensor(on_rank0(score), dtype=torch.float32)
+        if rows:
+            outcomes, readable = on_rank0(score)
+            batch.outcome[rows] = torch.tensor(outcomes)
+            self._metrics["reward/labeled_readable"] = readable / len(rows)
+        return batch.labeled & batch.outcome.isnan()
+
+    def _ask_oracle(self, batch: RolloutBatch) -> Tensor:
+        """True outcomes of the unlabelled rows; ``[N]`` rows that could not be checked."""
+        rows = (~batch.labeled).nonzero().flatten().tolist()
+        items = [(batch.record_ids[i], batch.responses[i]) for i in rows]
+        if rows:
+            outcomes = on_rank0(lambda: _outcomes(self._service.score_records(ORACLE_SOURCE, items)))
+            batch.oracle_outcome[rows] = torch.tensor(outcomes)
+        return ~batch.labeled & batch.oracle_outcome.isnan()
+
+    def _compare_answers(self, batch: RolloutBatch) -> None:
+        """Clusters of equal answers among the samples of each unlabelled prompt."""
+        rows = [
+            (batch.group == g).nonzero().flatten().tolist() for g in torch.unique(batch.group[~batch.labeled]).tolist()
+        ]
+
+        def compare() -> list[list[int]]:
+            groups = [(self.kinds[batch.record_ids[r[0]]], [batch.responses[i] for i in r]) for r in rows]
+            return [[-1 if c.cluster is None else c.cluster for c in found] for found in self._service.cluster(groups)]
+
+        for members, clusters in zip(rows, on_rank0(compare) if rows else [], strict=True):
+            batch.answer_cluster[members] = torch.tensor(clusters)
+
+    @property
+    def _service(self) -> VerifierService:
+        assert self.verifier is not None  # rank 0 has it, and only rank 0 asks
+        return self.verifier
 
     def _top_up(self, batch: RolloutBatch, step: int, version: int, drawn: Counter[str]) -> Collected:
         """Replace labelled prompts whose samples are all right or all wrong, until there are enough.
@@ -142,9 +202,12 @@ class Collector:
             survivors, tried = _groups(batch, batch.labeled & keep), _groups(batch, batch.labeled)
             self._acceptance = survivors / tried
         batch, keep = self._carry_over(batch, keep, survivors - need)
-        if settings.apply_to_critic:
-            batch, keep = batch.rows(keep.nonzero().flatten()), keep[keep]
-        return Collected(batch, keep, _counts(batch, rounds, tried - survivors))
+        everything = torch.ones_like(keep)
+        actor = keep if settings.apply_to_actor else everything
+        critic = keep if settings.apply_to_critic else everything
+        used = actor | critic
+        batch = batch.rows(used.nonzero().flatten())
+        return self._collected(batch, actor[used], critic[used], rounds, tried - survivors)
 
     def _carry_over(self, batch: RolloutBatch, keep: Tensor, surplus: int) -> tuple[RolloutBatch, Tensor]:
         """Take the last ``surplus`` surviving labelled groups out, and put their prompts first in the queue."""
@@ -163,12 +226,9 @@ def _groups(batch: RolloutBatch, rows: Tensor) -> int:
     return len(torch.unique(batch.group[rows]))
 
 
-def _counts(batch: RolloutBatch, rounds: int, dropped: int) -> dict[str, float]:
-    return {
-        "data/labeled_fraction": float(batch.labeled.float().mean()),
-        "data/generation_rounds": rounds,
-        "data/dropped_prompts": dropped,
-    }
+def _outcomes(verdicts: list[Verdict]) -> list[float]:
+    """1, 0, or NaN where the check itself failed."""
+    return [float(v.correct) if v.verified else math.nan for v in verdicts]
 
 
 def decoder(session: Session) -> Callable[[list[list[int]]], list[str]]:

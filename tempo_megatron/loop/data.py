@@ -35,7 +35,7 @@ class EvalPrompts:
 
 @dataclass(frozen=True)
 class PromptData:
-    """What rlvr and tempo train on and evaluate.
+    """What all stages but sft train on and evaluate.
 
     Attributes:
         labeled, unlabeled: D_L and D_U; None where the config draws none of them.

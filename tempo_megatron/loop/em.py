@@ -1,24 +1,27 @@
-"""The EM loop (paper Algorithm 1), and RLVR, which is the same loop with every row labelled.
+"""The EM loop (paper Algorithm 1); every other method is the same loop with another reward (``algorithm.rewards``).
 
 A step: sample -> verify -> E-step (critic on D_L) -> values -> M-step (policy) -> new weights to vLLM.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from tempo_megatron.algorithm.advantages import CriticTerminalReward
 from tempo_megatron.algorithm.diagnostics import summary_statistics
 from tempo_megatron.algorithm.gate import CalibrationGate
+from tempo_megatron.algorithm.rewards import terminal_reward
+from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import GateConfig
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
-from tempo_megatron.loop.collect import Collected, Collector
+from tempo_megatron.loop.collect import ORACLE_SOURCE, Collected, Collector
 from tempo_megatron.loop.estep import recalibrate_critic
 from tempo_megatron.loop.evaluate import Evaluator
+from tempo_megatron.loop.guard import CONFIRM_STEPS, GuardedRun
 from tempo_megatron.loop.mstep import refine_policy
 from tempo_megatron.loop.rows import critic_values
 from tempo_megatron.loop.session import Session
@@ -33,12 +36,18 @@ class EMLoop:
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config
         self.algorithm = session.config.algorithm
-        mstep = self.algorithm.mstep
-        self.terminal_reward = CriticTerminalReward(mstep.terminal_value, mstep.clamp_terminal)
-        # RLVR has no unlabelled prompt for the gate to protect, and makes the critic that the gate would ask for
-        self.gate = CalibrationGate(self.algorithm.gate if self.config.stage == "tempo" else GateConfig(enabled=False))
+        self.method = METHODS[session.config.stage]
+        self.reward = terminal_reward(session.config)
+        watches = self.method.unlabeled and session.config.data.labeled_prompts_per_step > 0
+        # the gate asks for a critic, which PPO is there to make, and protects unlabelled prompts from it
+        gated = self.method.critic and self.method.unlabeled
+        self.gate = CalibrationGate(self.algorithm.gate if gated else GateConfig(enabled=False))
+        self.guard = GuardedRun(session, self.algorithm.guard, active=self.algorithm.guard.enabled and watches)
         self.step = 0  # iterations, critic-only ones included
-        self.updates = 0  # policy updates: the version of the weights
+        self.updates = 0  # policy updates
+        self.version = 0  # of the weights that vLLM runs: grows with every sync
+        self.last_change = 0  # step after which the policy was last another one
+        self.entropy = math.nan  # of the policy, last measured
         self._closing = ExitStack()
         self.verifier = together(self._start_verifier)
         self.rollout = self._start_rollout()
@@ -48,58 +57,95 @@ class EMLoop:
             self._load_state(session.resumed)
 
     def run(self) -> None:
-        every = self.config.checkpoint.every
         with self._closing, self.session.running(self.updates):
-            self._carry_weights_over()
-            if self.evaluator.sets and self.config.evaluation.at_start and self.step == 0:
-                self._record(self.evaluator.run(self.step, self.updates))
-            while self.updates < self.config.steps:
+            self._sync()
+            if self.step == 0:
+                self._begin()
+            while not self._done():
                 self.step += 1
+                updates = self.updates
                 metrics = self._em_step()
-                last = self.updates == self.config.steps
-                if self._evaluation_is_due(last):
-                    metrics |= self.evaluator.run(self.step, self.updates)
+                last = self._done()
+                if self._evaluation_is_due(last, self.updates > updates):
+                    metrics |= self.evaluator.run(self.step, self.updates, self.version)
                 # the record first: a run killed in between drops it again when it resumes from the step before
                 self._record(metrics)
+                every = self.config.checkpoint.every
                 if last or (every is not None and self.step % every == 0):
-                    self.session.save(self._state())
+                    self._save()
+            if self.updates < self.config.steps:
+                self.session.progress.note(
+                    f"guard: ended at policy update {self.updates} of {self.config.steps}: held for "
+                    f"{self.guard.held} steps (algorithm.guard.max_hold)"
+                )
             if self.config.checkpoint.export_hf:
                 self.session.export_hf()
 
+    def _begin(self) -> None:
+        if self.evaluator.sets and self.config.evaluation.at_start:
+            self._record(self.evaluator.run(self.step, self.updates, self.version))
+        if self.guard.goes_back:
+            self._save()  # there is always something to go back to
+
+    def _done(self) -> bool:
+        if self.guard.gave_up:
+            return True
+        unsure = self.guard.goes_back and self.step < self.last_change + CONFIRM_STEPS
+        return self.updates >= self.config.steps and not unsure
+
     def _em_step(self) -> dict[str, Any]:
-        refine = self.gate.is_open
-        collected = self.collector.collect(self.step, self.updates, unlabeled=refine)
+        refine = self.gate.is_open and not self.guard.holds and self.updates < self.config.steps
+        collected = self.collector.collect(self.step, self.updates, self.version, unlabeled=refine)
         batch = collected.batch
         metrics: dict[str, Any] = collected.metrics | _batch_metrics(batch)
         order_seed = self.config.seed * 1_000_003 + self.step
         values = None
-        if self.algorithm.estep.order == "after_values" and refine:
+        if self.method.critic and self.algorithm.estep.order == "after_values" and refine:
             values = critic_values(self.session, batch)
-        if self.step % self.algorithm.estep.every == 0 or not refine:
-            recalibrated = recalibrate_critic(self.session, self.algorithm, batch, values, order_seed)
+        if self._estep_is_due(refine):
+            recalibrated = recalibrate_critic(self.session, batch, collected.for_critic, values, order_seed)
             self.gate.observe(recalibrated.auroc, recalibrated.minority)
             metrics |= recalibrated.metrics
-        if refine and self.gate.is_open:
-            metrics |= refine_policy(
-                self.session,
-                self.algorithm.mstep,
-                self.terminal_reward,
-                batch,
-                self._actor_rows(collected),
-                values,
-                order_seed,
-            )
+        self._watch(metrics)
+        if refine and self.gate.is_open and not self.guard.holds and self.step > self.last_change:
+            metrics |= refine_policy(self.session, self.reward, batch, self._actor_rows(collected), values, order_seed)
             self._check_mismatch(metrics["mismatch/mean_abs"])
+            self.entropy = metrics["actor/entropy"]
             self.updates += 1
-            self._carry_weights_over()
-        metrics |= {"gate/open": int(self.gate.is_open), "gate/auroc_average": self.gate.average}
-        return metrics | {"policy_updates": self.updates}
+            self.last_change = self.step
+            self._sync()
+        if self.gate.enabled:
+            metrics |= {"gate/open": int(self.gate.is_open), "gate/auroc_average": self.gate.average}
+        return metrics | self.guard.metrics() | {"policy_updates": self.updates}
+
+    def _estep_is_due(self, refine: bool) -> bool:
+        every = self.algorithm.estep.every
+        if not self.method.critic or every is None:
+            return False
+        return self.step % every == 0 or not refine
+
+    def _watch(self, metrics: dict[str, Any]) -> None:
+        """Show the guard this step's figures; it may take all engines back."""
+        claimed, accuracy = metrics.get("calibration/mean_value"), metrics.get("reward/labeled_mean", math.nan)
+        figures = {
+            "accuracy": accuracy,
+            "readable": metrics.get("reward/labeled_readable", math.nan),
+            "truncated": metrics.get("response/labeled_truncated", math.nan),
+            "overclaim": math.nan if claimed is None else claimed - accuracy,
+            "entropy": self.entropy,
+        }
+        state = self.guard.observe(self.step, figures)
+        if state is not None:
+            self.gate.load_state_dict(state["gate"])
+            self.entropy = state["entropy"] if state["entropy"] is not None else math.nan
+            self.last_change = self.step  # this step's rollouts are of a policy that is gone
+            self._sync()
 
     def _actor_rows(self, collected: Collected) -> torch.Tensor:
-        """``[N]`` bool: what the policy trains on. RLVR has labelled rows only, whatever ``mstep.rows`` says."""
-        if self.algorithm.mstep.rows == "unlabeled" and self.config.stage == "tempo":
-            return collected.kept & ~collected.batch.labeled
-        return collected.kept
+        """``[N]`` bool: what the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""
+        if self.algorithm.mstep.rows == "unlabeled" and self.method.unlabeled:
+            return collected.for_actor & ~collected.batch.labeled
+        return collected.for_actor
 
     def _check_mismatch(self, mean_abs: float) -> None:
         limit = self.config.rollout.max_log_prob_diff
@@ -109,10 +155,12 @@ class EMLoop:
                 f"differ by {mean_abs:.3g} on average: the rollout does not run the weights being trained"
             )
 
-    def _carry_weights_over(self) -> None:
+    def _sync(self) -> None:
+        """The policy's weights to vLLM, as a new version."""
+        self.version += 1
         with self.session.ledger.phase("sync"):
             stream = self.session.engines["actor"].weight_stream(self.config.rollout.bucket_mib)
-            self.rollout.update_weights(stream, self.updates)
+            self.rollout.update_weights(stream, self.version)
 
     def _start_rollout(self) -> RolloutEngine:
         data = self.config.data
@@ -131,35 +179,51 @@ class EMLoop:
         if not self.session.is_main:
             return None
         sources = {s.name: s.files for s in self.config.evaluation.sets}
+        if self.config.data.oracle_files:
+            sources[ORACLE_SOURCE] = self.config.data.oracle_files
         return self._closing.enter_context(VerifierService(sources))
 
-    def _evaluation_is_due(self, last: bool) -> bool:
+    def _evaluation_is_due(self, last: bool, moved: bool) -> bool:
         settings = self.config.evaluation
-        on_schedule = settings.every is not None and self.step % settings.every == 0
+        on_schedule = settings.every is not None and moved and self.updates % settings.every == 0
         return on_schedule or (last and settings.at_end)
 
     def _record(self, metrics: dict[str, Any]) -> None:
         shown = {"acc(D_L)": "reward/labeled_mean", "auroc": "calibration/auroc", "|dlogp|": "mismatch/mean_abs"}
         self.session.record(self.step, self.updates, metrics, shown)
 
+    def _save(self) -> None:
+        self.guard.saving(self.step)
+        self.session.save(self._state(), self.guard.protected)
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "updates": self.updates,
+            "version": self.version,
+            "last_change": self.last_change,
+            "entropy": None if math.isnan(self.entropy) else self.entropy,
             "gate": self.gate.state_dict(),
+            "guard": self.guard.state_dict(),
             "collector": self.collector.state_dict(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.step, self.updates = state["step"], state["updates"]
+        self.version = state["version"] - 1  # the first sync counts it again
+        self.last_change = state["last_change"]
+        self.entropy = math.nan if state["entropy"] is None else state["entropy"]
         self.gate.load_state_dict(state["gate"])
+        self.guard.load_state_dict(state["guard"])
         self.collector.load_state_dict(state["collector"])
 
 
 def _batch_metrics(batch: RolloutBatch) -> dict[str, float]:
     lengths = batch.response_lengths.float()
-    metrics = {"response/truncated": sum(r == "length" for r in batch.finish_reason) / len(batch)}
+    truncated = torch.tensor([r == "length" for r in batch.finish_reason], dtype=torch.float32)
+    metrics = {"response/truncated": float(truncated.mean())}
     metrics |= summary_statistics("response/tokens", lengths, torch.ones_like(batch.labeled))
     if batch.labeled.any():
         metrics["reward/labeled_mean"] = float(batch.outcome[batch.labeled].mean())
+        metrics["response/labeled_truncated"] = float(truncated[batch.labeled].mean())
     return metrics

@@ -11,8 +11,8 @@ from torch import Tensor
 from tempo_megatron.algorithm.advantages import terminal_rewards, value_targets
 from tempo_megatron.algorithm.diagnostics import calibration
 from tempo_megatron.algorithm.policy_loss import loss_denominator
-from tempo_megatron.algorithm.value_loss import value_loss, value_metrics
-from tempo_megatron.config.schema import AlgorithmConfig, EStepConfig
+from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
+from tempo_megatron.config.schema import EStepConfig
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.rows import (
     at_batch_width,
@@ -42,19 +42,20 @@ class Recalibrated:
 
 
 def recalibrate_critic(
-    session: Session, algorithm: AlgorithmConfig, batch: RolloutBatch, values: Tensor | None, seed: int
+    session: Session, batch: RolloutBatch, rows: Tensor, values: Tensor | None, seed: int
 ) -> Recalibrated:
-    """Train the critic on the labelled rows of ``batch``.
+    """Train the critic on ``rows [N]`` (bool, labelled ones) of ``batch``.
 
     Args:
         values: ``[N, L + 1]`` of the batch by the current critic, or None if they were not needed yet.
         seed: of the order of mini-batches.
     """
-    estep, position, critic = algorithm.estep, algorithm.mstep.terminal_value, session.engines["critic"]
-    rows = batch.labeled.nonzero().flatten()
-    labeled = batch.rows(rows)
+    algorithm, critic = session.config.algorithm, session.engines["critic"]
+    estep, position = algorithm.estep, algorithm.mstep.terminal_value
+    chosen = rows.nonzero().flatten()
+    labeled = batch.rows(chosen)
     targets, target_mask = value_targets(labeled.outcome, labeled.labeled, labeled.response_mask, position=position)
-    old = values[rows] if values is not None else None
+    old = values[chosen] if values is not None else None
     if old is None and (estep.minibatches > 1 or estep.value_clip is not None):
         old = critic_values(session, labeled)
     results: list[StepResult] = []
@@ -92,6 +93,14 @@ def _loss(
     rows: list[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     values = tables["values"]
+    if "logits" in tables:  # a sigmoid head
+        return value_bce_loss(
+            tables["logits"],
+            at_microbatch(targets, rows, values),
+            at_microbatch(target_mask, rows, values),
+            loss_agg=estep.loss_agg,
+            denominator=denominator,
+        )
     return value_loss(
         values,
         values.detach() if old is None else at_microbatch(old, rows, values),

@@ -29,18 +29,18 @@ class Evaluator:
         assert isinstance(session.data, PromptData)
         self.sets = session.data.eval_sets
 
-    def run(self, step: int, version: int) -> dict[str, float]:
-        """Metrics ``eval/<set>/<name>`` of every set."""
+    def run(self, step: int, updates: int, version: int) -> dict[str, float]:
+        """Metrics ``eval/<set>/<name>`` of every set; samples are seeded by the policy updates so far."""
         metrics: dict[str, float] = {}
         with self.session.ledger.phase("evaluate"):
             for prompts in self.sets:
-                metrics.update(self._run_set(prompts, step, version))
+                metrics.update(self._run_set(prompts, step, updates, version))
         return metrics
 
-    def _run_set(self, prompts: EvalPrompts, step: int, version: int) -> dict[str, float]:
+    def _run_set(self, prompts: EvalPrompts, step: int, updates: int, version: int) -> dict[str, float]:
         session, settings = self.session, prompts.settings
         draws = [
-            PromptDraw(r.id, ids, False, sample_seed(session.config.seed, f"eval:{settings.name}", step, r.id, 0))
+            PromptDraw(r.id, ids, False, sample_seed(session.config.seed, f"eval:{settings.name}", updates, r.id, 0))
             for r, ids in zip(prompts.records, prompts.token_ids, strict=True)
         ]
         batch = rollout(
@@ -53,12 +53,13 @@ class Evaluator:
         )
         verdicts = on_rank0(lambda: self._score(settings.name, batch))
         metrics = _policy_metrics(batch, verdicts, settings.samples_per_prompt, session.config.evaluation.pass_k)
-        values = session.engines["critic"].forward(Sequences(batch.prompt_token_ids, batch.response_token_ids))[
-            "values"
-        ]
-        correct = torch.tensor([v.correct for v in verdicts], dtype=torch.float32)
-        terminal = values.gather(1, batch.response_lengths[:, None]).squeeze(1)
-        metrics |= {f"critic_{k}": v for k, v in calibration(terminal, correct).items() if k != "accuracy"}
+        values: Tensor | None = None
+        if "critic" in session.engines:
+            critic = session.engines["critic"]
+            values = critic.forward(Sequences(batch.prompt_token_ids, batch.response_token_ids))["values"]
+            correct = torch.tensor([v.correct for v in verdicts], dtype=torch.float32)
+            terminal = values.gather(1, batch.response_lengths[:, None]).squeeze(1)
+            metrics |= {f"critic_{k}": v for k, v in calibration(terminal, correct).items() if k != "accuracy"}
         self._log(prompts, step, batch, values, verdicts)
         return {f"eval/{settings.name}/{k}": v for k, v in metrics.items()}
 
@@ -67,7 +68,7 @@ class Evaluator:
         return self.verifier.score_records(name, list(zip(batch.record_ids, batch.responses, strict=True)))
 
     def _log(
-        self, prompts: EvalPrompts, step: int, batch: RolloutBatch, values: Tensor, verdicts: list[Verdict]
+        self, prompts: EvalPrompts, step: int, batch: RolloutBatch, values: Tensor | None, verdicts: list[Verdict]
     ) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
         if self.session.rollout_log is None:
@@ -82,7 +83,7 @@ class Evaluator:
                 record_id=batch.record_ids[row],
                 prompt=tokenizer.decode(batch.prompt_token_ids[row]),
                 tokens=[tokenizer.decode([t]) for t in ids],
-                values=values[row, : len(ids) + 1].tolist(),
+                values=[] if values is None else values[row, : len(ids) + 1].tolist(),
                 outcome=int(verdicts[row].correct),
             )
             self.session.rollout_log.write(rollout_.to_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ class Session:
             source = sources[role]
             hf_config = together(partial(load_hf_config, source.hf_dir))
             self.hf_dirs[role] = source.hf_dir
-            head_bias = role_config.head_bias if isinstance(role_config, CriticConfig) else 0.0
+            head_bias = role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0
             engine = MegatronEngine(
                 role,
                 role_config,
@@ -165,12 +165,11 @@ class Session:
             self.writer.write(record)
         self.progress.advance(progressed, {k: v for k, key in shown.items() if (v := record.get(key)) is not None})
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Checkpoint everything; ``state["step"]`` names it."""
+    def save(self, state: dict[str, Any], protected: Collection[int] = ()) -> None:
+        """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay."""
+        keep = self.config.checkpoint.keep
         with self.ledger.phase("checkpoint"):
-            save_checkpoint(
-                self.output, state["step"], self.engines, state, self.hf_dirs, keep=self.config.checkpoint.keep
-            )
+            save_checkpoint(self.output, state["step"], self.engines, state, self.hf_dirs, keep, protected)
 
     def export_hf(self) -> None:
         """Write ``hf/actor`` and ``hf/critic`` (its head as other programs of its family read it)."""

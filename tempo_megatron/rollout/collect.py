@@ -165,5 +165,7 @@ def _batch(prompts: Sequence[PromptDraw], prompt_of_row: Tensor, rows: _Gathered
         response_mask=mask,
         labeled=torch.tensor([draw.labeled for draw in draws], dtype=torch.bool),
         outcome=torch.full((len(draws),), float("nan")),
+        answer_cluster=torch.full((len(draws),), -1, dtype=torch.int64),
+        oracle_outcome=torch.full((len(draws),), float("nan")),
         weights_version=version,
     )

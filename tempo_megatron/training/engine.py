@@ -25,7 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from tempo_megatron.config.schema import OptimizerConfig, RoleConfig
+from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig
 from tempo_megatron.errors import RunError
 from tempo_megatron.model.build import DTYPES, Role, build_model
 from tempo_megatron.model.log_probs import vocab_parallel_log_probs
@@ -75,6 +75,7 @@ class MegatronEngine:
     ) -> None:
         self.role, self.config, self.hf_config, self.groups = role, config, hf_config, groups
         self.temperature = temperature
+        self.lr_scale = 1.0  #: factor on the schedule's learning rate, which a run may lower as it goes
         with groups.active():
             tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
             self.models: list[GPTModel] = build_model(hf_config, role, config, groups, head_bias)
@@ -150,6 +151,8 @@ class MegatronEngine:
         total_loss = totals.pop("_loss")
         if not math.isfinite(total_loss):
             raise RunError(f"{self.role} loss is {total_loss}: the step was not taken, no checkpoint was touched")
+        for group in self.optimizer.param_groups:  # the schedule sets them anew after each step
+            group["lr"] *= self.lr_scale
         lr = float(self.optimizer.param_groups[0]["lr"])
         with self.groups.active():
             _, grad_norm, _ = self.optimizer.step()
@@ -214,7 +217,10 @@ class MegatronEngine:
     def _tables(self, mb: MicroBatch, output: Tensor) -> dict[str, Tensor]:
         """Outputs ``[t / cp, *]`` of this context rank's tokens -> padded tables of the micro-batch's rows."""
         if self.role == "critic":
-            return {"values": mb.table(mb.gather(output.squeeze(-1), self.groups.cp_group), extra=1)}
+            head = mb.table(mb.gather(output.squeeze(-1), self.groups.cp_group), extra=1)
+            if isinstance(self.config, CriticConfig) and self.config.head == "sigmoid":
+                return {"values": head.sigmoid(), "logits": head}
+            return {"values": head}
         log_probs, entropy = vocab_parallel_log_probs(
             output[mb.predicting],
             mb.targets,

@@ -52,3 +52,14 @@ def verify(response: str, answer: str, kind: str) -> Verdict:
     if problem := answer_problem(answer, kind):
         raise TempoError(f"answer {answer[:80]!r} of kind {kind!r}: {problem}")
     return _kind(kind).grade(response, answer)
+
+
+def extract(response: str, kind: str) -> str | None:
+    from tempo_megatron.verifiers.boxed import final_answer
+    from tempo_megatron.verifiers.kinds.guess_check import _RESPONSE
+    from tempo_megatron.verifiers.kinds.integer import normal_integer
+
+    if kind == "guess_check":
+        m = _RESPONSE.fullmatch(response)
+        return m[1] if m and len(m[1]) == len(m[2]) else None
+    return normal_integer(final_answer(response))

@@ -15,8 +15,8 @@ from typing import Any
 from tempo_megatron.data.prompts import read_eval_answers
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.verifiers.process import recv_json, send_json, spawn_child
-from tempo_megatron.verifiers.registry import verify
-from tempo_megatron.verifiers.verdict import Verdict
+from tempo_megatron.verifiers.registry import extract, verify
+from tempo_megatron.verifiers.verdict import Clustered, Verdict
 
 Answers = Mapping[str, Mapping[str, tuple[str, str]]]  # source -> record id -> (answer, kind)
 
@@ -70,6 +70,12 @@ class VerifierService:
         """
         request = {"source": source, "items": [list(item) for item in items]}
         return self._verdicts(request, f"{len(items)} responses of source {source!r}")
+
+    def cluster(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[list[Clustered]]:
+        """Clusters of equal answers in each group of (kind, responses of one prompt)."""
+        request = {"groups": [[kind, list(responses)] for kind, responses in groups], "items": [0]}
+        reply = self._exchange(request, self._timeout_s, "comparing")
+        return [[Clustered(*c) for c in found] for found in reply]
 
     def close(self) -> None:
         """Ends the child; further calls are refused."""
@@ -165,6 +171,13 @@ def _serve(conn: Connection, sources: dict[str, list[str]]) -> None:
 def _reply(request: dict[str, Any], answers: Answers) -> dict[str, Any]:
     # Anything else that a verifier raises is a bug: it ends the child, with its traceback, and the call with an error.
     try:
+        if "groups" in request:
+            found = []
+            for kind, responses in request["groups"]:
+                texts = [extract(r, kind) for r in responses]
+                seen: list[str] = sorted({t for t in texts if t is not None})
+                found.append([[None if t is None else seen.index(t), t] for t in texts])
+            return {"result": found}
         if "source" in request:
             known = _source(request["source"], answers)
             items = [(response, *_answer(known, request["source"], record)) for record, response in request["items"]]

@@ -19,12 +19,14 @@ class Verdict:
             None when the response has none.
         reason: a few words for logs and reports.
         details: further measurements in [0, 1], by name; the same names for every response of one kind.
+        verified: False if the check itself failed; ``correct`` then says nothing.
     """
 
     correct: bool
     extracted: str | None
     reason: str
     details: dict[str, float] = field(default_factory=dict)
+    verified: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +43,16 @@ class Kind:
     name: str
     grade: Callable[[str, str], Verdict]
     answer_problem: Callable[[str], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Clustered:
+    """A response's place among the samples of its prompt.
+
+    Attributes:
+        cluster: the same number for equal answers; None without an answer.
+        extracted: as in :class:`Verdict`.
+    """
+
+    cluster: int | None
+    extracted: str | None

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,16 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo_megatron.algorithm.advantages import (
-    CriticTerminalReward,
     Normalization,
     TerminalPosition,
-    TerminalReward,
     em_token_advantages,
     response_lengths,
     terminal_rewards,
     value_targets,
 )
-from tempo_megatron.data.rollout import RolloutBatch
 
 NORMALIZATIONS: tuple[Normalization, ...] = ("whiten", "scale", "none")
 
@@ -267,23 +263,3 @@ def test_a_row_without_tokens_has_no_target():
     mask = torch.tensor([[True], [False]])
     _, target_mask = value_targets(torch.ones(2), torch.ones(2).bool(), mask, position="post_last")
     assert target_mask.tolist() == [[True, True], [False, False]]
-
-
-def test_critic_terminal_reward_reads_a_rollout_batch(golden):
-    batch = RolloutBatch(
-        record_ids=list("abcd"),
-        group=golden.group,
-        prompt_token_ids=[[1]] * 4,
-        response_token_ids=[[1] * n for n in golden.mask.sum(1).tolist()],
-        responses=[""] * 4,
-        finish_reason=["stop"] * 4,
-        rollout_log_probs=torch.zeros(4, 4),
-        response_mask=golden.mask,
-        labeled=golden.labeled,
-        outcome=torch.tensor([1.0, 0.0, math.nan, math.nan]),
-        weights_version=0,
-    )
-    strategy: TerminalReward = CriticTerminalReward(position="pre_last", clamp=False)
-    torch.testing.assert_close(strategy(batch, golden.unit(golden.values)), golden.unit(golden.terminal))
-    clamped = replace(CriticTerminalReward(position="post_last", clamp=False), clamp=True)
-    torch.testing.assert_close(clamped(batch, golden.values + 2.0), torch.tensor([1.0, 0.0, 1.0, 1.0]))

@@ -235,14 +235,14 @@ def test_the_critic_must_read_as_far_as_the_actor_writes(job: Job) -> None:
     ("changes", "told"),
     [
         ({"critic": None}, "critic: missing; stage tempo trains an actor and a critic"),
-        ({"stage": "rlvr", "critic": None}, "critic: missing; stage rlvr"),
+        ({"stage": "ppo", "critic": None}, "critic: missing; stage ppo"),
         ({"stage": "sft"}, "critic: stage sft trains the actor alone"),
         ({"data.labeled_prompts_per_step": 0}, "data.labeled_prompts_per_step: 0 must be at least 1 in stage tempo"),
         ({"data.unlabeled_prompts_per_step": 0}, "data.unlabeled_prompts_per_step: 0 must be at least 1"),
-        ({"stage": "rlvr"}, "data.unlabeled_prompts_per_step: 2 must be 0 in stage rlvr"),
+        ({"stage": "ppo"}, "data.unlabeled_prompts_per_step: 2 must be 0 in stage ppo"),
         (
-            {"stage": "rlvr", "data.labeled_prompts_per_step": 0, "data.unlabeled_prompts_per_step": 0},
-            "data.labeled_prompts_per_step: 0 must be at least 1 in stage rlvr",
+            {"stage": "ppo", "data.labeled_prompts_per_step": 0, "data.unlabeled_prompts_per_step": 0},
+            "data.labeled_prompts_per_step: 0 must be at least 1 in stage ppo",
         ),
         ({"data.train_files": []}, "data.train_files: [] is empty; stage tempo needs at least one prompt parquet"),
         ({"stage": "sft", "critic": None, "data.train_files": []}, "needs at least one prompt+response parquet file"),
@@ -255,7 +255,7 @@ def test_stage_rules(job: Job, changes: dict[str, Any], told: str) -> None:
 
 
 def test_each_stage_has_a_valid_form(job: Job) -> None:
-    job.set("stage", "rlvr").set("data.unlabeled_prompts_per_step", 0).check()
+    job.set("stage", "ppo").set("data.unlabeled_prompts_per_step", 0).check()
     # no rollouts in sft: the settings of generation are not judged
     sft = job.set("stage", "sft").set("critic", None).set("rollout.max_num_batched_tokens", 1)
     sft.set("actor.max_tokens_per_microbatch", 1).check()

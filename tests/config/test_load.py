@@ -179,7 +179,7 @@ def test_broken_yaml_names_the_line(write: Any) -> None:
         ("critic: {init: a, lr: 1}\n", "unknown key critic.lr (value 1); did you mean critic.optimizer.lr?"),
         ("data: {zzz: {a: 1}}\n", "valid here: train_files, labeled_prompts_per_step, "),
         ("evaluation: {sets: [{name: a, file: b}]}\n", "unknown key evaluation.sets.0.file (value 'b'); did you mean "),
-        ("stage: rl\n", "stage: 'rl' must be one of 'sft', 'rlvr', 'tempo'"),
+        ("stage: rl\n", "stage: 'rl' must be one of 'sft', 'ppo', 'grpo', 'tempo', 'ttrl', 'empo', 'oracle', 'random'"),
         ("steps: true\n", "steps: true must be a valid integer"),
         ("steps: 5.0\n", "steps: 5.0 must be a valid integer"),
         ("seed: '5'\n", "seed: '5' must be a valid integer"),

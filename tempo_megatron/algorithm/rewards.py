@@ -1,0 +1,179 @@
+"""What a response is worth at its end: one strategy object per method.
+
+A labeled response is worth its verified outcome in every method; the methods differ in what they say of an
+unlabeled one. Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tempo_megatron.algorithm.advantages import TerminalPosition, check_outcomes, terminal_rewards
+from tempo_megatron.config.schema import Config, Stage
+
+
+class ResponseRows(Protocol):
+    """What a terminal reward may look at: N rows of a rollout batch.
+
+    Attributes:
+        labeled: ``[N]`` bool.
+        outcome: ``[N]`` float32 in [0, 1]; NaN on unlabeled rows.
+        response_mask: ``[N, L]`` bool.
+        group: ``[N]`` int64, the same number for the samples of one prompt draw.
+        answer_cluster: ``[N]`` int64; rows of a group with equal answers have the same number, -1: no answer.
+        oracle_outcome: ``[N]`` float32, the true outcome of unlabeled rows where the method has it, else NaN.
+        weights_version: of the policy that sampled the rows.
+    """
+
+    labeled: Tensor
+    outcome: Tensor
+    response_mask: Tensor
+    group: Tensor
+    answer_cluster: Tensor
+    oracle_outcome: Tensor
+    weights_version: int
+
+
+class TerminalReward(Protocol):
+    """Strategy: what a response is worth at its end.  A baseline is another object, not a branch in the loop."""
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        """``[N]`` float32 rewards of N rows; ``values [N, L+1]`` float32 where the method has a critic."""
+        ...
+
+
+@dataclass(frozen=True)
+class CriticTerminalReward:
+    """TEMPO: the critic's value at the end, see :func:`terminal_rewards`.  PPO is this with every row labeled."""
+
+    position: TerminalPosition
+    clamp: bool
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        if values is None:
+            raise ValueError("a critic's terminal value needs its values")
+        return terminal_rewards(
+            batch.outcome, batch.labeled, values, batch.response_mask, position=self.position, clamp=self.clamp
+        )
+
+
+@dataclass(frozen=True)
+class OutcomeReward:
+    """GRPO on D_L: the verified outcome; there are no unlabeled rows."""
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        return _outcome_or(batch, torch.full_like(batch.outcome, torch.nan))
+
+
+@dataclass(frozen=True)
+class MajorityVoteReward:
+    """TTRL (arXiv 2504.16084): 1 if the answer is the most frequent one of the prompt's samples, else 0.
+
+    Rows without an answer never win. With several largest clusters nobody wins (``none``: equal rewards, so
+    nothing is learnt from the prompt) or the one whose first member comes first (``first``).
+    """
+
+    ties: Literal["none", "first"] = "none"
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        def vote(clusters: list[int]) -> list[float]:
+            votes = _sizes(clusters)
+            most = max(votes.values(), default=0)
+            winners = [cluster for cluster, size in votes.items() if size == most]
+            if not winners or (len(winners) > 1 and self.ties == "none"):
+                return [0.0] * len(clusters)
+            return [float(cluster == winners[0]) for cluster in clusters]
+
+        return _outcome_or(batch, _by_group(batch, vote))
+
+
+@dataclass(frozen=True)
+class ClusterFrequencyReward:
+    """EMPO (arXiv 2504.05812): the share of the prompt's samples whose answer is this one.
+
+    Its mean over samples rises as the semantic entropy H = -sum p ln p of the answers falls. Rows without an answer
+    have reward 0. A prompt teaches nothing (all 0) where H lies below ``min_entropy`` or not below ``max_entropy``,
+    both times ln(samples): with 1 that is where all answers differ, as in the authors' code.
+    """
+
+    min_entropy: float = 0.0
+    max_entropy: float = 1.0
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        def frequency(clusters: list[int]) -> list[float]:
+            sizes, n = _sizes(clusters), len(clusters)
+            missing = [1] * clusters.count(-1)  # each a cluster of its own, as in the authors' code
+            entropy = sum(-size / n * math.log(size / n) for size in [*sizes.values(), *missing])
+            most = math.log(n)
+            if entropy < self.min_entropy * most or entropy >= self.max_entropy * most - 1e-9:
+                return [0.0] * n
+            return [sizes.get(cluster, 0) / n for cluster in clusters]
+
+        return _outcome_or(batch, _by_group(batch, frequency))
+
+
+@dataclass(frozen=True)
+class OracleReward:
+    """Upper bound: the true outcome of unlabeled rows too."""
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        unknown = ~batch.labeled & batch.oracle_outcome.isnan()
+        if unknown.any():
+            raise ValueError(f"unlabeled row {int(unknown.nonzero()[0])} has no true outcome")
+        return _outcome_or(batch, batch.oracle_outcome)
+
+
+@dataclass(frozen=True)
+class RandomReward:
+    """Control: a fair coin for every unlabeled row, the same for the same run seed and weights version."""
+
+    seed: int
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch.weights_version)
+        coins = torch.randint(2, (len(batch.labeled),), generator=generator)
+        return _outcome_or(batch, coins.float())
+
+
+def terminal_reward(config: Config) -> TerminalReward:
+    """The strategy object of the config's method."""
+    algorithm, mstep = config.algorithm, config.algorithm.mstep
+    strategies: dict[Stage, TerminalReward] = {
+        "ppo": CriticTerminalReward(mstep.terminal_value, mstep.clamp_terminal),
+        "grpo": OutcomeReward(),
+        "tempo": CriticTerminalReward(mstep.terminal_value, mstep.clamp_terminal),
+        "ttrl": MajorityVoteReward(algorithm.vote.ties),
+        "empo": ClusterFrequencyReward(algorithm.entropy.min_entropy, algorithm.entropy.max_entropy),
+        "oracle": OracleReward(),
+        "random": RandomReward(config.seed),
+    }
+    return strategies[config.stage]
+
+
+def _outcome_or(batch: ResponseRows, unlabeled: Tensor) -> Tensor:
+    check_outcomes(batch.outcome, batch.labeled)
+    return torch.where(batch.labeled, batch.outcome.float(), unlabeled.float())
+
+
+def _by_group(batch: ResponseRows, score: Callable[[list[int]], list[float]]) -> Tensor:
+    """``[N]`` float32: ``score`` of each group's clusters, in the order of its rows."""
+    rewards = torch.zeros(len(batch.group))
+    for group in torch.unique(batch.group):
+        rows = (batch.group == group).nonzero().flatten()
+        rewards[rows] = torch.tensor(score(batch.answer_cluster[rows].tolist()))
+    return rewards
+
+
+def _sizes(clusters: list[int]) -> dict[int, int]:
+    """Rows of each cluster, in the order of their first rows; rows without an answer are in none."""
+    sizes: dict[int, int] = {}
+    for cluster in clusters:
+        if cluster >= 0:
+            sizes[cluster] = sizes.get(cluster, 0) + 1
+    return sizes

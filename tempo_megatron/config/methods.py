@@ -1,0 +1,44 @@
+"""What each method draws and trains, so that a config can be checked without loading any model or torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tempo_megatron.config.schema import Config, Stage
+
+Estimator = Literal["token", "group"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Facts of one method; its reward is the strategy object of the same name in ``algorithm.rewards``.
+
+    Attributes:
+        labeled: whether it must draw D_L.
+        unlabeled: it draws D_U.
+        critic: it trains one (on D_L).
+        estimators: advantages that it may use; the first is the default.
+    """
+
+    labeled: Literal["needed", "optional"]
+    unlabeled: bool
+    critic: bool
+    estimators: tuple[Estimator, ...]
+
+
+METHODS: Mapping[Stage, Method] = {
+    "ppo": Method("needed", unlabeled=False, critic=True, estimators=("token",)),
+    "grpo": Method("needed", unlabeled=False, critic=False, estimators=("group",)),
+    "tempo": Method("needed", unlabeled=True, critic=True, estimators=("token", "group")),
+    "ttrl": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
+    "empo": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
+    "oracle": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
+    "random": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
+}
+
+
+def estimator(config: Config) -> Estimator:
+    """The advantage estimator that the config asks for, or its method's own."""
+    return config.algorithm.mstep.estimator or METHODS[config.stage].estimators[0]

@@ -1,0 +1,129 @@
+"""The collapse guard in the loop: holds the policy still, or takes the run back to its last good checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tempo_megatron.algorithm.guard import CollapseGuard, Violation
+from tempo_megatron.checkpoint.store import checkpoint_folder, resume_checkpoint
+from tempo_megatron.config.schema import GuardConfig
+from tempo_megatron.loop.session import Session
+
+#: Steps without a violation after which a checkpoint counts as good: by then the averages are mostly of its policy.
+CONFIRM_STEPS = 3
+
+
+class GuardedRun:
+    """What the guard's violations do to a run.
+
+    Attributes:
+        active: the config asks for it, and there are labelled rollouts to watch and a policy to protect.
+        held: steps in a row in which the policy was held.
+        rollbacks: of the run so far.
+    """
+
+    def __init__(self, session: Session, config: GuardConfig, *, active: bool) -> None:
+        self.session, self.config, self.active = session, config, active
+        self.watches = CollapseGuard(config)
+        self.violations: list[Violation] = []
+        self.held = 0
+        self.rollbacks = 0
+        self._good: int | None = None  # step of the last checkpoint known to be good
+        self._pending: list[int] = []  # of later ones
+
+    @property
+    def goes_back(self) -> bool:
+        return self.active and self.config.action == "rollback"
+
+    @property
+    def holds(self) -> bool:
+        """Whether the policy must not move."""
+        return bool(self.violations)
+
+    @property
+    def protected(self) -> set[int]:
+        """Steps whose checkpoints must stay."""
+        return {*self._pending, *({self._good} if self._good is not None else set())}
+
+    def saving(self, step: int) -> None:
+        """A checkpoint of ``step`` is about to be written."""
+        if not self.goes_back:
+            return
+        if step == 0:
+            self._good = 0  # where the run began is what it is compared with
+        elif not self.holds:
+            self._pending.append(step)
+
+    def observe(self, step: int, figures: Mapping[str, float]) -> dict[str, Any] | None:
+        """Take a step's figures (see ``CollapseGuard.observe``).
+
+        Returns:
+            The trainer's state of the checkpoint to which all engines have just been taken back, or None.
+        """
+        if not self.active:
+            return None
+        self.watches.observe(figures)
+        self.violations = self.watches.violations()
+        if not self.violations:
+            self.held = 0
+            confirmed = [s for s in self._pending if step >= s + CONFIRM_STEPS]
+            if confirmed:
+                self._good = confirmed[-1]
+                self._pending = [s for s in self._pending if s > self._good]
+            return None
+        self.held += 1
+        self._pending = []
+        told = "; ".join(map(str, self.violations))
+        if self._good is None or self.rollbacks >= self.config.max_rollbacks or not self.goes_back:
+            if self.held == 1:
+                self.session.progress.note(f"guard: step {step}: {told}; the policy is held")
+            return None
+        return self._go_back(step, told)
+
+    def _go_back(self, step: int, told: str) -> dict[str, Any]:
+        assert self._good is not None
+        engines = self.session.engines
+        with self.session.ledger.phase("rollback"):
+            state = resume_checkpoint(checkpoint_folder(self.session.output, self._good), engines)
+        self.watches.go_back(state["guard"]["watches"])
+        self.violations, self.held = [], 0
+        self.rollbacks += 1
+        engines["actor"].lr_scale *= self.config.lr_factor
+        self.session.progress.note(
+            f"guard: step {step}: {told}; back to the checkpoint of step {self._good}, the policy's learning rate is "
+            f"now {engines['actor'].lr_scale:g} of its schedule's"
+        )
+        return state
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the policy was held for so long that the run is to end."""
+        return self.held >= self.config.max_hold
+
+    def metrics(self) -> dict[str, float]:
+        if not self.active:
+            return {}
+        state = {
+            "guard/holds": int(self.holds),
+            "guard/rollbacks": self.rollbacks,
+            "guard/lr_scale": self.session.engines["actor"].lr_scale,
+        }
+        return state | self.watches.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "watches": self.watches.state_dict(),
+            "held": self.held,
+            "rollbacks": self.rollbacks,
+            "good": self._good,
+            "pending": self._pending,
+            "lr_scale": self.session.engines["actor"].lr_scale,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.watches.load_state_dict(state["watches"])
+        self.violations = self.watches.violations()
+        self.held, self.rollbacks = state["held"], state["rollbacks"]
+        self._good, self._pending = state["good"], list(state["pending"])
+        self.session.engines["actor"].lr_scale = state["lr_scale"]
