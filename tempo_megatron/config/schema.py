@@ -137,6 +137,7 @@ class DataConfig(Section):
     )
     labeled_prompts_per_step: int = Field(0, ge=0, description="D_L prompts of one step")
     unlabeled_prompts_per_step: int = Field(0, ge=0, description="D_U prompts of one step; 0 in stages ppo and grpo")
+    labeled_limit: int | None = Field(None, ge=1, description="first so many labelled records only; null: all")
     oracle_files: list[str] = Field(
         [], description="stage oracle only: prompt parquet with the answers of the unlabelled records"
     )

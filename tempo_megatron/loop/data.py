@@ -76,6 +76,8 @@ def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Confi
     kind = "labeled" if labeled else "unlabeled"
     wanted = getattr(config.data, f"{kind}_prompts_per_step")
     positions = [i for i, r in enumerate(records) if r.labeled is labeled]
+    if labeled:
+        positions = positions[: config.data.labeled_limit]
     if not wanted:
         return None
     if not positions:

@@ -1,0 +1,122 @@
+"""What the study runs: arms (configurations) over seeds, each from a base model that arms share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: Key of ``configs/study``: arms without one of their own are this file with overrides.
+TEMPO = "tempo"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A starting point: the demo's cold start, then PPO on D_L with these settings (``configs/demo/rlvr.yaml``)."""
+
+    name: str = "base"
+    rlvr: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration.
+
+    Attributes:
+        name: of its folders; the same name is the same run wherever it occurs.
+        title: in tables and pictures.
+        config: file in ``configs/study``.
+        overrides: settings that win over the file.
+    """
+
+    name: str
+    title: str
+    config: str = TEMPO
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    base: Base = Base()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A question and the arms that answer it; ``seeds`` of them unless told otherwise."""
+
+    name: str
+    question: str
+    arms: tuple[Arm, ...]
+    seeds: int
+
+
+TEMPO_ARM = Arm("tempo", "TEMPO")
+
+CLAIMS = Part(
+    "claims",
+    "Do the paper's claims hold on this task?",
+    (
+        TEMPO_ARM,
+        Arm("frozen", "frozen critic", "frozen"),
+        Arm("ttrl", "TTRL", "ttrl"),
+        Arm("empo", "EMPO", "empo"),
+        Arm("ppo", "PPO on D_L", "ppo"),
+        Arm("oracle", "oracle", "oracle"),
+    ),
+    seeds=5,
+)
+
+GUARD = Part(
+    "guard",
+    "Does the guard stop the collapses of the paper's rows?",
+    (
+        Arm("paper", "paper, no guard", "paper"),
+        Arm("paper-guarded", "paper, guarded", "paper-guarded"),
+    ),
+    seeds=10,
+)
+
+ABLATIONS = Part(
+    "ablations",
+    "What do rows, frequency and order of the E-step and the size of D_L change?",
+    (
+        TEMPO_ARM,
+        Arm("rows-unlabeled", "policy trained on D_U alone", overrides={"algorithm.mstep.rows": "unlabeled"}),
+        *(Arm(f"every-{k}", f"E-step every {k}", overrides={"algorithm.estep.every": k}) for k in (2, 4, 8)),
+        Arm(
+            "every-never",
+            "no E-step",
+            overrides={"algorithm.estep.every": None, "algorithm.gate.enabled": False},
+        ),
+        Arm("order-after", "values before the E-step", overrides={"algorithm.estep.order": "after_values"}),
+        *(Arm(f"labeled-{n}", f"D_L of {n}", overrides={"data.labeled_limit": n}) for n in (16, 64)),
+    ),
+    seeds=3,
+)
+
+#: Critic-only steps in place of the gate: with a saturated D_L there is nothing by which a gate could open.
+_WARM_UP = {
+    "algorithm.gate.auroc": 0.501,
+    "algorithm.gate.close_below": 0.5,
+    "algorithm.gate.min_per_class": 1,
+    "algorithm.gate.min_steps": 20,
+}
+
+_BASES = (
+    Base(),
+    Base("rlvr-60", {"steps": 60}),
+    Base("weak-critic", {"critic.optimizer.lr": 2e-5}),
+    Base("strong-critic", {"critic.optimizer.lr": 1e-3, "algorithm.estep.updates": 3}),
+    Base("strong-60", {"steps": 60, "critic.optimizer.lr": 1e-3, "algorithm.estep.updates": 3}),
+)
+
+RECALIBRATION = Part(
+    "recalibration",
+    "When does recalibration pay, over the critic's quality and D_L's saturation?",
+    tuple(
+        Arm(f"{name}-{base.name}", f"{title}, {base.name}", config, overrides, base)
+        for base in _BASES
+        for name, title, config, overrides in (
+            ("recalibrated", "recalibrated", TEMPO, _WARM_UP),
+            ("frozen", "frozen", "frozen", {}),
+        )
+    ),
+    seeds=3,
+)
+
+PARTS: Mapping[str, Part] = {part.name: part for part in (CLAIMS, GUARD, ABLATIONS, RECALIBRATION)}
