@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempo_megatron.algorithm.advantages import value_targets
 from tempo_megatron.algorithm.policy_loss import LossAggregation, loss_denominator
-from tempo_megatron.algorithm.value_loss import value_loss, value_metrics
+from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
 
 AGGREGATIONS: tuple[LossAggregation, ...] = ("token-mean", "seq-mean-token-mean")
 SETTINGS = [(clip, agg) for clip in (None, 0.05) for agg in AGGREGATIONS]
@@ -171,3 +171,37 @@ def test_no_labeled_row_asks_for_no_critic_step(golden):
             loss_agg="token-mean",
             denominator=denominator,
         )
+
+
+def test_bce_is_the_mean_log_likelihood_and_does_not_depend_on_micro_batches():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, requires_grad=True)
+    mask = torch.arange(4) < torch.tensor([1, 4, 2, 3, 4])[:, None]
+    targets = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])[:, None].expand(5, 4)
+    for loss_agg in ("token-mean", "seq-mean-token-mean"):
+        denominator = loss_denominator(mask, loss_agg)
+        whole, _ = value_bce_loss(logits, targets, mask, loss_agg=loss_agg, denominator=denominator)
+        (whole_grad,) = torch.autograd.grad(whole, logits)
+        v = logits.detach().sigmoid().double()
+        nll = -torch.where(targets == 1, v, 1 - v).log()
+        rows = [nll[i][mask[i]] for i in range(5)]
+        expected = torch.cat(rows).mean() if loss_agg == "token-mean" else torch.stack([r.mean() for r in rows]).mean()
+        assert whole.item() == pytest.approx(float(expected), abs=1e-6)
+        parts = [
+            value_bce_loss(logits[i], targets[i], mask[i], loss_agg=loss_agg, denominator=denominator)[0]
+            for i in (slice(0, 2), slice(2, 5))
+        ]
+        (part_grad,) = torch.autograd.grad(sum(parts), logits)
+        torch.testing.assert_close(part_grad, whole_grad)
+
+
+def test_bce_leaves_other_rows_alone_and_needs_targets():
+    logits = torch.tensor([[0.3, math.nan], [math.inf, 1.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [False, False]])
+    loss, sums = value_bce_loss(logits, torch.ones(2, 2), mask, loss_agg="token-mean", denominator=1.0)
+    loss.backward()
+    assert logits.grad is not None and logits.grad[~mask].eq(0).all() and logits.grad.isfinite().all()
+    metrics = value_metrics(sums)
+    assert metrics["critic/value_mean"] == pytest.approx(1 / (1 + math.exp(-0.3)))
+    with pytest.raises(ValueError, match="no optimizer step"):
+        value_bce_loss(logits, torch.ones(2, 2), mask, loss_agg="token-mean", denominator=0.0)

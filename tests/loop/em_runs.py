@@ -91,7 +91,17 @@ def run_case(config_file: str, overrides: list[str], out: Path) -> None:
         }
         if session.is_main:
             samples = [
-                {"tokens": b.response_token_ids, "prompts": b.prompt_token_ids, "log_probs": b.rollout_log_probs}
+                {
+                    "tokens": b.response_token_ids,
+                    "prompts": b.prompt_token_ids,
+                    "log_probs": b.rollout_log_probs,
+                    "texts": b.responses,
+                    "ids": b.record_ids,
+                    "labeled": b.labeled,
+                    "outcome": b.outcome,
+                    "group": b.group,
+                    "version": b.weights_version,
+                }
                 for b in batches
             ]
             torch.save({"samples": samples, "seen": seen, "weights": weights}, out)

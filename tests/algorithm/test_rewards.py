@@ -1,0 +1,170 @@
+"""The methods' rewards against small cases worked by hand, and group advantages against numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tempo_megatron.algorithm.advantages import group_advantages
+from tempo_megatron.algorithm.rewards import (
+    ClusterFrequencyReward,
+    CriticTerminalReward,
+    MajorityVoteReward,
+    OracleReward,
+    OutcomeReward,
+    RandomReward,
+    TerminalReward,
+    terminal_reward,
+)
+from tempo_megatron.config.methods import METHODS, estimator
+from tempo_megatron.config.schema import Config
+
+NAN = math.nan
+
+
+def rows(
+    clusters: Sequence[int],
+    group: Sequence[int] | None = None,
+    outcome: Sequence[float] | None = None,
+    oracle: Sequence[float] | None = None,
+    version: int = 3,
+) -> SimpleNamespace:
+    """Rows of one token each; labeled where ``outcome`` is a number."""
+    n = len(clusters)
+    outcomes = torch.tensor([NAN] * n if outcome is None else list(outcome))
+    return SimpleNamespace(
+        labeled=~outcomes.isnan(),
+        outcome=outcomes,
+        response_mask=torch.ones(n, 1, dtype=torch.bool),
+        group=torch.zeros(n, dtype=torch.int64) if group is None else torch.tensor(list(group)),
+        answer_cluster=torch.tensor(list(clusters)),
+        oracle_outcome=torch.tensor([NAN] * n if oracle is None else list(oracle)),
+        weights_version=version,
+    )
+
+
+@pytest.mark.parametrize(
+    ("clusters", "ties", "expected"),
+    [
+        ([0, 1, 0, 2], "none", [1, 0, 1, 0]),
+        ([5, 5, 5, 5], "none", [1, 1, 1, 1]),
+        ([0, 0, 1, 1], "none", [0, 0, 0, 0]),
+        ([1, 0, 0, 1], "first", [1, 0, 0, 1]),
+        ([-1, -1, -1, 4], "none", [0, 0, 0, 1]),  # no answer never wins, however frequent
+        ([-1, -1, -1, -1], "first", [0, 0, 0, 0]),
+        ([0, 1, 2, 3], "none", [0, 0, 0, 0]),  # all different: the released code rewards every one
+    ],
+)
+def test_majority_vote(clusters, ties, expected):
+    assert MajorityVoteReward(ties)(rows(clusters), None).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("clusters", "bounds", "expected"),
+    [
+        ([0, 1, 0, 0], (0.0, 1.0), [0.75, 0.25, 0.75, 0.75]),
+        ([0, 1, 2, 3], (0.0, 1.0), [0, 0, 0, 0]),
+        ([0, 0, -1, -1], (0.0, 1.0), [0.5, 0.5, 0, 0]),
+        ([-1, -1, -1, -1], (0.0, 1.0), [0, 0, 0, 0]),
+        ([0, 0, 0, 0], (0.0, 1.0), [1, 1, 1, 1]),
+        ([0, 0, 0, 0], (0.1, 1.0), [0, 0, 0, 0]),
+        ([0, 0, 1, 1], (0.0, 0.5), [0, 0, 0, 0]),  # ln 2 is half of ln 4
+        ([0, 0, 1, 1], (0.5, 1.0), [0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_cluster_frequency(clusters, bounds, expected):
+    assert ClusterFrequencyReward(*bounds)(rows(clusters), None).tolist() == expected
+
+
+def test_groups_are_judged_apart_and_labeled_rows_keep_their_outcome():
+    batch = rows([0, 0, 1, 1, 0, 0], [7, 7, 7, 2, 2, 2], [NAN, NAN, NAN, 1.0, 0.0, 0.0])
+    assert MajorityVoteReward()(batch, None).tolist() == [1, 1, 0, 1, 0, 0]
+    assert ClusterFrequencyReward()(batch, None).tolist()[3:] == [1, 0, 0]
+
+
+def test_oracle_needs_every_outcome():
+    assert OracleReward()(rows([0, 0], oracle=[1.0, 0.0]), None).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="unlabeled row 1 has no true outcome"):
+        OracleReward()(rows([0, 0], oracle=[1.0, NAN]), None)
+
+
+def test_random_reward_is_a_coin_of_seed_and_version():
+    batch = rows([0] * 400)
+    coins = RandomReward(4)(batch, None)
+    assert torch.equal(coins, RandomReward(4)(batch, None))
+    assert set(coins.tolist()) == {0.0, 1.0} and 0.4 < coins.mean() < 0.6
+    assert not torch.equal(coins, RandomReward(5)(batch, None))
+    assert not torch.equal(coins, RandomReward(4)(rows([0] * 400, version=4), None))
+
+
+def test_outcome_reward_and_missing_values():
+    assert OutcomeReward()(rows([0, 0], outcome=[1.0, 0.0]), None).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="needs its values"):
+        CriticTerminalReward("post_last", True)(rows([0]), None)
+
+
+def test_critic_terminal_reward(golden):
+    batch = rows([0] * 4, outcome=[1.0, 0.0, NAN, NAN])
+    batch.response_mask = golden.mask
+    raw: TerminalReward = CriticTerminalReward("pre_last", clamp=False)
+    torch.testing.assert_close(raw(batch, golden.unit(golden.values)), golden.unit(golden.terminal))
+    clamped = CriticTerminalReward("post_last", clamp=True)
+    torch.testing.assert_close(clamped(batch, golden.values + 2.0), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+
+def test_every_method_has_a_reward_and_its_estimator():
+    role = {"init": "x"}
+    for stage, method in METHODS.items():
+        config = Config.model_validate({"stage": stage, "output_dir": "x", "steps": 1, "actor": role})
+        assert isinstance(terminal_reward(config)(rows([0], outcome=[1.0]), torch.zeros(1, 2)), Tensor)
+        assert estimator(config) == method.estimators[0] == ("token" if method.critic else "group")
+
+
+# ---------------------------------------------------------------- group advantages
+
+
+def test_golden_em(golden):
+    """The released `em`: +-1/sqrt(2) in both groups."""
+    everything = torch.ones(4, dtype=torch.bool)
+    advantages = group_advantages(golden.terminal, golden.group, golden.mask, rows=everything, normalization="whiten")
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
+    torch.testing.assert_close(advantages, torch.where(golden.mask, 0.70711 * signs, 0.0), atol=1e-5, rtol=0)
+
+
+@given(st.data())
+def test_group_advantages_against_numpy(data):
+    n = data.draw(st.integers(1, 12))
+    group = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    rewards = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=n, max_size=n)))
+    chosen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 4), min_size=n, max_size=n)))
+    mask = torch.arange(5) < lengths[:, None]
+    for normalization in ("whiten", "none"):
+        found = group_advantages(rewards, group, mask, rows=chosen, normalization=normalization)
+        for i in range(n):
+            expected = 0.0
+            if chosen[i]:
+                peers = rewards[(group == group[i]) & chosen].double().numpy()
+                expected = float(rewards[i]) - peers.mean()
+                if normalization == "whiten":
+                    expected /= (peers.std(ddof=1) if len(peers) > 1 else 0.0) + 1e-6
+            np.testing.assert_allclose(found[i], np.where(mask[i], expected, 0.0), atol=1e-5)
+
+
+def test_group_of_equal_rewards_or_one_row_teaches_nothing():
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    everything = torch.ones(3, dtype=torch.bool)
+    found = group_advantages(
+        torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 0, 1]), mask, rows=everything, normalization="whiten"
+    )
+    assert not found.any()
+    with pytest.raises(ValueError, match="not scaled"):
+        group_advantages(torch.ones(3), torch.zeros(3).long(), mask, rows=everything, normalization="scale")
