@@ -29,6 +29,6 @@ setup(
     packages=find_packages(include=["tempo_megatron", "tempo_megatron.*"]),
     package_data={"tempo_megatron": ["**/*.html", "**/*.j2"]},
     install_requires=pins("core"),
-    extras_require={name: pins(name) for name in ("cpu", "cuda", "dev", "gguf", "wandb")},
+    extras_require={name: pins(name) for name in ("cpu", "cuda", "dev", "gguf", "reasoning-gym", "wandb")},
     entry_points={"console_scripts": ["tempo-megatron = tempo_megatron.cli:main"]},
 )

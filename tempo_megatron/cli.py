@@ -28,6 +28,7 @@ from tempo_megatron.cluster.launch import (
     stop_message,
     thread_environment,
 )
+from tempo_megatron.data.prepare.command import add_arguments as data_arguments
 from tempo_megatron.errors import TempoError
 
 #: Seconds that a rank waits before it tells what rank 0, or a rank that knows the cause, has most likely told:
@@ -56,6 +57,7 @@ EXAMPLES = """examples:
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
   tempo-megatron convert hf-to-megatron --hf models/x --megatron models/x-megatron --verify
+  tempo-megatron data prepare aime2024 --input aime24.parquet --output d_u.parquet --unlabeled
   tempo-megatron report runs/a runs/b --output compare.html
 """
 
@@ -125,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="--help lists those of a direction")
     convert.set_defaults(run=_convert)
 
+    data = commands.add_parser("data", help="public data sets to prompt parquet; overlap between sets; made tasks")
+    data_arguments(data)
+    data.set_defaults(run=_data)
+
     report = commands.add_parser("report", help="curves and tables of one or several runs as one HTML file")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the last RUN_DIR")
@@ -173,6 +179,13 @@ def _convert(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     if place is not None and place.world_size > 1:
         raise TempoError(f"convert: runs as one process, not as one of {place.world_size} ranks")
     return (hf_to_megatron if arguments.direction == "hf-to-megatron" else megatron_to_hf)(arguments.options)
+
+
+def _data(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    if place is not None and place.world_size > 1:
+        raise TempoError(f"data: runs as one process, not as one of {place.world_size} ranks")
+    code: int = arguments.action(arguments)
+    return code
 
 
 def _report(arguments: argparse.Namespace, place: RankInfo | None) -> int:

