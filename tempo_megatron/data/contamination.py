@@ -31,6 +31,9 @@ GROUPS = ("labeled", "unlabeled", "held-out")
 #: Sequences of tokens in more records than this are phrases.  Bounds the work, too: COMMON^2 / 2 pairs a sequence.
 COMMON = 50
 
+#: Near copies share at least so many sequences, or all of a short problem.
+MIN_SHARED = 5
+
 MEANING = {
     ("labeled", "unlabeled"): "LEAK: the trainer has the answer of an unlabeled problem",
     ("labeled", "held-out"): "LEAK: the trainer has the answer of a held-out problem",
@@ -58,7 +61,7 @@ class Match:
     Attributes:
         groups: of the first and of the second, in the order of ``GROUPS``; the same for a copy inside of a group.
         overlap: 1.0 for exact copies, else the shared part of the sequences.
-        exact: equal after normalisation.
+        exact: equal after normalisation; one match for each copy, not for each pair of copies.
         first, second: ``file: id``.
         excerpt: the beginning of the first.
     """
@@ -130,14 +133,20 @@ def find_overlap(entries: Sequence[Entry], *, ngram: int = 6, threshold: float =
         raise TempoError(f"--ngram {ngram} must be at least 1")
     if not 0 < threshold <= 1:
         raise TempoError(f"--threshold {threshold:g} must lie in (0, 1]")
-    normal = [normal_text(entry.text) for entry in entries]
-    exact = _exact_pairs(normal)
-    kept = sorted({group[0] for group in exact} | (set(range(len(entries))) - {i for g in exact for i in g}))
-    near = _near_pairs([_sequences(entries[i].text, ngram) for i in kept], threshold)
-    matches = [_match(entries, i, j, 1.0, exact=True) for group in exact for i, j in combinations(group, 2)]
-    matches += [_match(entries, kept[i], kept[j], overlap, exact=False) for i, j, overlap in near]
-    records = {group: sum(entry.group == group for entry in entries) for group in GROUPS}
+    places: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # by text, by group
+    for index, entry in enumerate(entries):
+        places[normal_text(entry.text)][entry.group].append(index)
+    exact = [pair for by_group in places.values() for pair in _exact_pairs(by_group)]
+    firsts = [(text, rows[0]) for text, by_group in places.items() for rows in by_group.values()]
+    near = _near_pairs([_sequences(entries[index].text, ngram) for _, index in firsts], threshold)
+    matches = [_match(entries, i, j, 1.0, exact=True) for i, j in exact]
+    matches += [
+        _match(entries, firsts[i][1], firsts[j][1], overlap, exact=False)
+        for i, j, overlap in near
+        if firsts[i][0] != firsts[j][0]
+    ]
     matches.sort(key=lambda m: (m.groups[0] == m.groups[1], m.groups, not m.exact, -m.overlap, m.first, m.second))
+    records = {group: sum(entry.group == group for entry in entries) for group in GROUPS}
     return Report({group: number for group, number in records.items() if number}, matches)
 
 
@@ -147,12 +156,13 @@ def normal_text(text: str) -> str:
     return "".join(plain.split())
 
 
-def _exact_pairs(texts: Sequence[str]) -> list[list[int]]:
-    """Indices of equal texts, for those that come more than once."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(texts):
-        places[text].append(index)
-    return [indices for indices in places.values() if len(indices) > 1]
+def _exact_pairs(by_group: dict[str, list[int]]) -> Iterator[tuple[int, int]]:
+    """One pair for each copy of one text: with the group's first, and with the first of every earlier group."""
+    present = [group for group in GROUPS if group in by_group]
+    for place, group in enumerate(present):
+        rows = by_group[group]
+        yield from ((rows[0], copy) for copy in rows[1:])
+        yield from ((by_group[earlier][0], copy) for earlier in present[:place] for copy in rows)
 
 
 def _sequences(text: str, ngram: int) -> set[int]:
@@ -169,10 +179,12 @@ def _near_pairs(sequences: Sequence[set[int]], threshold: float) -> Iterator[tup
     hashes, owners = hashes[order], owners[order]
     starts = np.flatnonzero(np.r_[True, hashes[1:] != hashes[:-1]]) if len(hashes) else np.empty(0, np.int64)
     lengths = np.diff(np.r_[starts, len(hashes)])
+    all_sizes = np.bincount(owners, minlength=len(sequences))
     sizes = np.bincount(owners[np.repeat(lengths <= COMMON, lengths)], minlength=len(sequences))
     i, j, shared = _shared_counts(owners, starts, lengths, len(sequences))
     overlap = shared / np.minimum(sizes[i], sizes[j])
-    for index in np.flatnonzero(overlap >= threshold):
+    is_enough = shared >= np.minimum(MIN_SHARED, np.minimum(all_sizes[i], all_sizes[j]))
+    for index in np.flatnonzero((overlap >= threshold) & is_enough):
         yield int(i[index]), int(j[index]), round(float(overlap[index]), 4)
 
 

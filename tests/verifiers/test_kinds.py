@@ -13,7 +13,7 @@ from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 
 def test_kinds_are_found_by_their_files() -> None:
-    assert kind_names() == ["exact", "guess_check", "int"]
+    assert kind_names() == ["exact", "guess_check", "int", "reasoning_gym"]
 
 
 def test_unknown_kind_lists_the_known_ones() -> None:

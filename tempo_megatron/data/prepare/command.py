@@ -86,7 +86,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from tempo_megatron.data.prepare.registry import data_set
     from tempo_megatron.data.prepare.summary import print_summary
 
-    _at_least_one("--limit", arguments.limit)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise TempoError(f"command line: --limit {arguments.limit} must be at least 1")
     options = Options(
         role=arguments.role,
         source=arguments.source,
@@ -136,14 +137,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from tempo_megatron.data.prepare.generate import generate
     from tempo_megatron.data.prepare.summary import print_summary
 
-    _at_least_one("--count", arguments.count)
     summary = generate(
         arguments.tasks, arguments.count, arguments.seed, arguments.output, arguments.role, arguments.template
     )
     print_summary(summary, "reasoning-gym", arguments.output, arguments.role, Console())
     return 0
-
-
-def _at_least_one(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise TempoError(f"command line: {option} {value} must be at least 1")

@@ -1,7 +1,11 @@
 """Prompts of the optional package reasoning-gym: tasks made by a program, checked by a program.
 
 The same arguments give the same file with the same version of the package.  Each entry is tried before it is written:
-its own answer must score 1 after the entry has been through JSON, and a text that answers nothing must not.
+its own answer must score 1 after the entry has been through JSON (which leaves out metadata that JSON cannot hold), and
+a text that answers nothing must not.
+
+Item ``i`` of the package's seed ``s`` is item ``i - 1`` of seed ``s + 1``: neighbouring seeds give almost the same
+items.  Here every seed has a range of the package's seeds to itself.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from tempo_megatron.verifiers.kinds.reasoning_gym import UNSAFE_TASKS, require_p
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 _KIND = "reasoning_gym"
+_MAX_COUNT = 1_000_000  # items of one of our seeds, so that no two seeds share an item
 _NO_ANSWER = "I do not know."
 
 
@@ -28,10 +33,13 @@ def generate(
     """Writes ``count`` prompts of each task.
 
     Raises:
-        TempoError: the package is missing, an unknown or refused task, or an entry whose check cannot be relied on.
+        TempoError: the package is missing, an unknown or refused task, a seed or count out of range, or an entry whose
+            check cannot be relied on.
     """
     require_package()
     _check_tasks(tasks)
+    if not (seed >= 0 and 1 <= count <= _MAX_COUNT):
+        raise TempoError(f"--seed {seed} --count {count}: the seed must be at least 0, the count 1 to {_MAX_COUNT:,}")
     form = BUILT_IN["text"] if template is None else load_template(template)
     summary = Summary()
     records: dict[str, PreparedRecord] = {}
@@ -60,7 +68,7 @@ def _check_tasks(tasks: Sequence[str]) -> None:
 def _records(task: str, count: int, seed: int, template: str) -> Iterator[PreparedRecord]:
     from reasoning_gym.factory import create_dataset
 
-    dataset = create_dataset(task, size=count, seed=seed)
+    dataset = create_dataset(task, size=count, seed=seed * _MAX_COUNT)
     for index in range(count):
         item: dict[str, Any] = dataset[index]
         place = f"task {task}, item {index}"
@@ -83,18 +91,22 @@ def _proven_answer(task: str, item: dict[str, Any], place: str) -> str:
         raise TempoError(
             f"{place}: refused: its answer has {len(known)} characters, at most {MAX_ANSWER_CHARS} can be read"
         )
-    try:
-        text = json.dumps(
-            {"task": task, "entry": {"answer": known, "metadata": item["metadata"]}}, separators=(",", ":")
-        )
-    except TypeError as error:
-        raise TempoError(f"{place}: refused: it cannot be written as JSON ({error})") from None
+    metadata = {name: value for name, value in item["metadata"].items() if _fits_json(value)}
+    text = json.dumps({"task": task, "entry": {"answer": known, "metadata": metadata}}, separators=(",", ":"))
     entry = json.loads(text)["entry"]
     if _score(task, entry, known) < 1.0:
         raise TempoError(f"{place}: refused: its own answer does not score 1")
     if _score(task, entry, _NO_ANSWER) >= 1.0:
         raise TempoError(f"{place}: refused: a text without an answer scores 1")
     return text
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):  # such as a Fraction among the numbers of a word problem
+        return False
+    return True
 
 
 def _score(task: str, entry: dict[str, Any], answer: str) -> float:

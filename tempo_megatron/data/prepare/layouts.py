@@ -92,19 +92,22 @@ class DataSet:
         """The first layout whose columns the file has.
 
         Raises:
-            TempoError: none; names what the nearest one misses.  Or the path names no task, where it must.
+            TempoError: none; names what the nearest ones miss.  Or the path names no task, where it must.
         """
         task = task_of(table.file, self.tasks) if self.tasks else ""
         layouts = [layout for layout in self.layouts if not layout.tasks or task in layout.tasks]
         lacks = [layout.missing(table, with_answers=with_answers) for layout in layouts]
-        nearest = min(range(len(layouts)), key=lambda i: len(lacks[i]))
-        if not lacks[nearest]:
-            return layouts[nearest]
-        others = [layout.published_by for i, layout in enumerate(layouts) if i != nearest]
+        fewest = min(map(len, lacks))
+        if fewest == 0:
+            return layouts[lacks.index([])]
+        nearest = [
+            f"{', '.join(map(repr, missing))} of the layout {layout.published_by}"
+            for layout, missing in zip(layouts, lacks, strict=True)
+            if len(missing) == fewest
+        ]
         raise TempoError(
-            f"{table.file}: no column {', '.join(map(repr, lacks[nearest]))}; needed: the layout"
-            f" {layouts[nearest].published_by}; the file has {', '.join(table.columns)}"
-            + (f" (other layouts of {self.name}: {'; '.join(others)})" if others else "")
+            f"{table.file}: no column {' or '.join(nearest)}; it has {', '.join(table.columns)}"
+            f" (tempo-megatron data list shows all layouts of {self.name})"
         )
 
 

@@ -63,7 +63,8 @@ def prepare(data_set: DataSet, files: Sequence[str], output: Path, options: Opti
             summary.drop(bad.reason, f"{row.place}: {bad.found}")
     records = found.records()
     if not records:
-        raise TempoError(f"{', '.join(files)}: no row is left of {summary.read}, {dict(summary.dropped)}")
+        reasons = ", ".join(f"{reason}: {rows}" for reason, rows in summary.dropped.items())
+        raise TempoError(f"{', '.join(files)}: no row is left of {summary.read} ({reasons})")
     write_records(output, records, options.role)
     summary.count(records)
     return summary

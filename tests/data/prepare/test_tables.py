@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from tempo_megatron.data.prepare.tables import BadRow, Row, open_table
+from tempo_megatron.errors import TempoError
+
+ROWS = [{"a": "x\ny", "b": "1"}, {"a": "ü,", "b": "2"}]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl", "T.JSONL", "t.jsonl.gz", "t.json", "t.csv"])
+def test_same_rows_from_every_format(name: str, write_rows) -> None:
+    written = Path(write_rows(name.lower(), ROWS))
+    path = str(written.rename(written.with_name(name)))
+    table = open_table(path)
+    assert (table.file, table.columns) == (path, ("a", "b"))
+    rows = list(table.rows(["b", "a"]))
+    assert [(r.number, r.text("a"), r.number_or_text("b")) for r in rows] == [(0, "x\ny", "1"), (1, "ü,", "2")]
+    assert [r.values for r in table.rows(["b"])] == [{"b": "1"}, {"b": "2"}]
+
+
+def test_bare_json_list_and_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "l.json").write_text('[{"a": 1}, {"a": null}]')
+    assert [r.values["a"] for r in open_table(str(tmp_path / "l.json")).rows(["a"])] == [1, None]
+    (tmp_path / "l.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    assert [r.values["a"] for r in open_table(str(tmp_path / "l.jsonl")).rows(["a"])] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("a.txt", b"x", r"ending '.txt' is unknown; expected .parquet, .jsonl, .jsonl.gz, .json, .csv"),
+        ("a.parquet", b"PAR1 no", "not a readable parquet file"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"not a readable .jsonl file \(line 2: "),
+        ("a.jsonl", b'{"a": "\xff"}\n', "not a readable .jsonl file"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.jsonl", b"[1]\n", "row 0 is list, expected an object"),
+        ("a.jsonl", b'{"a": 1}\n3\n', "row 1 is integer, expected an object"),
+        ("a.jsonl.gz", b"no gzip", "not a readable .gz file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-12], "not a readable .gz file"),
+        ("a.json", b'{"rows": []}', "neither a list of objects nor an object with a list 'examples'"),
+        ("a.csv", b'a,b\n"x,1\n', "not a readable .csv file"),
+    ],
+)
+def test_unreadable_file_is_named(name: str, content: bytes, wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(TempoError, match=wrong) as refused:
+        list(open_table(str(path)).rows(["a"]))
+    assert str(refused.value).startswith(f"{path}: ")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(TempoError, match="a folder; expected a data file"):
+        open_table(str(tmp_path))
+    with pytest.raises(TempoError, match="no such file"):
+        open_table(str(tmp_path / "x.csv"))
+
+
+def test_typed_access() -> None:
+    row = Row("f", 3, {"f": 7.0, "g": 7.5, "b": True, "s": "one", "m": ["a", 1], "e": []})
+    assert row.number_or_text("f") == "7"
+    assert row.strings("s") == ["one"]
+    assert row.optional_text("missing") == ""
+    for column in ("g", "b"):
+        with pytest.raises(TempoError, match=f"f: row 3: column '{column}' is .*, expected string or integer"):
+            row.number_or_text(column)
+    with pytest.raises(TempoError, match="expected list of strings"):
+        row.strings("m")
+    with pytest.raises(BadRow, match="column 'e' is empty"):
+        row.strings("e")
