@@ -32,7 +32,8 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> None:
         ("\\boxed{5}", False, "5", "score 0"),
         ("\\boxed{10}", False, "10", "score -1"),
         ("words", False, "words", "the scorer raised ValueError"),
-        ("7" * 2000, False, None, "final answer longer than 1000 characters"),
+        ("7" * 2000, False, None, "no final answer of 1 to 1000 characters"),
+        ("\\boxed{}", False, None, "no final answer of 1 to 1000 characters"),
     ],
 )
 def test_only_full_score_is_correct(response, correct, extracted, reason, scorer) -> None:

@@ -66,7 +66,7 @@ def _bbh_answer(row: Row, settings: Settings) -> str:
 
 
 def _grid(row: Row) -> tuple[list[str], list[list[str]]]:
-    """Header without the column of house numbers, and its values house by house."""
+    """Names of the columns, the first of which is "House", and the rows."""
     solution: Any = row.values["solution"]
     if isinstance(solution, str):
         try:
@@ -77,9 +77,10 @@ def _grid(row: Row) -> tuple[list[str], list[list[str]]]:
     header, rows = parts.get("header"), parts.get("rows")
     if header is None or not _is_strings(header) or not isinstance(rows, list) or not all(map(_is_strings, rows)):
         raise row.wrong_type("solution", "struct {header: list of strings, rows: list of lists of strings}")
-    if header[:1] != ["House"] or any(len(values) != len(header) for values in rows) or not rows or len(header) < 2:
-        raise BadRow("malformed grid", f"column 'solution' has header {header} and {len(rows)} rows, expected 'House'")
-    return header[1:], [values[1:] for values in rows]
+    if header[:1] != ["House"] or len(header) < 2 or not rows or any(len(values) != len(header) for values in rows):
+        found = f"column 'solution' has header {header} and {len(rows)} rows, expected House, a name, ... and full rows"
+        raise BadRow("malformed grid", found)
+    return header, rows
 
 
 def _is_strings(value: Any) -> bool:
@@ -87,17 +88,21 @@ def _is_strings(value: Any) -> bool:
 
 
 def _zebra_problem(row: Row, settings: Settings) -> Problem:
-    names, rows = _grid(row)
-    shape = {f"House {house}": dict.fromkeys(names, _BLANK) for house in range(1, len(rows) + 1)}
+    header, rows = _grid(row)
+    shape = {f"House {house}": dict.fromkeys(header[1:], _BLANK) for house in range(1, len(rows) + 1)}
     fields = {"problem": row.text("puzzle"), "shape": json.dumps({"solution": shape}, indent=2, ensure_ascii=False)}
     return Problem(fields, "json_grid", "grid", row.text("id"))
 
 
 def _zebra_answer(row: Row, settings: Settings) -> str:
-    names, rows = _grid(row)
+    header, rows = _grid(row)
     if any(not value.strip() or value == _BLANK for values in rows for value in values):
         raise BadRow("blank solution", "column 'solution' has blanks: the public copy holds no answers")
-    grid = {f"House {i}": dict(zip(names, values, strict=True)) for i, values in enumerate(rows, start=1)}
+    if [values[0] for values in rows] != [str(house) for house in range(1, len(rows) + 1)]:
+        raise BadRow(
+            "malformed grid", f"column 'solution' has houses {[values[0] for values in rows]}, expected 1, 2, ..."
+        )
+    grid = {f"House {values[0]}": dict(zip(header[1:], values[1:], strict=True)) for values in rows}
     return json.dumps(grid, ensure_ascii=False)
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from tempo_megatron.errors import TempoError
@@ -47,12 +49,15 @@ def require_package() -> None:
         raise TempoError(f"package {PACKAGE} is not installed; install it with: {INSTALL}")
 
 
+def _factory() -> ModuleType:
+    """The package, which takes seconds to import the first time."""
+    require_package()
+    return import_module("reasoning_gym.factory")
+
+
 @cache
 def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    require_package()
-    from reasoning_gym.factory import create_dataset
-
-    score: Callable[[str, dict[str, Any]], float] = create_dataset(task, size=1, seed=0).score_answer
+    score: Callable[[str, dict[str, Any]], float] = _factory().create_dataset(task, size=1, seed=0).score_answer
     return score
 
 
@@ -66,11 +71,16 @@ def score(task: str, entry: dict[str, Any], answer: str) -> float:
     return float(_scorer(task)(answer, entry))
 
 
+def _extract(response: str) -> str | None:
+    got = final_answer(response).strip()
+    return got if 0 < len(got) <= MAX_ANSWER_CHARS else None
+
+
 def _grade(response: str, answer: str) -> Verdict:
     parts = json.loads(answer)
-    got = final_answer(response).strip()
-    if len(got) > MAX_ANSWER_CHARS:
-        return Verdict(False, None, f"final answer longer than {MAX_ANSWER_CHARS} characters", {"score": 0.0})
+    got = _extract(response)
+    if got is None:
+        return Verdict(False, None, f"no final answer of 1 to {MAX_ANSWER_CHARS} characters", {"score": 0.0})
     scorer = _scorer(parts["task"])
     try:
         value = float(scorer(got, parts["entry"]))
