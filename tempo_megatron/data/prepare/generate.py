@@ -1,6 +1,6 @@
 """Prompts of the optional package reasoning-gym: tasks made by a program, checked by a program.
 
-The same arguments give the same file with the same version of the package.  Each entry is tried before it is written:
+The same arguments give the same file with the same version of the package (a few tasks want PYTHONHASHSEED, too).  Each entry is tried before it is written:
 its own answer must score 1 after the entry has been through JSON (which leaves out metadata that JSON cannot hold), and
 a text that answers nothing must not.
 
@@ -24,6 +24,13 @@ from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 _KIND = "reasoning_gym"
 _MAX_COUNT = 1_000_000  # items of one of our seeds, so that no two seeds share an item
+_HASH_DEPENDENT = (
+    "codeio",
+    "isomorphic_strings",
+    "knight_swap",
+    "ransom_note",
+    "word_ladder",
+)  # they iterate over sets
 _NO_ANSWER = "I do not know."
 
 
@@ -48,6 +55,8 @@ def generate(
             summary.read += 1
             if records.setdefault(fingerprint(record.problem), record) is not record:
                 summary.duplicates += 1
+    if dependent := sorted(set(tasks) & set(_HASH_DEPENDENT)):
+        summary.notes.append(f"{', '.join(dependent)}: the same file again only under the same PYTHONHASHSEED")
     write_records(output, list(records.values()), role)
     summary.count(records.values())
     return summary

@@ -72,6 +72,12 @@ def test_tasks_whose_check_cannot_be_relied_on_are_refused(task: str, wrong: str
 
 
 @needs_package
+def test_tasks_that_depend_on_the_hash_seed_say_so(tmp_path: Path) -> None:
+    assert "word_ladder: the same file again" in generate(["word_ladder"], 1, 0, tmp_path / "o", "eval").notes[0]
+    assert not generate(["gcd"], 1, 0, tmp_path / "o", "eval").notes
+
+
+@needs_package
 def test_bad_numbers_and_a_task_twice(tmp_path: Path) -> None:
     for tasks, count, seed, wrong in ((["gcd"], 0, 0, "--count 0"), (["gcd"], 1, -1, "--seed -1"),
                                       (["gcd", "gcd"], 1, 0, "named twice")):  # fmt: skip
