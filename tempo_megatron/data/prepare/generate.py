@@ -1,8 +1,8 @@
 """Prompts of the optional package reasoning-gym: tasks made by a program, checked by a program.
 
-The same arguments give the same file with the same version of the package (a few tasks want PYTHONHASHSEED, too).  Each entry is tried before it is written:
-its own answer must score 1 after the entry has been through JSON (which leaves out metadata that JSON cannot hold), and
-a text that answers nothing must not.
+The same arguments give the same file with the same version of the package (a few tasks want PYTHONHASHSEED, too).
+Each entry is tried before it is written: its own answer must score 1 after the entry has been through JSON (which
+leaves out metadata that JSON cannot hold), and a text that answers nothing must not.
 
 Item ``i`` of the package's seed ``s`` is item ``i - 1`` of seed ``s + 1``: neighbouring seeds give almost the same
 items.  Here every seed has a range of the package's seeds to itself.
