@@ -56,6 +56,8 @@ EXAMPLES = """examples:
   tempo-megatron train --config configs/x.yaml steps=20 actor.optimizer.lr=1e-6
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
+  tempo-megatron evaluate runs/x                          the newest checkpoint of a run, on the run's sets
+  tempo-megatron evaluate models/x --set aime=data/aime24.parquet --samples 32 rollout.temperature=0.6
   tempo-megatron convert hf-to-megatron --hf models/x --megatron models/x-megatron --verify
   tempo-megatron data prepare aime2024 --input aime24.parquet --output d_u.parquet --unlabeled
   tempo-megatron report runs/a runs/b --output compare.html
@@ -69,6 +71,17 @@ key=value overrides the file; the value is YAML, a number indexes a list:
 """
 
 
+EVALUATE_HELP = """Sample evaluation sets from a model, verify the responses, and judge the policy and its critic.
+
+MODEL is an HF folder, a checkpoint, or a run folder (its newest checkpoint); a checkpoint's own critic judges too.
+Settings come from --config, or else from the config.yaml of the run that MODEL lies in: its sets, lengths, sampling and
+layouts. Where there is neither, --set names what to evaluate and key=value the rest. Launched as train is:
+launch.nproc_per_node ranks are started here, unless torchrun or srun started this.
+
+A checkpoint evaluated with its run's settings gives the figures that the run itself recorded at that step.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a rank of a distributed job leaves the process instead.
 
@@ -78,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place: RankInfo | None = None
     try:
         try:
-            arguments = _parser().parse_args(argv)
+            arguments = _parse(sys.argv[1:] if argv is None else argv)
             place = rank_from_environment()
             if place is not None:
                 signal.signal(signal.SIGINT, _interrupt_once)
@@ -96,6 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; ``key=value`` may stand behind options, too, where argparse itself takes no more of them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    arguments.words = list(argv)
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -111,6 +136,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="accuracy, coverage, calibration of a model", description=EVALUATE_HELP, formatter_class=raw
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="HF folder, checkpoint or run folder")
+    evaluate.add_argument("--config", metavar="FILE", help="YAML file; default: config.yaml of MODEL's run")
+    evaluate.add_argument("--set", action="append", default=[], metavar="NAME=FILE[,FILE]", help="instead of its sets")
+    evaluate.add_argument("--trained-on", action="append", default=[], metavar="NAME", help="a set shown apart")
+    evaluate.add_argument("--samples", type=int, metavar="N", help="responses to each prompt of every set")
+    evaluate.add_argument("--critic", metavar="PATH", help="HF folder, checkpoint or run folder; none: without")
+    evaluate.add_argument("--compare", type=Path, metavar="FILE", help="an evaluation.json: differences from it")
+    evaluate.add_argument("--output", metavar="DIR", help="default: RUN/evaluation, or runs/evaluation/MODEL")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser("demo", help="data, sft, rlvr and tempo on a toy task (or a small real model)")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
@@ -154,6 +193,37 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.loop import run
 
     run(config)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.config.check import check_evaluation
+    from tempo_megatron.config.evaluation import EvaluationRequest, evaluation_config
+
+    config = evaluation_config(
+        EvaluationRequest(
+            model=arguments.model,
+            config_file=arguments.config,
+            critic=arguments.critic,
+            sets=arguments.set,
+            trained_on=arguments.trained_on,
+            samples=arguments.samples,
+            output=arguments.output,
+            overrides=arguments.overrides,
+        )
+    )
+    world_size = place.world_size if place else config.launch.nproc_per_node
+    check_evaluation(config, world_size)
+    os.environ.update(thread_environment(config.launch.threads_per_rank))
+    if arguments.compare is not None:
+        from tempo_megatron.evaluation.record import read_evaluation
+
+        read_evaluation(arguments.compare)  # what is wrong with it is told before the models are loaded
+    if place is None and world_size > 1:
+        return spawn_ranks(world_size, arguments.words)
+    from tempo_megatron.loop import evaluate
+
+    evaluate(config, arguments.compare)
     return 0
 
 

@@ -23,15 +23,28 @@ def check_config(config: Config, world_size: int) -> None:
         TempoError: the first fault found: key, value and what would be right.
     """
     _check_stage(config)
-    _check_files(config)
-    shapes = {"actor": _check_role("actor", config.actor, world_size)}
-    if config.critic is not None:
-        shapes["critic"] = _check_role("critic", config.critic, world_size)
-        _check_same_vocabulary(shapes["actor"], shapes["critic"])
-    for name, shape in shapes.items():
-        _check_lengths(config, name, shape)
+    _check_exist("data.train_files", config.data.train_files)
+    _check_exist("data.oracle_files", config.data.oracle_files)
+    _check_evaluation_sets(config)
+    _check_output(config)
+    if config.resume not in ("auto", "never"):
+        resolve_checkpoint(config.resume, "resume")
+    actor = _check_models(config, world_size, packs=_is_rl(config))
     if _generates(config):
-        _check_rollout(config, shapes["actor"], world_size)
+        _check_rollout(config, actor, world_size)
+
+
+def check_evaluation(config: Config, world_size: int) -> None:
+    """Refuse what cannot be evaluated on ``world_size`` ranks; what is only about training is not looked at.
+
+    Raises:
+        TempoError: as ``check_config``.
+    """
+    if not config.evaluation.sets:
+        raise TempoError("evaluation.sets: [] is empty; give --set NAME=FILE, or a configuration with evaluation.sets")
+    _check_evaluation_sets(config)
+    _check_output(config)
+    _check_rollout(config, _check_models(config, world_size, packs=True), world_size)
 
 
 # ---------------------------------------------------------------- stages and files
@@ -104,9 +117,7 @@ def _check_algorithm(config: Config, method: Method) -> None:
         raise TempoError("algorithm.guard.action: rollback needs checkpoints to go back to: set checkpoint.every")
 
 
-def _check_files(config: Config) -> None:
-    _check_exist("data.train_files", config.data.train_files)
-    _check_exist("data.oracle_files", config.data.oracle_files)
+def _check_evaluation_sets(config: Config) -> None:
     names = [s.name for s in config.evaluation.sets]
     for i, eval_set in enumerate(config.evaluation.sets):
         if not eval_set.files:
@@ -116,12 +127,13 @@ def _check_files(config: Config) -> None:
                 f"evaluation.sets.{i}.name: {eval_set.name!r} is the name of an earlier set; they must differ"
             )
         _check_exist(f"evaluation.sets.{i}.files", eval_set.files)
+
+
+def _check_output(config: Config) -> None:
     output = Path(config.output_dir)
     for folder in (output / CHECKPOINTS, output, *output.parents):
         if folder.exists() and not folder.is_dir():
             raise TempoError(f"output_dir: {config.output_dir!r}: {folder} is a file; a folder (new or old) is needed")
-    if config.resume not in ("auto", "never"):
-        resolve_checkpoint(config.resume, "resume")
 
 
 def _check_exist(key: str, files: list[str]) -> None:
@@ -132,6 +144,17 @@ def _check_exist(key: str, files: list[str]) -> None:
 
 
 # ---------------------------------------------------------------- models and layouts
+
+
+def _check_models(config: Config, world_size: int, *, packs: bool) -> ModelShape:
+    """Every role and its layout; ``packs``: whole sequences go through them. Returns the actor's shape."""
+    shapes = {"actor": _check_role("actor", config.actor, world_size)}
+    if config.critic is not None:
+        shapes["critic"] = _check_role("critic", config.critic, world_size)
+        _check_same_vocabulary(shapes["actor"], shapes["critic"])
+    for name, shape in shapes.items():
+        _check_lengths(config, name, shape, packs=packs)
+    return shapes["actor"]
 
 
 def _check_role(name: str, role: RoleConfig, world_size: int) -> ModelShape:
@@ -151,14 +174,14 @@ def _check_same_vocabulary(actor: ModelShape, critic: ModelShape) -> None:
         )
 
 
-def _check_lengths(config: Config, name: str, shape: ModelShape) -> None:
+def _check_lengths(config: Config, name: str, shape: ModelShape, *, packs: bool) -> None:
     longest, told = _longest(config)
     if longest > shape.max_positions:
         raise TempoError(
             f"{told} must be at most max_position_embeddings {shape.max_positions} of {name}.init ({shape.file})"
         )
     role = config.actor if name == "actor" else config.critic
-    if role is not None and _is_rl(config) and role.max_tokens_per_microbatch < longest:
+    if role is not None and packs and role.max_tokens_per_microbatch < longest:
         raise TempoError(
             f"{name}.max_tokens_per_microbatch: {role.max_tokens_per_microbatch} must be at least {longest}, "
             f"one longest sequence ({told})"

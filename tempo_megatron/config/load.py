@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -71,17 +71,21 @@ for _tag, _pattern, _first in _PLAIN_SCALARS:
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Config:
     """The validated settings of ``path``, its bases and ``overrides`` (``a.b.c=value``, value in YAML).
 
-    A number in an override's key indexes a list: ``evaluation.sets.0.limit=3``.
+    A number in an override's key indexes a list: ``evaluation.sets.0.limit=3``. ``defaults`` are what the file is
+    laid upon; None for ``path`` is an empty file.
 
     Raises:
         TempoError: one line with the file or "command line", the dotted key, the value and what would be right.
     """
-    sources = _Sources(main=str(path))
-    _read_with_bases(Path(path), sources, opened=())
-    values: dict[str, Any] = {}
+    sources = _Sources(main=COMMAND_LINE if path is None else str(path))
+    if path is not None:
+        _read_with_bases(Path(path), sources, opened=())
+    values: dict[str, Any] = _unshared(dict(defaults or {}))
     for _, mapping in sources.files:
         values = _merged(values, mapping)
     for override in overrides:

@@ -1,1 +1,1 @@
-"""What a policy can do: accuracy over samples, coverage, majority, diversity."""
+"""What a policy and its critic can do: accuracy, coverage, majority, diversity, calibration, each with its interval."""

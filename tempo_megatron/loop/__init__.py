@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tempo_megatron.config.schema import Config
 
 
@@ -17,3 +19,20 @@ def run(config: Config) -> None:
     with Session(config) as session:
         loop = SFTLoop(session) if config.stage == "sft" else EMLoop(session)
         loop.run()
+
+
+def evaluate(config: Config, compare_with: Path | None = None) -> None:
+    """Evaluate the config's models on its sets; every rank of the job calls it.
+
+    Args:
+        compare_with: another evaluation's ``evaluation.json``, for paired differences.
+
+    Raises:
+        TempoError: bad input.
+    """
+    from tempo_megatron.parallel import cpu_shim
+
+    cpu_shim.install()  # before anything imports megatron.core
+    from tempo_megatron.loop.evaluate_model import evaluate_model
+
+    evaluate_model(config, compare_with)

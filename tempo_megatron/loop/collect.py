@@ -15,6 +15,7 @@ from tempo_megatron.algorithm.filtering import zero_variance_groups
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
+from tempo_megatron.loop.models import Models
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
@@ -231,6 +232,6 @@ def _outcomes(verdicts: list[Verdict]) -> list[float]:
     return [float(v.correct) if v.verified else math.nan for v in verdicts]
 
 
-def decoder(session: Session) -> Callable[[list[list[int]]], list[str]]:
+def decoder(models: Models) -> Callable[[list[list[int]]], list[str]]:
     """Response token ids -> texts without special tokens."""
-    return lambda ids: session.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return lambda ids: models.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -68,8 +68,13 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> PromptData 
         labeled=_pool(records, token_ids, config, labeled=True),
         unlabeled=_pool(records, token_ids, config, labeled=False),
         answers={r.id: (r.answer, r.answer_type) for r in records if r.labeled and r.answer is not None},
-        eval_sets=[_eval_prompts(s, config, tokenizer) for s in config.evaluation.sets],
+        eval_sets=read_eval_sets(config, tokenizer),
     )
+
+
+def read_eval_sets(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[EvalPrompts]:
+    """The config's evaluation sets without their answers. Collective; TempoError as ``read_data``."""
+    return [_eval_prompts(s, config, tokenizer) for s in config.evaluation.sets]
 
 
 def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Config, *, labeled: bool) -> Pool | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.diagnostics import calibration
 from tempo_megatron.data.rollout import RolloutBatch
-from tempo_megatron.evaluation.metrics import summarize
+from tempo_megatron.errors import RunError
+from tempo_megatron.evaluation.bootstrap import PromptBootstrap
+from tempo_megatron.evaluation.metrics import prompt_scores
+from tempo_megatron.evaluation.samples import Floats, Ints, Samples, number_answers
 from tempo_megatron.loop.collect import decoder
 from tempo_megatron.loop.data import EvalPrompts, PromptData
-from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.models import Models
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
@@ -20,61 +26,88 @@ from tempo_megatron.training.microbatch import Sequences
 from tempo_megatron.verifiers.service import VerifierService
 from tempo_megatron.verifiers.verdict import Verdict
 
+#: Figures that a training record gives per source and with their intervals.
+HEADLINES = ("mean@", "pass@", "maj@")
+
+
+@dataclass(frozen=True)
+class EvaluatedSet:
+    """Every sample of one set: ``P * n`` rows, the n samples of a prompt together.
+
+    Attributes:
+        values: ``[P * n, L + 1]`` token values, or None without a critic.
+        samples: the outcomes in the form that the figures read.
+    """
+
+    batch: RolloutBatch
+    verdicts: list[Verdict]
+    values: Tensor | None
+    samples: Samples
+
 
 class Evaluator:
     """Evaluates the current policy and critic; the answers stay in the verifier's process."""
 
-    def __init__(self, session: Session, engine: RolloutEngine, verifier: VerifierService | None) -> None:
-        self.session, self.engine, self.verifier = session, engine, verifier
-        assert isinstance(session.data, PromptData)
-        self.sets = session.data.eval_sets
+    def __init__(self, models: Models, engine: RolloutEngine, verifier: VerifierService | None) -> None:
+        self.models, self.engine, self.verifier = models, engine, verifier
+        assert isinstance(models.data, PromptData)
+        self.sets = models.data.eval_sets
 
     def run(self, step: int, updates: int, version: int) -> dict[str, float]:
-        """Metrics ``eval/<set>/<name>`` of every set; samples are seeded by the policy updates so far."""
+        """Metrics ``eval/<set>/<name>`` of every set, for the record of ``step``."""
         metrics: dict[str, float] = {}
-        with self.session.ledger.phase("evaluate"):
+        with self.models.ledger.phase("evaluate"):
             for prompts in self.sets:
-                metrics.update(self._run_set(prompts, step, updates, version))
+                result = self.evaluate(prompts, updates, version)
+                name, config = prompts.settings.name, self.models.config
+                figures = training_metrics(result.samples, config.evaluation.pass_k, config.seed)
+                metrics |= {f"eval/{name}/{k}": v for k, v in figures.items()}
+                self._log(prompts, step, result)
         return metrics
 
-    def _run_set(self, prompts: EvalPrompts, step: int, updates: int, version: int) -> dict[str, float]:
-        session, settings = self.session, prompts.settings
+    def evaluate(self, prompts: EvalPrompts, updates: int, version: int) -> EvaluatedSet:
+        """Sample, verify and value one set; collective. Samples are seeded by the policy updates so far."""
+        models, settings = self.models, prompts.settings
         draws = [
-            PromptDraw(r.id, ids, False, sample_seed(session.config.seed, f"eval:{settings.name}", updates, r.id, 0))
+            PromptDraw(r.id, ids, False, sample_seed(models.config.seed, f"eval:{settings.name}", updates, r.id, 0))
             for r, ids in zip(prompts.records, prompts.token_ids, strict=True)
         ]
         batch = rollout(
             self.engine,
             draws,
             samples_per_prompt=settings.samples_per_prompt,
-            max_response_tokens=session.config.data.max_response_tokens,
+            max_response_tokens=models.config.data.max_response_tokens,
             version=version,
-            decode=decoder(session),
+            decode=decoder(models),
         )
-        verdicts = on_rank0(lambda: self._score(settings.name, batch))
-        metrics = _policy_metrics(batch, verdicts, settings.samples_per_prompt, session.config.evaluation.pass_k)
-        values: Tensor | None = None
-        if "critic" in session.engines:
-            critic = session.engines["critic"]
-            values = critic.forward(Sequences(batch.prompt_token_ids, batch.response_token_ids))["values"]
-            correct = torch.tensor([v.correct for v in verdicts], dtype=torch.float32)
-            terminal = values.gather(1, batch.response_lengths[:, None]).squeeze(1)
-            metrics |= {f"critic_{k}": v for k, v in calibration(terminal, correct).items() if k != "accuracy"}
-        self._log(prompts, step, batch, values, verdicts)
-        return {f"eval/{settings.name}/{k}": v for k, v in metrics.items()}
+        verdicts, answers = on_rank0(lambda: self._score(prompts, batch))
+        values = None
+        if "critic" in models.engines:
+            sequences = Sequences(batch.prompt_token_ids, batch.response_token_ids)
+            values = models.engines["critic"].forward(sequences)["values"]
+        return EvaluatedSet(batch, verdicts, values, _samples(prompts, batch, verdicts, answers, values))
 
-    def _score(self, name: str, batch: RolloutBatch) -> list[Verdict]:
+    def _score(self, prompts: EvalPrompts, batch: RolloutBatch) -> tuple[list[Verdict], Ints]:
+        """Rank 0: every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``."""
         assert self.verifier is not None
-        return self.verifier.score_records(name, list(zip(batch.record_ids, batch.responses, strict=True)))
+        items = list(zip(batch.record_ids, batch.responses, strict=True))
+        verdicts = self.verifier.score_records(prompts.settings.name, items)
+        n = prompts.settings.samples_per_prompt
+        starts = range(0, len(batch), n)
+        groups = [(r.answer_type, batch.responses[i : i + n]) for r, i in zip(prompts.records, starts, strict=True)]
+        rows = [
+            # the reader of the prompts may not know the kind of answer (verl); the verdict does
+            [c.cluster if v.extracted is not None else None for c, v in zip(found, verdicts[i : i + n], strict=True)]
+            for found, i in zip(self.verifier.cluster(groups), starts, strict=True)
+        ]
+        return verdicts, number_answers(rows)
 
-    def _log(
-        self, prompts: EvalPrompts, step: int, batch: RolloutBatch, values: Tensor | None, verdicts: list[Verdict]
-    ) -> None:
+    def _log(self, prompts: EvalPrompts, step: int, result: EvaluatedSet) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
-        if self.session.rollout_log is None:
+        if self.models.rollout_log is None or result.values is None:
             return
-        tokenizer, n = self.session.tokenizer, prompts.settings.samples_per_prompt
-        for i in range(min(self.session.config.telemetry.logged_rollouts, len(prompts.records))):
+        tokenizer, n, batch = self.models.tokenizer, prompts.settings.samples_per_prompt, result.batch
+        for i in range(min(self.models.config.telemetry.logged_rollouts, len(prompts.records))):
             row = i * n
             ids = batch.response_token_ids[row]
             rollout_ = LoggedRollout(
@@ -83,18 +116,66 @@ class Evaluator:
                 record_id=batch.record_ids[row],
                 prompt=tokenizer.decode(batch.prompt_token_ids[row]),
                 tokens=[tokenizer.decode([t]) for t in ids],
-                values=[] if values is None else values[row, : len(ids) + 1].tolist(),
-                outcome=int(verdicts[row].correct),
+                values=result.values[row, : len(ids) + 1].tolist(),
+                outcome=int(result.verdicts[row].correct),
             )
-            self.session.rollout_log.write(rollout_.to_json())
+            self.models.rollout_log.write(rollout_.to_json())
 
 
-def _policy_metrics(batch: RolloutBatch, verdicts: list[Verdict], n: int, pass_k: int) -> dict[str, float]:
-    correct = torch.tensor([v.correct for v in verdicts]).view(-1, n)
-    extracted = [[v.extracted for v in verdicts[i : i + n]] for i in range(0, len(verdicts), n)]
-    metrics = summarize(correct, extracted, pass_k)
-    metrics["truncated"] = sum(r == "length" for r in batch.finish_reason) / len(batch)
-    metrics["response_tokens"] = float(batch.response_lengths.float().mean())
-    for name in sorted({k for v in verdicts for k in v.details}):
-        metrics[name] = sum(v.details.get(name, 0.0) for v in verdicts) / len(verdicts)
+def training_metrics(samples: Samples, pass_k: int, seed: int) -> dict[str, float]:
+    """A set's figures as flat numbers: all of them at ``pass_k``, the headlines with their intervals (``_low``,
+    ``_high``), the headlines of each source (``<source>/...``) where there are several, and the critic's calibration.
+    """
+    metrics = _means(samples, pass_k, seed)
+    sources = sorted(set(samples.sources))
+    for source in sources if len(sources) > 1 else []:
+        figures = _means(samples.of_source(source), pass_k, seed)
+        metrics |= {f"{source}/{k}": v for k, v in figures.items() if k.startswith(HEADLINES)}
+    if samples.values is not None:
+        values, correct = torch.from_numpy(samples.values).flatten(), torch.from_numpy(samples.correct).flatten()
+        metrics |= {f"critic_{k}": v for k, v in calibration(values, correct).items() if k != "accuracy"}
     return metrics
+
+
+def _means(samples: Samples, pass_k: int, seed: int) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, figure in PromptBootstrap(samples.prompts, seed=seed).means(prompt_scores(samples, [pass_k])).items():
+        metrics[name] = figure.value
+        if name.startswith(HEADLINES):
+            metrics |= {f"{name}_low": figure.low, f"{name}_high": figure.high}
+    return metrics
+
+
+def _samples(
+    prompts: EvalPrompts, batch: RolloutBatch, verdicts: list[Verdict], answers: Ints, values: Tensor | None
+) -> Samples:
+    shape = len(prompts.records), prompts.settings.samples_per_prompt
+
+    def table(column: list[float] | list[bool] | list[int]) -> np.ndarray:
+        return np.array(column).reshape(shape)
+
+    lengths = batch.response_lengths
+    return Samples(
+        record_ids=[record.id for record in prompts.records],
+        sources=[record.source for record in prompts.records],
+        correct=table([v.correct and v.verified for v in verdicts]),
+        answers=answers,
+        verified=table([v.verified for v in verdicts]),
+        truncated=table([reason == "length" for reason in batch.finish_reason]),
+        response_tokens=table(lengths.tolist()),
+        values=None if values is None else _terminal_values(values, lengths).reshape(shape),
+        details={
+            name: table([v.details.get(name, 0.0) for v in verdicts])
+            for name in sorted({name for v in verdicts for name in v.details})
+        },
+    )
+
+
+def _terminal_values(values: Tensor, lengths: Tensor) -> Floats:
+    """``[N]`` of token values ``[N, L + 1]``: the one after the last token."""
+    terminal = values.gather(1, lengths[:, None]).squeeze(1)
+    if not terminal.isfinite().all():
+        bad = int((~terminal.isfinite()).sum())
+        raise RunError(f"evaluation: {bad} of {len(terminal)} terminal values of the critic are not finite")
+    floats: Floats = terminal.double().numpy()
+    return floats

@@ -60,7 +60,10 @@ class StepResult:
 
 
 class MegatronEngine:
-    """One role's model, optimizer and schedule on this rank. All methods are collective over the world."""
+    """One role's model, optimizer and schedule on this rank. All methods are collective over the world.
+
+    One that is not ``trainable`` has weights only: no gradients, no optimizer, no ``step``.
+    """
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class MegatronEngine:
         seed: int,
         temperature: float = 1.0,
         head_bias: float = 0.5,
+        trainable: bool = True,
     ) -> None:
         self.role, self.config, self.hf_config, self.groups = role, config, hf_config, groups
         self.temperature = temperature
@@ -83,14 +87,10 @@ class MegatronEngine:
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
             )
-            self.ddp = [
-                DistributedDataParallel(
-                    self.megatron_config,
-                    ddp_config,
-                    Float16Module(self.megatron_config, model) if self.megatron_config.bf16 else model,
-                )
-                for model in self.models
-            ]
+            bf16 = self.megatron_config.bf16
+            self.ddp = [Float16Module(self.megatron_config, m) if bf16 else m for m in self.models]
+            if trainable:  # gradient buffers: as much memory as float32 weights
+                self.ddp = [DistributedDataParallel(self.megatron_config, ddp_config, m) for m in self.ddp]
             self.optimizer: Any = None
             self.megatron_config.finalize_model_grads_func = _finalize_without_scaling
 

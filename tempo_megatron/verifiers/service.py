@@ -186,7 +186,7 @@ def _reply(request: dict[str, Any], answers: Answers) -> dict[str, Any]:
         verdicts = [verify(response, answer, kind) for response, answer, kind in items]
     except TempoError as error:
         return {"refused": str(error)}
-    return {"result": [[v.correct, v.extracted, v.reason, v.details] for v in verdicts]}
+    return {"result": [[v.correct, v.extracted, v.reason, v.details, v.verified] for v in verdicts]}
 
 
 def _source(name: str, answers: Answers) -> Mapping[str, tuple[str, str]]:

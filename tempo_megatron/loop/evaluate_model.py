@@ -1,0 +1,182 @@
+"""``tempo-megatron evaluate``: one model on its evaluation sets, with vLLM and its weights as training has them."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tempo_megatron.checkpoint.hf_engine import load_initial_weights
+from tempo_megatron.checkpoint.locate import InitSource
+from tempo_megatron.checkpoint.store import read_manifest
+from tempo_megatron.config.schema import Config
+from tempo_megatron.evaluation.plots import write_plots
+from tempo_megatron.evaluation.record import (
+    BOOTSTRAP,
+    FORMAT,
+    compare,
+    read_evaluation,
+    set_record,
+    write_evaluation,
+)
+from tempo_megatron.evaluation.table import comparison_table, results_table
+from tempo_megatron.loop.data import PromptData, read_eval_sets
+from tempo_megatron.loop.evaluate import EvaluatedSet, Evaluator
+from tempo_megatron.loop.models import Models
+from tempo_megatron.parallel.distributed import on_rank0, start, together, world_size
+from tempo_megatron.rollout.engine import RolloutEngine
+from tempo_megatron.telemetry.environment import environment
+from tempo_megatron.telemetry.metrics import json_safe
+from tempo_megatron.verifiers.service import VerifierService
+
+SAMPLES_FILE = "samples.jsonl"
+TABLE_WIDTH = 140  # where there is no terminal to ask
+
+_VERSION = 0  # of the weights: there is no other
+
+
+class EvaluationModels(Models):
+    """Models with their weights and evaluation sets, and nothing that trains."""
+
+    def __init__(self, config: Config) -> None:
+        start(config.launch.threads_per_rank, config.launch.timeout_s)
+        super().__init__(config, "evaluate", len(config.evaluation.sets))
+        with self.ledger.phase("data"):
+            self.data = PromptData(None, None, {}, read_eval_sets(config, self.tokenizer))
+        with self.ledger.phase("load"):
+            self.build_engines(trainable=False)
+            for role, source in self.sources.items():
+                load_initial_weights(self.engines[role], source)
+
+
+def evaluate_model(config: Config, compare_with: Path | None) -> None:
+    """Evaluate, write ``evaluation.json``, ``samples.jsonl`` and the plots to ``output_dir``, and print the table.
+
+    Collective. The samples' seeds are those of a training run's evaluation at the checkpoint's step (0 of an HF
+    folder), so that a run's own figures come out again.
+
+    Raises:
+        TempoError: a set, the model or ``compare_with`` cannot be used.
+        RunError: sampling or verifying failed, or the folder cannot be written.
+    """
+    models = EvaluationModels(config)
+    with ExitStack() as closing:
+        closing.callback(models.progress.close)
+        other = on_rank0(lambda: None if compare_with is None else read_evaluation(compare_with))
+        step = on_rank0(partial(_step, models.sources["actor"]))
+        verifier = together(lambda: _start_verifier(models, closing))
+        engine = _start_rollout(models)
+        closing.callback(engine.close)
+        evaluator = Evaluator(models, engine, verifier)
+        models.progress.start()
+        record = _header(models, step)
+        on_rank0(lambda: _samples_file(models.output).unlink(missing_ok=True))
+        for done, prompts in enumerate(evaluator.sets, start=1):
+            with models.ledger.phase(f"evaluate {prompts.settings.name}"):
+                result = evaluator.evaluate(prompts, step, _VERSION)
+            record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, models, result, done - 1))
+            models.progress.advance(done, {})
+    on_rank0(lambda: _publish(models, record, other, compare_with))
+
+
+def _start_verifier(models: Models, closing: ExitStack) -> VerifierService | None:
+    if not models.is_main:
+        return None
+    return closing.enter_context(VerifierService({s.name: s.files for s in models.config.evaluation.sets}))
+
+
+def _start_rollout(models: Models) -> RolloutEngine:
+    data, settings = models.config.data, models.config.rollout
+    with models.ledger.phase("load"):
+        engine = RolloutEngine(
+            models.hf_dir,
+            settings,
+            max_model_len=data.max_prompt_tokens + data.max_response_tokens,
+            seed=models.config.seed,
+            stop_token_ids=models.stop_token_ids(),
+        )
+        engine.update_weights(models.engines["actor"].weight_stream(settings.bucket_mib), _VERSION)
+    return engine
+
+
+def _step(source: InitSource) -> int:
+    return int(read_manifest(source.path).get("step", 0)) if source.kind == "checkpoint" else 0
+
+
+def _header(models: Models, step: int) -> dict[str, Any]:
+    config = models.config
+    return {
+        "format": FORMAT,
+        "models": {role: {"path": str(source.path), "kind": source.kind} for role, source in models.sources.items()},
+        "step": step,
+        "seed": config.seed,
+        "bootstrap": BOOTSTRAP,
+        "environment": {**environment(), "world_size": world_size()},
+        "config": config.model_dump(mode="json"),
+        "sets": {},
+    }
+
+
+def _samples_file(output: Path) -> Path:
+    """Where samples are written until all sets are done."""
+    output.mkdir(parents=True, exist_ok=True)
+    return output / f"{SAMPLES_FILE}.tmp"
+
+
+def _finish_set(models: Models, result: EvaluatedSet, index: int) -> dict[str, Any]:
+    """Rank 0: the set's samples to the file, its figures as the return value."""
+    settings = models.config.evaluation.sets[index]
+    with _samples_file(models.output).open("a", encoding="utf-8") as file:
+        for line in _sample_lines(settings.name, result):
+            file.write(json.dumps(json_safe(line), ensure_ascii=False, allow_nan=False) + "\n")
+    return set_record(
+        result.samples,
+        trained_on=settings.trained_on,
+        pass_k=models.config.evaluation.pass_k,
+        seed=models.config.seed,
+    )
+
+
+def _sample_lines(name: str, result: EvaluatedSet) -> list[dict[str, Any]]:
+    samples, batch = result.samples, result.batch
+    n = samples.samples_per_prompt
+    return [
+        {
+            "set": name,
+            "record_id": batch.record_ids[row],
+            "source": samples.sources[row // n],
+            "sample": row % n,
+            "response": batch.responses[row],
+            "finish_reason": batch.finish_reason[row],
+            "tokens": int(samples.response_tokens.flat[row]),
+            "extracted": verdict.extracted,
+            "answer": int(samples.answers.flat[row]),
+            "correct": verdict.correct,
+            "verified": verdict.verified,
+            "reason": verdict.reason,
+            "terminal_value": None if samples.values is None else float(samples.values.flat[row]),
+        }
+        for row, verdict in enumerate(result.verdicts)
+    ]
+
+
+def _publish(models: Models, record: dict[str, Any], other: dict[str, Any] | None, compare_with: Path | None) -> None:
+    """Rank 0: the files, then the table."""
+    pass_k, output = models.config.evaluation.pass_k, models.output
+    if other is not None:
+        record["comparison"] = {"with": str(compare_with), "sets": compare(record, other, models.config.seed)}
+    os.replace(_samples_file(output), output / SAMPLES_FILE)
+    written = [write_evaluation(output, record), output / SAMPLES_FILE, *write_plots(record["sets"], output)]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    title = f"{models.config.actor.init}, intervals: 95 % over prompts"
+    console.print(results_table(record["sets"], pass_k, title))
+    if other is not None:
+        console.print(comparison_table(record["comparison"]["sets"], pass_k, str(compare_with)))
+    console.print(", ".join(map(str, written)), soft_wrap=True)

@@ -1,0 +1,95 @@
+"""The models of a config on this rank, with what they are fed and what counts their time."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from tempo_megatron.checkpoint.hf_files import load_hf_config
+from tempo_megatron.checkpoint.locate import resolve_init
+from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
+from tempo_megatron.data.encode import check_tokenizer
+from tempo_megatron.errors import TempoError
+from tempo_megatron.loop.data import PromptData, SftData
+from tempo_megatron.model.build import Role
+from tempo_megatron.parallel.distributed import rank, together
+from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.telemetry.metrics import StepLog
+from tempo_megatron.telemetry.phases import PhaseLedger
+from tempo_megatron.telemetry.progress import Progress
+from tempo_megatron.training.engine import MegatronEngine
+
+
+class Models:
+    """Tokenizer and engines; the world is joined before.
+
+    Attributes:
+        sources: by role, where its first weights lie.
+        engines: by role, from ``build_engines`` on; ``engines["critic"]`` is absent where the config has no critic.
+        data: what is trained on or evaluated; whoever builds this sets it.
+        rollout_log: only on rank 0 of a run, while it is running.
+    """
+
+    data: PromptData | SftData
+
+    def __init__(self, config: Config, title: str, total: int) -> None:
+        self.config = config
+        self.output = Path(config.output_dir)
+        self.is_main = rank() == 0
+        roles = roles_of(config).items()
+        self.sources = together(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
+        self.hf_dir = self.sources["actor"].hf_dir
+        self.hf_config = together(lambda: load_hf_config(self.hf_dir))
+        self.tokenizer = together(lambda: load_tokenizer(self.hf_dir, self.hf_config.vocab_size))
+        self.progress = Progress(title, total, enabled=self.is_main)
+        self.ledger = PhaseLedger(on_phase=self.progress.phase)
+        self.engines: dict[str, MegatronEngine] = {}
+        self.hf_dirs: dict[str, Path] = {}
+        self.rollout_log: StepLog | None = None
+
+    def build_engines(self, *, trainable: bool) -> None:
+        """Every role's engine, on process groups that equal layouts share; the weights come later."""
+        groups: dict[str, ModelParallelGroups] = {}
+        for role, role_config in roles_of(self.config).items():
+            layout = role_config.parallel.model_dump_json()
+            if layout not in groups:
+                groups[layout] = ModelParallelGroups(role_config.parallel, self.config.launch.timeout_s)
+            hf_dir = self.sources[role].hf_dir
+            self.hf_dirs[role] = hf_dir
+            self.engines[role] = MegatronEngine(
+                role,
+                role_config,
+                together(partial(load_hf_config, hf_dir)),
+                groups[layout],
+                seed=self.config.seed,
+                temperature=self.config.rollout.temperature if self.config.stage != "sft" else 1.0,
+                head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
+                trainable=trainable,
+            )
+
+    def stop_token_ids(self) -> list[int]:
+        """Every end-of-sequence id of the tokenizer and of the folder's generation config."""
+        ids = {self.tokenizer.eos_token_id}
+        if (self.hf_dir / "generation_config.json").is_file():
+            extra = GenerationConfig.from_pretrained(self.hf_dir, local_files_only=True).eos_token_id
+            ids.update(extra if isinstance(extra, list) else [extra])
+        return sorted(i for i in ids if i is not None)
+
+
+def roles_of(config: Config) -> dict[Role, RoleConfig]:
+    roles: dict[Role, RoleConfig] = {"actor": config.actor}
+    if config.critic is not None:
+        roles["critic"] = config.critic
+    return roles
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of an HF folder; TempoError if it is missing or does not fit the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TempoError(f"{folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
+    check_tokenizer(tokenizer, vocab_size)
+    return tokenizer
