@@ -25,8 +25,16 @@ class CalibrationBin:
 
 
 def critic_figures(correct: Bools, values: Floats, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
-    """``critic_auroc`` (NaN when all outcomes are equal), ``critic_ece`` and ``critic_brier`` (values clamped to
-    [0, 1]) of ``[P, n]`` outcomes and terminal values."""
+    """``critic_auroc`` (NaN when all outcomes are equal), ``critic_ece`` and ``critic_brier`` (values clamped to [0, 1]).
+
+    The expected calibration error of few samples is too high, by what falls into each bin by chance, and that of a
+    resample more so: the interval of a well calibrated critic on few prompts lies too high.
+
+    Args:
+        correct: ``[P, n]`` bool.
+        values: ``[P, n]`` float64, terminal values.
+        bootstrap: of P prompts.
+    """
     chances = values.clip(0.0, 1.0)
     gaps = _by_bin(chances, chances - correct)
     ranks = _Ranks(correct, values)

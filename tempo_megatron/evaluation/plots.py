@@ -78,6 +78,7 @@ def _draw_calibration(ax: Axes, bins: list[Mapping[str, Any]], color: str) -> No
     at, accuracy = [b["mean_value"] for b in bins], [b["accuracy"] for b in bins]
     ax.bar(at, [b["samples"] / total for b in bins], width=0.06, color=CLOSED_COLOR)
     ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
-    errors = [[a["value"] - a["low"] for a in accuracy], [a["high"] - a["value"] for a in accuracy]]
+    # the ends of a percentile interval may both lie on one side of the figure
+    errors = [[max(a["value"] - a["low"], 0) for a in accuracy], [max(a["high"] - a["value"], 0) for a in accuracy]]
     ax.errorbar(at, [a["value"] for a in accuracy], errors, color=color, marker="o", ms=4, lw=1.6, elinewidth=1)
     ax.set(xlim=PROBABILITY, ylim=PROBABILITY)

@@ -29,7 +29,9 @@ def results_table(sets: Mapping[str, Mapping[str, Any]], pass_k: int, title: str
         sets: ``evaluation.json``'s.
         pass_k: the k of the columns.
     """
-    columns = _columns((s["figures"] for s in sets.values()), pass_k)
+    columns = _columns([s["figures"] for s in sets.values()], pass_k)
+    if all(s["figures"]["unverified"]["value"] == 0 for s in sets.values()):
+        columns.remove("unverified")
     table = _table(title, columns)
     for trained_on, heading in ((False, "held out"), (True, "trained on")):
         for name, s in sets.items():
@@ -44,7 +46,7 @@ def results_table(sets: Mapping[str, Mapping[str, Any]], pass_k: int, title: str
 
 def comparison_table(sets: Mapping[str, Mapping[str, Any]], pass_k: int, other: str) -> Table:
     """Paired differences with their intervals; bold where the interval leaves out 0."""
-    columns = _columns((s["differences"] for s in sets.values()), pass_k)
+    columns = _columns([s["differences"] for s in sets.values()], pass_k)
     table = _table(f"Less {other}", columns)
     for name, s in sets.items():
         cells = _cells(s["differences"], columns, sign=True)
