@@ -221,9 +221,9 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         read_evaluation(arguments.compare)  # what is wrong with it is told before the models are loaded
     if place is None and world_size > 1:
         return spawn_ranks(world_size, arguments.words)
-    from tempo_megatron.loop import evaluate
+    from tempo_megatron.loop import run_evaluation
 
-    evaluate(config, arguments.compare)
+    run_evaluation(config, arguments.compare)
     return 0
 
 

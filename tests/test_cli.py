@@ -63,7 +63,7 @@ def test_help_version_and_bad_usage(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert "torchrun --nnodes 2" in shown
-    assert all(command in shown for command in ("train", "demo", "report"))
+    assert all(command in shown for command in ("train", "evaluate", "demo", "report"))
     assert cli.main(["train", "--help"]) == 0
     assert "evaluation.sets.0.limit=64" in capsys.readouterr().out
     assert cli.main([]) == 2
@@ -117,6 +117,74 @@ def test_train_starts_several_ranks_after_checking_for_them(
     assert cli.main([*arguments, "actor.parallel.tensor_model_parallel_size=4"]) == 2
     assert "= 4 must divide the world size 2; nearest valid: 2 x 1" in capsys.readouterr().err
     assert len(spawned) == 1
+
+
+def test_overrides_may_stand_around_options(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    seen = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=lambda config: seen.append((config.steps, config.seed)))
+    assert cli.main(["train", "steps=4", "--config", str(config_file), "seed=1"]) == 0
+    assert seen == [(4, 1)]
+    assert cli.main(["train", "--config", str(config_file), "--sede", "1"]) == 2
+    assert "unrecognized arguments: --sede" in capsys.readouterr().err
+    assert cli.main(["demo", "seed=1"]) == 2
+    assert "unrecognized arguments: seed=1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> tuple[list[str], list[Any]]:
+    """Arguments of an evaluation of the model of ``config_file``, and what the loop was called with."""
+    calls: list[Any] = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run_evaluation=lambda *arguments: calls.append(arguments))
+    lengths = ["data.max_prompt_tokens=8", "data.max_response_tokens=8"]
+    model, data = config_file.parent / "model", config_file.parent / "train.parquet"
+    return ["evaluate", str(model), *lengths, "--set", f"x={data}", "--output", str(config_file.parent / "out")], calls
+
+
+def test_evaluate_runs_here_on_one_rank(evaluated: tuple[list[str], list[Any]]) -> None:
+    arguments, calls = evaluated
+    assert cli.main([*arguments, "--samples", "9", "rollout.temperature=0.5", "launch.threads_per_rank=3"]) == 0
+    ((config, compare),) = calls
+    assert (config.rollout.temperature, compare, config.critic) == (0.5, None, None)
+    assert [(s.name, s.samples_per_prompt) for s in config.evaluation.sets] == [("x", 9)]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_evaluate_starts_several_ranks_after_checking_for_them(
+    monkeypatch: pytest.MonkeyPatch, evaluated: tuple[list[str], list[Any]], capsys: pytest.CaptureFixture
+) -> None:
+    arguments, calls = evaluated
+    spawned = []
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv: spawned.append((nproc, argv)) or 7)
+    arguments = [*arguments, "launch.nproc_per_node=2"]
+    assert cli.main(arguments) == 7
+    assert spawned == [(2, arguments)]
+    assert cli.main([*arguments, "rollout.tensor_parallel_size=4"]) == 2
+    assert "rollout.tensor_parallel_size: 4 must divide the world size 2" in capsys.readouterr().err
+    assert (len(spawned), calls) == (1, [])
+
+
+def test_evaluate_refuses_bad_arguments_in_one_line(
+    evaluated: tuple[list[str], list[Any]], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    arguments, calls = evaluated
+    cases = {
+        ("--set", "x"): "command line: --set 'x' must be NAME=FILE",
+        ("--trained-on", "y"): "command line: --trained-on 'y' names no set; sets: x",
+        ("--compare", str(tmp_path / "gone.json")): "gone.json: cannot be read",
+        ("--critic", "gone"): "critic.init: 'gone' does not exist",
+        ("--config", "gone.yaml"): "gone.yaml: cannot be read",
+    }
+    for words, told in cases.items():
+        assert cli.main([*arguments, *words]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert told in shown
+        assert shown.count("\n") == 1
+    assert cli.main(["evaluate"]) == 2
+    assert "MODEL" in capsys.readouterr().err
+    assert calls == []
 
 
 # ---------------------------------------------------------------- errors of one process

@@ -25,7 +25,7 @@ class CalibrationBin:
 
 
 def critic_figures(correct: Bools, values: Floats, bootstrap: PromptBootstrap) -> dict[str, Estimate]:
-    """``critic_auroc`` (NaN when all outcomes are equal), ``critic_ece`` and ``critic_brier`` (values clamped to [0, 1]).
+    """``critic_auroc`` (NaN when all outcomes are equal); of values clamped to [0, 1] ``critic_ece``, ``critic_brier``.
 
     The expected calibration error of few samples is too high, by what falls into each bin by chance, and that of a
     resample more so: the interval of a well calibrated critic on few prompts lies too high.

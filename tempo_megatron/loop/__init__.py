@@ -21,7 +21,7 @@ def run(config: Config) -> None:
         loop.run()
 
 
-def evaluate(config: Config, compare_with: Path | None = None) -> None:
+def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
     """Evaluate the config's models on its sets; every rank of the job calls it.
 
     Args:

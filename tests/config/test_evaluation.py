@@ -173,5 +173,5 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_built(run: Path, 
 def test_a_damaged_manifest_is_told(run: Path) -> None:
     manifest = run / "checkpoints" / "step_00000007" / "manifest.json"
     manifest.write_text("{}")
-    with pytest.raises(TempoError, match="manifest.json: not a readable checkpoint manifest"):
+    with pytest.raises(TempoError, match=r"manifest\.json: not a readable checkpoint manifest"):
         request(run)

@@ -1,0 +1,182 @@
+"""The figures of a training record, and ``evaluate`` on what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tempo_megatron.evaluation.record import read_evaluation
+from tempo_megatron.evaluation.samples import Samples
+from tempo_megatron.telemetry.metrics import read_metrics
+from tests.launching import ROOT, LaunchResult, launch
+from tests.loop.cases import Inputs, make_inputs, small_tempo
+
+# ---------------------------------------------------------------- records of a training run
+
+
+def samples(*, critic: bool, sources: int = 1) -> Samples:
+    rng = np.random.default_rng(0)
+    correct = rng.random((10, 4)) < 0.5
+    return Samples(
+        record_ids=[str(i) for i in range(10)],
+        sources=[f"s{i % sources}" for i in range(10)],
+        correct=correct,
+        answers=np.where(correct, 0, 1),
+        verified=np.ones((10, 4), bool),
+        truncated=~correct,
+        response_tokens=np.ones((10, 4), int),
+        values=rng.random((10, 4)) if critic else None,
+    )
+
+
+def test_training_metrics_hold_headlines_with_intervals_and_the_critics_figures() -> None:
+    from tempo_megatron.loop.evaluate import training_metrics
+
+    metrics = training_metrics(samples(critic=True), 2, seed=0)
+    for name in ("mean@4", "pass@2", "maj@2"):
+        assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
+    assert {"critic_best@2", "critic_maj@2", "critic_auroc", "critic_ece", "critic_mean_value"} <= metrics.keys()
+    assert {"distinct@2", "answer_entropy", "unparsed", "unverified", "truncated"} <= metrics.keys()
+    assert not [name for name in metrics if "/" in name]  # one source
+    assert metrics == training_metrics(samples(critic=True), 2, seed=0)
+
+
+def test_without_a_critic_there_are_none_of_its_figures_and_sources_come_apart_where_there_are_several() -> None:
+    from tempo_megatron.loop.evaluate import training_metrics
+
+    metrics = training_metrics(samples(critic=False, sources=2), 2, seed=0)
+    assert not [name for name in metrics if "critic" in name]
+    of_sources = {name for name in metrics if "/" in name}
+    headlines = ("mean@4", "pass@2", "maj@2")
+    assert of_sources == {f"{s}/{h}{end}" for s in ("s0", "s1") for h in headlines for end in ("", "_low", "_high")}
+    assert metrics["mean@4"] == pytest.approx((metrics["s0/mean@4"] + metrics["s1/mean@4"]) / 2)
+
+
+# ---------------------------------------------------------------- the command, after a run
+
+STEPS = 1
+PROMPTS, N = 24, 8
+
+
+def _write_sets(folder: Path, inputs: Inputs) -> None:
+    """Prompts that an untrained model answers right now and then: by a single character. In two.parquet, of two
+    sources."""
+    table = pq.read_table(inputs.folder / "data" / "eval_du.parquet").slice(0, PROMPTS)
+    columns = {
+        "answer": [f"{i % 10}" for i in range(PROMPTS)],
+        "answer_type": ["exact"] * PROMPTS,
+    }
+    for file, sources in (("one", ["one"] * PROMPTS), ("two", ["one"] * 10 + ["two"] * (PROMPTS - 10))):
+        for name, values in {**columns, "source": sources}.items():
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+        pq.write_table(table, folder / f"{file}.parquet")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResult]:
+    """A run that evaluates at its end, and then ``evaluate``: on the run; and on its actor as an HF folder, on two
+    sources, without a critic and compared with the first."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    inputs = make_inputs(folder / "inputs")
+    _write_sets(folder, inputs)
+    sets = [
+        {"name": "D_U", "files": [str(folder / "one.parquet")], "samples_per_prompt": N, "trained_on": True},
+        {"name": "held", "files": [str(folder / "one.parquet")], "samples_per_prompt": 2, "limit": 5},
+    ]
+    settings = {
+        **small_tempo(inputs),
+        "output_dir": folder / "run",
+        "steps": STEPS,
+        "launch.nproc_per_node": 1,
+        "data.max_response_tokens": 1,
+        "evaluation.at_start": "false",
+        "evaluation.pass_k": 2,
+        "evaluation.sets": json.dumps(sets),
+    }
+    train = ["train", "--config", str(ROOT / "configs/demo/tempo.yaml"), *(f"{k}={v}" for k, v in settings.items())]
+    first = ["evaluate", str(folder / "run")]
+    config = ["--config", str(folder / "run" / "config.yaml")]
+    chosen = ["--set", f"D_U={folder / 'two.parquet'}", "--samples", str(N), "--output", str(folder / "second")]
+    compare = ["--compare", str(folder / "run" / "evaluation" / "evaluation.json")]
+    second = ["evaluate", str(inputs.folder / "model"), *config, *chosen, *compare, "rollout.temperature=0.9"]
+    commands = folder / "commands.json"
+    commands.write_text(json.dumps([train, first, second]))
+    return folder, launch(["-m", "tests.loop.evaluate_worker", commands], 1, 150).check()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_runs_own_figures_come_out_again(launched: tuple[Path, LaunchResult]) -> None:
+    folder, result = launched
+    recorded = read_metrics(folder / "run" / "metrics.jsonl")[-1]
+    evaluation = read_evaluation(folder / "run" / "evaluation" / "evaluation.json")
+    assert (evaluation["step"], evaluation["seed"]) == (STEPS, 0)
+    compared = 0
+    for name, s in evaluation["sets"].items():
+        for figure, estimate in s["figures"].items():
+            if (key := f"eval/{name}/{figure}") in recorded:
+                compared += 1
+                if "critic" in figure and "@" not in figure:  # added up in another order
+                    expected = recorded[key]
+                    assert estimate["value"] == (None if expected is None else pytest.approx(expected, abs=1e-9)), key
+                else:
+                    assert estimate["value"] == recorded[key], key
+            if f"eval/{name}/{figure}_low" in recorded:
+                ends = (recorded[f"eval/{name}/{figure}_low"], recorded[f"eval/{name}/{figure}_high"])
+                assert (estimate["low"], estimate["high"]) == ends
+    assert compared >= 28
+    assert 0 < recorded[f"eval/D_U/mean@{N}"] < 1
+    assert "held out" in result.stdout
+    assert "trained on" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_files_of_an_evaluation(launched: tuple[Path, LaunchResult]) -> None:
+    folder, _ = launched
+    written = {p.name for p in (folder / "run" / "evaluation").iterdir()}
+    assert written == {"evaluation.json", "samples.jsonl", "pass_at_k.png", "calibration.png"}
+    evaluation = read_evaluation(folder / "run" / "evaluation" / "evaluation.json")
+    rows = lines(folder / "run" / "evaluation" / "samples.jsonl")
+    assert len(rows) == PROMPTS * N + 5 * 2
+    d_u = evaluation["sets"]["D_U"]
+    accuracy = np.mean([r["correct"] for r in rows if r["set"] == "D_U"])
+    assert accuracy == pytest.approx(d_u["figures"][f"mean@{N}"]["value"])
+    assert [r["record_id"] for r in rows[: PROMPTS * N : N]] == d_u["per_prompt"]["record_id"]
+    assert all(math.isfinite(r["terminal_value"]) for r in rows)
+    assert evaluation["config"]["evaluation"]["pass_k"] == 2
+    assert {role: m["kind"] for role, m in evaluation["models"].items()} == {
+        "actor": "checkpoint",
+        "critic": "checkpoint",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_an_hf_folder_without_a_critic_by_source_and_compared(launched: tuple[Path, LaunchResult]) -> None:
+    folder, result = launched
+    evaluation = read_evaluation(folder / "second" / "evaluation.json")
+    assert evaluation["models"].keys() == {"actor"}
+    assert (evaluation["step"], evaluation["config"]["rollout"]["temperature"]) == (0, 0.9)
+    (d_u,) = evaluation["sets"].values()
+    assert {name: part["prompts"] for name, part in d_u["sources"].items()} == {"one": 10, "two": PROMPTS - 10}
+    assert not [name for name in d_u["figures"] if "critic" in name]
+    assert all(r["terminal_value"] is None for r in lines(folder / "second" / "samples.jsonl"))
+    comparison = evaluation["comparison"]["sets"]["D_U"]
+    first = read_evaluation(folder / "run" / "evaluation" / "evaluation.json")["sets"]["D_U"]
+    assert comparison["prompts"] == PROMPTS
+    for name, difference in comparison["differences"].items():
+        expected = d_u["figures"][name]["value"] - first["figures"][name]["value"]
+        assert difference["value"] == pytest.approx(expected, abs=1e-12), name
+    assert "Less" in result.stdout
