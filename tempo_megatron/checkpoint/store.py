@@ -266,6 +266,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """What the loop saved with a checkpoint; empty where there was none (converted weights). TempoError if damaged."""
+    path = folder / "state.json"
+    if not path.is_file():
+        return {}
+    with one_line(TempoError, f"{path}: {UNREADABLE}"):
+        state: dict[str, Any] = json.loads(path.read_text())["trainer"]
+        return state
+
+
 def _optimizer_kind(config: RoleConfig) -> dict[str, Any]:
     return {"distributed": config.optimizer.distributed, "dtype": config.dtype}
 

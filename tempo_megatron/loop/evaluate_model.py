@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tempo_megatron.checkpoint.hf_engine import load_initial_weights
 from tempo_megatron.checkpoint.locate import InitSource
-from tempo_megatron.checkpoint.store import read_manifest
+from tempo_megatron.checkpoint.store import read_manifest, read_trainer_state
 from tempo_megatron.config.schema import Config
 from tempo_megatron.evaluation.plots import write_plots
 from tempo_megatron.evaluation.record import (
@@ -57,8 +57,8 @@ class EvaluationModels(Models):
 def evaluate_model(config: Config, compare_with: Path | None) -> None:
     """Evaluate, write ``evaluation.json``, ``samples.jsonl`` and the plots to ``output_dir``, and print the table.
 
-    Collective. The samples' seeds are those of a training run's evaluation at the checkpoint's step (0 of an HF
-    folder), so that a run's own figures come out again.
+    Collective. The samples' seeds are those of a training run's evaluation after as many policy updates as are behind
+    the checkpoint (an HF folder: 0), so that a run's own figures come out again.
 
     Raises:
         TempoError: a set, the model or ``compare_with`` cannot be used.
@@ -68,17 +68,17 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
     with ExitStack() as closing:
         closing.callback(models.progress.close)
         other = on_rank0(lambda: None if compare_with is None else read_evaluation(compare_with))
-        step = on_rank0(partial(_step, models.sources["actor"]))
+        step, updates = on_rank0(partial(_progress, models.sources["actor"]))
         verifier = together(lambda: _start_verifier(models, closing))
         engine = _start_rollout(models)
         closing.callback(engine.close)
         evaluator = Evaluator(models, engine, verifier)
         models.progress.start()
-        record = _header(models, step)
+        record = _header(models, step, updates)
         on_rank0(lambda: _samples_file(models.output).unlink(missing_ok=True))
         for done, prompts in enumerate(evaluator.sets, start=1):
             with models.ledger.phase(f"evaluate {prompts.settings.name}"):
-                result = evaluator.evaluate(prompts, step, _VERSION)
+                result = evaluator.evaluate(prompts, updates, _VERSION)
             record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, models, result, done - 1))
             models.progress.advance(done, {})
     on_rank0(lambda: _publish(models, record, other, compare_with))
@@ -104,16 +104,20 @@ def _start_rollout(models: Models) -> RolloutEngine:
     return engine
 
 
-def _step(source: InitSource) -> int:
-    return int(read_manifest(source.path).get("step", 0)) if source.kind == "checkpoint" else 0
+def _progress(source: InitSource) -> tuple[int, int]:
+    """Step and policy updates behind the weights; 0 where nothing is known of them."""
+    if source.kind != "checkpoint":
+        return 0, 0
+    return read_manifest(source.path)["step"], read_trainer_state(source.path).get("updates", 0)
 
 
-def _header(models: Models, step: int) -> dict[str, Any]:
+def _header(models: Models, step: int, updates: int) -> dict[str, Any]:
     config = models.config
     return {
         "format": FORMAT,
         "models": {role: {"path": str(source.path), "kind": source.kind} for role, source in models.sources.items()},
         "step": step,
+        "policy_updates": updates,
         "seed": config.seed,
         "bootstrap": BOOTSTRAP,
         "environment": {**environment(), "world_size": world_size()},
