@@ -25,9 +25,12 @@ def write_plots(sets: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Pat
     with matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
             figure = draw(sets)
-            if figure is not None:
-                written.append(folder / f"{name}.png")
-                figure.savefig(written[-1], dpi=DPI)
+            path = folder / f"{name}.png"
+            if figure is None:
+                path.unlink(missing_ok=True)  # an earlier evaluation's
+            else:
+                figure.savefig(path, dpi=DPI)
+                written.append(path)
     return written
 
 

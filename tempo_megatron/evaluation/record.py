@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,26 @@ def _figures(samples: Samples, scores: Mapping[str, Floats], bootstrap: PromptBo
     return {name: asdict(figure) for name, figure in figures.items()}
 
 
-def compare(record: Mapping[str, Any], other: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Figures of ``record`` less those of ``other``, set by set, on the prompts that both have.
+def require_common_prompts(record_ids: Mapping[str, Iterable[str]], other: Mapping[str, Any]) -> None:
+    """TempoError unless ``other`` has a set of the same name with a prompt of it; to be asked before sampling.
 
-    Raises:
-        TempoError: the two share no set with a prompt in common.
+    Args:
+        record_ids: of each set's prompts.
     """
-    sets = {name: _compare_set(ours, other["sets"][name], seed) for name, ours in record["sets"].items()
-            if name in other["sets"]}  # fmt: skip
-    sets = {name: found for name, found in sets.items() if found["prompts"]}
-    if not sets:
-        raise TempoError(
-            f"--compare: its sets ({', '.join(other['sets'])}) and those evaluated here ({', '.join(record['sets'])}) "
-            "have no prompt in common, by name of the set and id of the record"
-        )
-    return sets
+    for name, ids in record_ids.items():
+        if name in other["sets"] and not set(ids).isdisjoint(other["sets"][name]["per_prompt"]["record_id"]):
+            return
+    raise TempoError(
+        f"--compare: its sets ({', '.join(other['sets'])}) and those evaluated here ({', '.join(record_ids)}) "
+        "have no prompt in common, by name of the set and id of the record"
+    )
+
+
+def compare(record: Mapping[str, Any], other: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Figures of ``record`` less those of ``other``, for every set, on the prompts that both have."""
+    shared = [name for name in record["sets"] if name in other["sets"]]
+    sets = {name: _compare_set(record["sets"][name], other["sets"][name], seed) for name in shared}
+    return {name: found for name, found in sets.items() if found["prompts"]}
 
 
 def _compare_set(ours: Mapping[str, Any], theirs: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tempo_megatron.evaluation.record import (
     FORMAT,
     compare,
     read_evaluation,
+    require_common_prompts,
     set_record,
     write_evaluation,
 )
@@ -67,7 +68,7 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
     models = EvaluationModels(config)
     with ExitStack() as closing:
         closing.callback(models.progress.close)
-        other = on_rank0(lambda: None if compare_with is None else read_evaluation(compare_with))
+        other = on_rank0(partial(_comparison, models, compare_with))
         step, updates = on_rank0(partial(_progress, models.sources["actor"]))
         verifier = together(lambda: _start_verifier(models, closing))
         engine = _start_rollout(models)
@@ -82,6 +83,15 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
             record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, models, result, done - 1))
             models.progress.advance(done, {})
     on_rank0(lambda: _publish(models, record, other, compare_with))
+
+
+def _comparison(models: Models, file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    assert isinstance(models.data, PromptData)
+    other = read_evaluation(file)
+    require_common_prompts({p.settings.name: [r.id for r in p.records] for p in models.data.eval_sets}, other)
+    return other
 
 
 def _start_verifier(models: Models, closing: ExitStack) -> VerifierService | None:

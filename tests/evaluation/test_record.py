@@ -11,7 +11,14 @@ from rich.console import Console
 
 from tempo_megatron.errors import TempoError
 from tempo_megatron.evaluation.plots import write_plots
-from tempo_megatron.evaluation.record import FORMAT, compare, read_evaluation, set_record, write_evaluation
+from tempo_megatron.evaluation.record import (
+    FORMAT,
+    compare,
+    read_evaluation,
+    require_common_prompts,
+    set_record,
+    write_evaluation,
+)
 from tempo_megatron.evaluation.samples import Samples
 from tempo_megatron.evaluation.table import comparison_table, results_table
 
@@ -66,6 +73,9 @@ def test_without_a_critic_there_are_no_critic_figures(tmp_path):
     assert not [name for name in made["held"]["figures"] if "critic" in name]
     assert [p.name for p in write_plots(made, tmp_path)] == ["pass_at_k.png"]
     assert "critic" not in printed(results_table(made, 2, "x"))
+    (tmp_path / "calibration.png").touch()  # of an earlier evaluation
+    write_plots(made, tmp_path)
+    assert not (tmp_path / "calibration.png").exists()
 
 
 def test_undefined_figures_are_null_and_a_dash(tmp_path):
@@ -110,13 +120,17 @@ def test_comparison_is_paired_by_record_and_names_what_both_have():
     assert compare(ours, ours, seed=0)["held"]["differences"]["pass@2"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-@pytest.mark.parametrize("name", ["other", "held"])
-def test_nothing_to_compare_is_told(name):
-    theirs = record(**{name: samples(3)})
-    ids = theirs["sets"][name]["per_prompt"]["record_id"]
-    ids[:] = [f"other{i}" for i in ids]
-    with pytest.raises(TempoError, match=rf"--compare: its sets \({name}\) and those evaluated here \(held\) have no"):
-        compare(record(held=samples()), theirs, seed=0)
+def test_nothing_to_compare_is_told_before_sampling():
+    theirs = record(held=samples(3), other=samples(2))
+    require_common_prompts({"new": ["r0"], "held": ["r9", "r2"]}, theirs)
+    for ours in ({"held": ["r3"]}, {"new": ["r0"]}):
+        with pytest.raises(
+            TempoError, match=r"its sets \(held, other\) and those evaluated here \(\w+\) have no prompt"
+        ):
+            require_common_prompts(ours, theirs)
+    other_ids = record(held=samples(3))
+    other_ids["sets"]["held"]["per_prompt"]["record_id"] = ["x", "y", "z"]
+    assert compare(theirs, other_ids, seed=0) == {}
 
 
 @pytest.mark.parametrize(
