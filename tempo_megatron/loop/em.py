@@ -45,7 +45,7 @@ class EMLoop:
         self.guard = GuardedRun(session, self.algorithm.guard, active=self.algorithm.guard.enabled and watches)
         self.step = 0  # iterations, critic-only ones included
         self.updates = 0  # policy updates
-        self.version = 0  # of the weights that vLLM runs: grows with every sync
+        self.version = -1  # of the weights that vLLM runs: grows with every sync
         self.last_change = 0  # step after which the policy was last another one
         self.entropy = math.nan  # of the policy, last measured
         self._closing = ExitStack()
