@@ -359,6 +359,34 @@ class AlgorithmConfig(Section):
         return merged
 
 
+class JudgeConfig(Section):
+    """An OpenAI-compatible endpoint that compares answers (``answer_type`` judge); off unless both names are given."""
+
+    base_url: str | None = Field(None, description="such as http://host:8000/v1; /chat/completions is asked there")
+    model: str | None = Field(None, description="the model's name at that endpoint")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with the key; unset: no key is sent")
+    timeout_s: float = Field(60.0, gt=0, description="longest wait for one reply, seconds")
+    retries: int = Field(2, ge=0, description="further attempts after a timeout, a refused connection, 429 or 5xx")
+    max_tokens: int = Field(2048, ge=1, description="of one reply, the judge's own reasoning included")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> JudgeConfig:
+        if (self.base_url is None) != (self.model is None):
+            raise ValueError(f"base_url: {self.base_url} and model: {self.model} must be given together")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url: {self.base_url} must start with http:// or https://")
+        return self
+
+
+class VerifierConfig(Section):
+    """The processes that check answers; docs/verifiers.md has the kinds of answer."""
+
+    workers: int = Field(2, ge=1, description="processes beside rank 0; more of them let a judge answer in parallel")
+    timeout_s: float = Field(5.0, gt=0, description="longest time for one answer, seconds; then it is unverified")
+    memory_limit_mib: int = Field(4096, ge=256, description="address space of one worker, MiB")
+    judge: JudgeConfig = JudgeConfig()
+
+
 class EvalSet(Section):
     name: str = Field(description="as in the metric keys eval/<name>/...")
     files: list[str] = Field(description="prompt parquet; every row needs an answer")
@@ -420,6 +448,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    verifier: VerifierConfig = VerifierConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -181,7 +181,7 @@ class EMLoop:
         sources = {s.name: s.files for s in self.config.evaluation.sets}
         if self.config.data.oracle_files:
             sources[ORACLE_SOURCE] = self.config.data.oracle_files
-        return self._closing.enter_context(VerifierService(sources))
+        return self._closing.enter_context(VerifierService(sources, self.config.verifier))
 
     def _evaluation_is_due(self, last: bool, moved: bool) -> bool:
         settings = self.config.evaluation

@@ -1,86 +1,109 @@
-"""Verification in a process of its own: bounded time and memory, and answers that the trainer never holds.
+"""Verification in processes of their own: bounded time and memory, and answers that the trainer never holds.
 
-The child reads the answers of evaluation sets from their files by itself; the trainer sends record ids and responses.
+The workers read the answers of evaluation sets from their files themselves; the trainer sends record ids and responses.
+A check that fails (time, memory, a dead worker, a library's error) makes that one response unverified and is counted.
 """
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
-from tempo_megatron.data.prompts import read_eval_answers
-from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.verifiers.process import recv_json, send_json, spawn_child
-from tempo_megatron.verifiers.registry import extract, verify
+from tempo_megatron.config.schema import VerifierConfig
+from tempo_megatron.errors import TempoError
+from tempo_megatron.verifiers.kinds import judge
+from tempo_megatron.verifiers.pool import Reply, WorkerPool
+from tempo_megatron.verifiers.registry import kind_named
 from tempo_megatron.verifiers.verdict import Clustered, Verdict
 
-Answers = Mapping[str, Mapping[str, tuple[str, str]]]  # source -> record id -> (answer, kind)
+_START_TIMEOUT_S = 120.0
+_GRACE_S = 3.0  # the worker interrupts itself first; the parent is for code that can't be interrupted
 
 
 class VerifierService:
-    """One verifier process.  Use as a context manager, or ``close`` it.
+    """The verifier's workers.  Use as a context manager, or ``close`` it.
+
+    Attributes:
+        failures: how many checks failed so far, by cause: timeout, memory, crash, error (a bug in a kind or its
+            library) and undecided (the judge's endpoint, or a known answer that can't be computed).
 
     Args:
-        sources: name of each evaluation set -> its parquet files (``data.prompts``), read by the child.
-        timeout_s: longest time for one call, seconds; a child that takes longer is killed, and a new one is started
-            for the next call.
-        start_timeout_s: longest time for starting the child and reading the files, seconds.
-        memory_limit_mib: address space of the child, MiB.
+        sources: name of each evaluation set -> its parquet files (``data.prompts``), read by the workers.
+        config: number of workers, their limits, and the judge.
 
     Raises:
-        TempoError: a file of ``sources`` can't be used.
-        RunError: the child did not start.
+        TempoError: a file of ``sources`` can't be used, or it needs a judge and none is configured.
+        RunError: a worker did not start.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, Sequence[str]],
-        *,
-        timeout_s: float = 60.0,
-        start_timeout_s: float = 120.0,
-        memory_limit_mib: int = 8192,
-    ) -> None:
-        self._sources = {name: [str(f) for f in files] for name, files in sources.items()}
-        self._timeout_s = timeout_s
-        self._start_timeout_s = start_timeout_s
-        self._memory_limit_mib = memory_limit_mib
-        self._child: tuple[BaseProcess, Connection] | None = None
+    def __init__(self, sources: Mapping[str, Sequence[str]], config: VerifierConfig | None = None) -> None:
+        self._config = VerifierConfig() if config is None else config
+        files = {name: [str(f) for f in paths] for name, paths in sources.items()}
+        limit_s = self._config.timeout_s
+        if judge.is_configured(self._config.judge):
+            limit_s = max(limit_s, judge.longest_wait(self._config.judge))
+        self.failures: Counter[str] = Counter()
         self._closed = False
-        self._start()
+        self._pool = WorkerPool(
+            (files, self._config),
+            self._config.workers,
+            patience_s=limit_s + _GRACE_S,
+            start_timeout_s=_START_TIMEOUT_S,
+            memory_limit_mib=self._config.memory_limit_mib,
+        )
+
+    @property
+    def restarts(self) -> int:
+        """How many workers were replaced so far."""
+        return self._pool.restarts
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return self._pool.pids
 
     def score(self, items: Sequence[tuple[str, str, str]]) -> list[Verdict]:
         """Verdicts of ``(response, answer, kind)``, in order.
 
         Raises:
-            TempoError: unknown kind or malformed answer.
-            RunError: no verdict in time, out of memory, or the child died.
+            TempoError: unknown kind, malformed answer, or a judge that isn't configured.
+            RunError: a worker did not start.
         """
-        return self._verdicts({"items": [list(item) for item in items]}, f"{len(items)} labeled responses")
+        return [self._verdict(r) for r in self._run("verify", items, [kind for _, _, kind in items])]
 
     def score_records(self, source: str, items: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Verdicts of ``(record id, response)`` against the answers of ``source``, in order.
 
         Raises:
             TempoError: unknown source or record id.
-            RunError: as ``score``.
+            RunError: a worker did not start.
         """
-        request = {"source": source, "items": [list(item) for item in items]}
-        return self._verdicts(request, f"{len(items)} responses of source {source!r}")
+        return [self._verdict(r) for r in self._run("record", [(source, *item) for item in items], [])]
 
     def cluster(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[list[Clustered]]:
-        """Clusters of equal answers in each group of (kind, responses of one prompt)."""
-        request = {"groups": [[kind, list(responses)] for kind, responses in groups], "items": [0]}
-        reply = self._exchange(request, self._timeout_s, "comparing")
-        return [[Clustered(*c) for c in found] for found in reply]
+        """Equal answers among the responses to one prompt, for each ``(kind, responses)``.
+
+        As ``cluster_answers``; a response whose extraction or comparison fails is unreadable, and counted.
+
+        Raises:
+            TempoError: unknown kind, or a judge that isn't configured.
+            RunError: a worker did not start.
+        """
+        items = [(kind, response) for kind, responses in groups for response in responses]
+        replies = iter(self._run("extract", items, [kind for kind, _ in items]))
+        extracted = [[self._result(next(replies)) for _ in responses] for _, responses in groups]
+        clusters = self._cluster_texts([(kind, texts) for (kind, _), texts in zip(groups, extracted, strict=True)])
+        return [
+            [Clustered(None, None) if t is None else Clustered(found.get(t), t) for t in texts]
+            for texts, found in zip(extracted, clusters, strict=True)
+        ]
 
     def close(self) -> None:
-        """Ends the child; further calls are refused."""
+        """Ends the workers; further calls are refused."""
         self._closed = True
-        self._stop_child()
+        self._pool.close()
 
     def __enter__(self) -> VerifierService:
         return self
@@ -90,112 +113,56 @@ class VerifierService:
     ) -> None:
         self.close()
 
-    def _verdicts(self, request: dict[str, Any], what: str) -> list[Verdict]:
+    def _cluster_texts(self, groups: Sequence[tuple[str, Sequence[str | None]]]) -> list[dict[str, int]]:
+        """Text -> cluster, per group.
+
+        In rounds: the first text without a cluster represents the next one and is compared with all that are left, in
+        all groups at the same time.  That is the greedy assignment, with one exchange per round.
+        """
+        found: list[dict[str, int]] = [{} for _ in groups]
+        left = [list(dict.fromkeys(t for t in texts if t is not None)) for _, texts in groups]
+        counts = [0] * len(groups)
+        while any(left):
+            pairs: list[tuple[int, str, str, str]] = []
+            for g, texts in enumerate(left):
+                if not texts:
+                    continue
+                representative, left[g] = texts[0], texts[1:]
+                found[g][representative] = counts[g]
+                if kind_named(groups[g][0]).equal_is_identity:
+                    found[g] |= {text: counts[g] + 1 + i for i, text in enumerate(left[g])}
+                    left[g] = []
+                pairs += [(g, groups[g][0], representative, text) for text in left[g]]
+            replies = self._run("equal", [pair[1:] for pair in pairs], [pair[1] for pair in pairs])
+            for (g, _, _, text), reply in zip(pairs, replies, strict=True):
+                same = self._result(reply)
+                if same:
+                    found[g][text] = counts[g]
+                if same is None or same:
+                    left[g].remove(text)
+            counts = [count + 1 for count in counts]
+        return found
+
+    def _run(self, operation: str, items: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[Reply]:
         if self._closed:
             raise ValueError("this VerifierService is closed")
-        if not request["items"]:
+        if not items:
             return []
-        if self._child is None:
-            self._start()
-        reply = self._exchange(request, self._timeout_s, f"checking {what}")
-        return [Verdict(*fields) for fields in reply]
+        for kind in set(kinds):
+            kind_named(kind)
+            if kind == judge.KIND.name:
+                judge.require(self._config.judge)
+        replies = self._pool.run(operation, items, kinds)
+        if refused := next((r["refused"] for r in replies if "refused" in r), None):
+            raise TempoError(refused)
+        self.failures.update(r["failure"] for r in replies if "failure" in r)
+        return replies
 
-    def _start(self) -> None:
-        self._child = spawn_child("verifier", _serve, self._sources, memory_limit_mib=self._memory_limit_mib)
-        self._exchange(None, self._start_timeout_s, f"starting and reading {sorted(self._sources)}")
+    def _verdict(self, reply: Reply) -> Verdict:
+        if "failure" in reply:
+            return Verdict(False, None, reply["reason"], verified=False)
+        return Verdict(*reply["result"])
 
-    def _exchange(self, request: Any, limit_s: float, what: str) -> Any:
-        """Sends ``request`` unless None and returns the reply's result; whatever goes wrong ends the child."""
-        assert self._child is not None
-        process, conn = self._child
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            process.kill()  # ends a blocked send or receive below, too
-
-        deadline = threading.Timer(limit_s, expire)
-        deadline.daemon = True
-        deadline.start()
-        reply: dict[str, Any] | None = None
-        try:
-            if request is not None:
-                send_json(conn, request)
-            reply = recv_json(conn)
-        except (EOFError, OSError) as lost:
-            process.join(5)
-            if expired.is_set():
-                raise RunError(f"verifier: {what} took more than {limit_s:g} s; its process was killed") from lost
-            raise RunError(
-                f"verifier: its process died (exit code {process.exitcode}; it may use {self._memory_limit_mib} MiB) "
-                f"while {what}"
-            ) from lost
-        finally:
-            deadline.cancel()
-            if reply is None or expired.is_set() or "ended" in reply:
-                self._stop_child()
-        if reply.get("ended") == "memory":
-            raise RunError(f"verifier: out of memory (limit {self._memory_limit_mib} MiB) while {what}")
-        if "refused" in reply:
-            raise TempoError(reply["refused"])
-        return reply["result"]
-
-    def _stop_child(self) -> None:
-        if self._child is None:
-            return
-        process, conn = self._child
-        self._child = None
-        conn.close()  # an idle child reads EOF and returns
-        process.join(1)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _serve(conn: Connection, sources: dict[str, list[str]]) -> None:
-    """The child: reads the answers, then replies to requests until the pipe closes."""
-    try:
-        answers = {name: read_eval_answers(files) for name, files in sources.items()}
-        send_json(conn, {"result": None})
-        while True:
-            send_json(conn, _reply(recv_json(conn), answers))
-    except EOFError:
-        return
-    except TempoError as error:
-        send_json(conn, {"refused": str(error), "ended": "files"})
-    except MemoryError:
-        send_json(conn, {"ended": "memory"})
-        raise SystemExit("verifier: out of memory") from None  # for when our reply is lost in a broken pipe
-
-
-def _reply(request: dict[str, Any], answers: Answers) -> dict[str, Any]:
-    # Anything else that a verifier raises is a bug: it ends the child, with its traceback, and the call with an error.
-    try:
-        if "groups" in request:
-            found = []
-            for kind, responses in request["groups"]:
-                texts = [extract(r, kind) for r in responses]
-                seen: list[str] = sorted({t for t in texts if t is not None})
-                found.append([[None if t is None else seen.index(t), t] for t in texts])
-            return {"result": found}
-        if "source" in request:
-            known = _source(request["source"], answers)
-            items = [(response, *_answer(known, request["source"], record)) for record, response in request["items"]]
-        else:
-            items = request["items"]
-        verdicts = [verify(response, answer, kind) for response, answer, kind in items]
-    except TempoError as error:
-        return {"refused": str(error)}
-    return {"result": [[v.correct, v.extracted, v.reason, v.details, v.verified] for v in verdicts]}
-
-
-def _source(name: str, answers: Answers) -> Mapping[str, tuple[str, str]]:
-    if name not in answers:
-        raise TempoError(f"verifier: unknown source {name!r}; known: {', '.join(sorted(answers)) or 'none'}")
-    return answers[name]
-
-
-def _answer(known: Mapping[str, tuple[str, str]], source: str, record: str) -> tuple[str, str]:
-    if record not in known:
-        raise TempoError(f"verifier: source {source!r} has no record {record!r}")
-    return known[record]
+    def _result(self, reply: Reply) -> Any:
+        """The result, None when the check failed."""
+        return reply.get("result")

@@ -19,7 +19,9 @@ class Verdict:
             None when the response has none.
         reason: a few words for logs and reports.
         details: further measurements in [0, 1], by name; the same names for every response of one kind.
-        verified: False if the check itself failed; ``correct`` then says nothing.
+        verified: False when the check itself failed (time, memory, a dead worker, a library's error), as ``reason``
+            says.  ``correct`` is then False but means nothing: in training the response has no outcome, in
+            evaluation it counts as wrong and the share of such responses is shown.
     """
 
     correct: bool
@@ -30,29 +32,53 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Clustered:
+    """Where one of several responses to a prompt belongs.
+
+    Attributes:
+        cluster: index among the prompt's distinct answers, in order of first appearance; None when unreadable.
+        extracted: the final answer in normal form; None when the response has none.
+    """
+
+    cluster: int | None
+    extracted: str | None
+
+
+class CheckFailedError(Exception):
+    """A kind could not decide; the message says why.  The response is then unverified, not wrong."""
+
+
+def _same_text(a: str, b: str) -> bool:
+    return a == b
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of answer.
 
     Attributes:
         name: what the ``answer_type`` column calls it.
-        grade: ``(response, answer) -> Verdict``; the answer has passed ``answer_problem``.
+        grade: ``(response, answer) -> Verdict``; the answer has passed ``answer_problem``.  May raise CheckFailedError.
         answer_problem: why a given text can't be an answer of this kind (what would be right), or None.  A malformed
             answer would otherwise make every response wrong in silence.
+        extract: the final answer of a response in normal form, without knowing the right one; None when there is none.
+        equal: are two extracted texts the same answer?  ``grade`` decides by the same code.  May raise
+            CheckFailedError.
+        warm_up: slow imports, done before a time limit runs.
     """
 
     name: str
     grade: Callable[[str, str], Verdict]
     answer_problem: Callable[[str], str | None]
+    extract: Callable[[str], str | None]
+    equal: Callable[[str, str], bool] = _same_text
+    warm_up: Callable[[], object] = _nothing
 
-
-@dataclass(frozen=True, slots=True)
-class Clustered:
-    """A response's place among the samples of its prompt.
-
-    Attributes:
-        cluster: the same number for equal answers; None without an answer.
-        extracted: as in :class:`Verdict`.
-    """
-
-    cluster: int | None
-    extracted: str | None
+    @property
+    def equal_is_identity(self) -> bool:
+        """Are two extracted texts the same answer only when they are the same text?"""
+        return self.equal is _same_text

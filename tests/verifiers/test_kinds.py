@@ -3,21 +3,23 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers import Verdict, answer_problem, kind_names, verify
+from tempo_megatron.verifiers import Verdict, answer_problem, cluster_answers, kind_names, verify
 from tempo_megatron.verifiers.boxed import last_boxed
+from tempo_megatron.verifiers.registry import kind_named
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 
 def test_kinds_are_found_by_their_files() -> None:
-    assert kind_names() == ["exact", "guess_check", "int", "reasoning_gym"]
+    own = ["choice", "exact", "guess_check", "int", "json_grid", "judge", "math", "reasoning_gym", "text"]
+    assert kind_names() == own
 
 
 def test_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(TempoError, match=r"unknown answer_type 'maths'; known kinds: exact, guess_check, int"):
+    with pytest.raises(TempoError, match=r"unknown answer_type 'maths'; known kinds: choice, exact, guess_check, "):
         verify("1", "1", "maths")
 
 
@@ -152,28 +154,112 @@ def test_malformed_answers_are_told(answer: str, kind: str) -> None:
     assert "\n" not in str(error.value)
 
 
-MILLION = 10**6
+def test_grid_cells_are_counted() -> None:
+    answer = '{"House 1": {"Name": "Eric", "Drink": "tea"}, "House 2": {"Name": "Arnold", "Drink": "milk"}}'
+    half = '{"solution": {"House 1": {"Name": "Eric", "Drink": "milk"}, "House 2": {"Name": "Arnold"}}}'
+    assert verify(half, answer, "json_grid").details == {"cell_accuracy": 0.5}
+    assert verify("no grid", answer, "json_grid").details == {"cell_accuracy": 0.0}
+    assert verify(answer, answer, "json_grid").details == {"cell_accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extracted", "clusters"),
+    [
+        ("int", ["1", "2", None, "1"], [0, 1, None, 0]),
+        ("math", ["1/2", r"\frac{\sqrt{4}}{4}", "3", "1/2", None, r"\sqrt{9}"], [0, 0, 1, 0, None, 1]),
+        ("math", [None, None], [None, None]),
+        ("choice", ["AB", "A", "AB"], [0, 1, 0]),
+        ("exact", [], []),
+    ],
+)
+def test_clusters(kind: str, extracted: list[str | None], clusters: list[int | None]) -> None:
+    assert cluster_answers(extracted, kind) == clusters
+
+
+def test_an_answer_beyond_computing_leaves_other_texts_unverified() -> None:
+    assert verify(r"\boxed{\int_0^1 x\,dx}", r"\int_0^1 x\,dx", "math").correct
+    verdict = verify(r"\boxed{1/2}", r"\int_0^1 x\,dx", "math")
+    assert not verdict.correct
+    assert not verdict.verified
+    assert "can't be computed" in verdict.reason
+
+
+def test_a_monster_is_wrong_and_not_unverified() -> None:
+    verdict = verify(r"\boxed{9^{9^{9^9}}}", "42", "math")
+    assert (verdict.correct, verdict.verified) == (False, True)
+
+
+LONG = 10**5
 HOSTILE = {
-    "digits": "7" * MILLION,
-    "commas": "7,777" * (MILLION // 5),
-    "unicode digits": "٤" * MILLION,
-    "open braces": r"\boxed{" + "{" * MILLION,
-    "open boxes": r"\boxed{" * (MILLION // 7),
-    "nested boxes": r"\boxed{" * (MILLION // 8) + "}" * (MILLION // 8),
-    "box and blanks": r"\boxed" + " " * MILLION,
-    "boxed digits": r"\boxed{" + "7" * MILLION + "}",
-    "blanks": " " * MILLION,
-    "backslashes": r"\boxed" + "\\" * MILLION,
-    "semicolons": ";" * MILLION,
-    "surrogates": "\ud800" * MILLION,
+    "digits": "7" * LONG,
+    "commas": "7,777" * (LONG // 5),
+    "unicode digits": "٤" * LONG,
+    "open braces": r"\boxed{" + "{" * LONG,
+    "open boxes": r"\boxed{" * (LONG // 7),
+    "nested boxes": r"\boxed{" * (LONG // 8) + "}" * (LONG // 8),
+    "many boxes": r"\boxed{8}" * (LONG // 9),
+    "box and blanks": r"\boxed" + " " * LONG,
+    "boxed digits": r"\boxed{" + "7" * LONG + "}",
+    "boxed nines": r"\boxed{" + "9" * 301 + "}",
+    "blanks": " " * LONG,
+    "backslashes": r"\boxed" + "\\" * LONG,
+    "semicolons": ";" * LONG,
+    "surrogates": "\ud800" * LONG,
+    "nulls": "\0" * LONG,
+    "statements": "the answer is " * (LONG // 14),
+    "letters": "A, " * (LONG // 3),
+    "stars": "answer: " + "*" * LONG,
+    "json open": '{"a":' * (LONG // 5),
+    "json arrays": '{"a":' + "[" * LONG,
+    "json numbers": '{"a":' + "9" * LONG,
+    "json empty": "{}" * (LONG // 2),
+    "deep parentheses": r"\boxed{" + "(" * 140 + "7" + ")" * 140 + "}",
+    "deep fractions": r"\boxed{" + r"\frac{1}{1+" * 20 + "7" + "}" * 20 + "}",
+    "shallow parentheses": r"\boxed{" + "(" * 7 + "8" + ")" * 7 + "}",
+    "long sum": r"\boxed{" + "1+" * 145 + "1}",
+    "long product": r"\boxed{" + "x" * 290 + "}",
+    "long list": r"\boxed{" + "8," * 148 + "8}",
+    "many roots": r"\boxed{" + r"\sqrt{8}" * 36 + "}",
+    "many letters": r"\boxed{" + "abcdefgh" * 36 + "}",
+    "commands": r"\boxed{" + r"\frac" * 58 + "}",
+    "unknown commands": r"\boxed{" + r"\foo{8}" * 40 + "}",
+    "powers": r"\boxed{" + "8^" * 100 + "8}",
+    "braced powers": r"\boxed{" + "9^{" * 7 + "9" + "}" * 7 + "}",
+    "factorials": r"\boxed{9" + "!" * 200 + "}",
+    "minus signs": r"\boxed{" + "-" * 299 + "}",
+    "relations": r"\boxed{" + "x<" * 100 + "x}",
+    "plus minus": r"\boxed{" + r"\pm 7" * 50 + "}",
+    "units": r"\boxed{8 " + "cm " * 90 + "}",
+    "texts": r"\boxed{" + r"\text{a}" * 37 + "}",
+    "ands": r"\boxed{" + "8 and " * 45 + "8}",
+    "matrix": r"\boxed{\begin{pmatrix}" + "8&" * 100 + r"8\end{pmatrix}}",
+}
+KNOWN = {
+    "int": "7",
+    "exact": "the one",
+    "guess_check": ANSWER,
+    "math": "7",
+    "choice": "C",
+    "text": "the one",
+    "json_grid": '{"House 1": {"Name": "Eric"}}',
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_cheap_and_wrong(name: str) -> None:
+    kind_named("math").warm_up()
     start = time.process_time()
-    for kind, answer in (("int", "7"), ("exact", "7"), ("guess_check", ANSWER)):
+    for kind, answer in KNOWN.items():
         verdict = verify(HOSTILE[name], answer, kind)
         assert not verdict.correct
         assert len(verdict.extracted or "") <= MAX_ANSWER_CHARS
     assert time.process_time() - start < 5  # a quadratic scan takes minutes
+
+
+@pytest.mark.parametrize("kind", sorted(KNOWN.keys() - {"math"}))
+@given(text=st.text() | st.text(alphabet=r"\boxed{}ABC(),. answer is:*42;{\"'" + "\n"))
+@settings(deadline=2000, max_examples=60)
+def test_any_text_has_a_verdict(kind: str, text: str) -> None:
+    verdict = verify(text, KNOWN[kind], kind)
+    assert kind_named(kind).extract(text) == verdict.extracted
+    assert not verdict.correct or verdict.extracted is not None

@@ -30,4 +30,9 @@ def _answer_problem(answer: str) -> str | None:
     return f"longer than {MAX_ANSWER_CHARS} characters" if length > MAX_ANSWER_CHARS else None
 
 
-KIND = Kind("exact", _grade, _answer_problem)
+def _extract(response: str) -> str | None:
+    got = _normal(final_answer(response))
+    return got if 0 < len(got) <= MAX_ANSWER_CHARS else None
+
+
+KIND = Kind("exact", _grade, _answer_problem, _extract)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from tempo_megatron.verifiers.verdict import Kind, Verdict
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
 DIGITS = "0123456789abc"
 MODULUS = len(DIGITS)
@@ -49,4 +49,9 @@ def _answer_problem(answer: str) -> str | None:
     return None
 
 
-KIND = Kind("guess_check", _grade, _answer_problem)
+def _extract(response: str) -> str | None:
+    match = _RESPONSE.fullmatch(response) if len(response) <= MAX_ANSWER_CHARS else None
+    return match[1] if match is not None and len(match[1]) == len(match[2]) else None
+
+
+KIND = Kind("guess_check", _grade, _answer_problem, _extract)

@@ -30,7 +30,7 @@ def normal_integer(text: str) -> str | None:
 
 
 def _grade(response: str, answer: str) -> Verdict:
-    got = normal_integer(final_answer(response))
+    got = _extract(response)
     if got is None:
         return Verdict(False, None, "no integer as final answer")
     correct = got == normal_integer(answer)
@@ -41,4 +41,8 @@ def _answer_problem(answer: str) -> str | None:
     return "not an integer in ASCII digits" if normal_integer(answer) is None else None
 
 
-KIND = Kind("int", _grade, _answer_problem)
+def _extract(response: str) -> str | None:
+    return normal_integer(final_answer(response))
+
+
+KIND = Kind("int", _grade, _answer_problem, _extract)

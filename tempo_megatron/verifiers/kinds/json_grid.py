@@ -1,0 +1,104 @@
+"""A filled grid as JSON (ZebraLogic): ``{"House 1": {"Name": "Eric", "Drink": "tea"}, ...}``.
+
+The final answer is the last complete JSON object of the response, or its ``solution`` where it has one.  The whole
+puzzle must be right; ``cell_accuracy`` is the share of the answer's cells that are.  Case and blanks don't count.  The
+known answer is such an object, too, or ZebraLogic's ``{"header": [...], "rows": [[...], ...]}``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tempo_megatron.verifiers.verdict import Kind, Verdict
+
+Grid = dict[str, dict[str, str]]  # row -> column -> cell
+
+_MAX_TAIL = 50_000  # characters of the response that are looked at
+_MAX_SCANNED = 10**8  # characters that unsuccessful attempts may read altogether
+_MAX_ROWS, _MAX_COLUMNS, _MAX_CELL = 50, 50, 200
+_DECODER = json.JSONDecoder()
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    """The last complete JSON object that is not inside another one."""
+    text, found, at, scanned = text[-_MAX_TAIL:], None, 0, 0
+    while (at := text.find("{", at)) >= 0 and scanned < _MAX_SCANNED:
+        try:
+            found, at = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            scanned += error.pos  # from the text's start: the error counts lines
+            at += 1
+        except (RecursionError, ValueError):  # too deep; a number of too many digits
+            scanned += 20 * len(text)
+            at += 1
+    return found if isinstance(found, dict) else None
+
+
+def _grid(found: Any) -> Grid | None:
+    """``found`` as a grid in normal form, or None when it has another structure."""
+    if isinstance(found, dict) and isinstance(found.get("solution"), dict):
+        found = found["solution"]
+    if isinstance(found, dict) and isinstance(found.get("header"), list) and isinstance(found.get("rows"), list):
+        found = _from_table(found["header"], found["rows"])
+    if not isinstance(found, dict) or not 0 < len(found) <= _MAX_ROWS:
+        return None
+    grid: Grid = {}
+    for row, cells in found.items():
+        if not isinstance(cells, dict) or not 0 < len(cells) <= _MAX_COLUMNS:
+            return None
+        grid[_normal(row)] = {_normal(column): _cell(cell) for column, cell in cells.items()}
+    return grid
+
+
+def _from_table(header: list[Any], rows: list[Any]) -> dict[str, Any] | None:
+    if not all(isinstance(r, list) and len(r) == len(header) > 1 for r in rows):
+        return None
+    return {f"{header[0]} {r[0]}": dict(zip(map(str, header[1:]), r[1:], strict=True)) for r in rows}
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())[: _MAX_CELL + 1]
+
+
+def _cell(value: Any) -> str:
+    """Normal form of a cell; of anything but a string or an integer, a text that no answer has."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return "\0"
+    text = _normal(value if isinstance(value, str) else json.dumps(value))
+    return text if len(text) <= _MAX_CELL else "\0"
+
+
+def _extract(response: str) -> str | None:
+    grid = _grid(_last_object(response))
+    return None if grid is None else json.dumps(grid, sort_keys=True)
+
+
+def _known(answer: str) -> Grid | None:
+    try:
+        return _grid(json.loads(answer))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _grade(response: str, answer: str) -> Verdict:
+    want, got = _known(answer), _grid(_last_object(response))
+    assert want is not None  # answer_problem ran before
+    if got is None:
+        return Verdict(False, None, "no grid", {"cell_accuracy": 0.0})
+    cells = [(row, column) for row, columns in want.items() for column in columns]
+    right = sum(got.get(row, {}).get(column) == want[row][column] for row, column in cells)
+    correct = right == len(cells)
+    extracted = json.dumps(got, sort_keys=True)
+    return Verdict(correct, extracted, f"{right} of {len(cells)} cells", {"cell_accuracy": right / len(cells)})
+
+
+def _answer_problem(answer: str) -> str | None:
+    grid = _known(answer)
+    if grid is None:
+        return 'not a JSON object {"House 1": {"Name": ...}, ...} or {"header": [...], "rows": [[...], ...]}'
+    cells = [cell for columns in grid.values() for cell in columns.values()]
+    return "a cell is not a short string or an integer" if "\0" in cells else None
+
+
+KIND = Kind("json_grid", _grade, _answer_problem, _extract)

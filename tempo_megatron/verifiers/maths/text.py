@@ -1,0 +1,131 @@
+r"""One spelling for one answer: LaTeX that prints alike becomes the same text."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+#: Longer answers are refused unread: no true final answer has this length, and parsing one takes long.
+MAX_CHARS = 300
+#: Brackets of all kinds inside each other.
+MAX_DEPTH = 8
+
+_SYMBOLS = {
+    "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-",
+    "\u00d7": r"\times ", "\u00f7": "/", "\u00b7": r"\cdot ", "\u2217": "*", "\u22c5": r"\cdot ",
+    "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u03b8": r"\theta ",
+    "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u2248": r"\approx ", "\u2208": r"\in ",
+    "\u00b0": r"^\circ ", "\u00b1": r"\pm ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ",
+    "\u00bd": r"\frac{1}{2}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}",
+    "\u00b2": "^{2}", "\u00b3": "^{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
+}  # fmt: skip
+_SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
+
+_NUMBER_GAP = re.compile(r"(?<=[0-9])(?:,?\\[!,;: ]|\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9]|,[0-9])")
+_LISTS = re.compile(r"[(\[]|\\\{|\\langle|\\begin")
+_REWRITES = [
+    (re.compile(r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|displaystyle|textstyle|limits|rm)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\dbinom|\\tbinom"), r"\\binom"),
+    (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname)(?=\s*\{)"), r"\\text"),
+    (re.compile(r"\\leq(?:slant)?(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"\\geq(?:slant)?(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne "),
+    (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
+    (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
+    (re.compile(r"\\lbrack(?![a-zA-Z])"), "["),
+    (re.compile(r"\\rbrack(?![a-zA-Z])"), "]"),
+    (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile(r"\\text\s*\{\s*(?:,?\s*(?:and|or)|,)\s*\}"), ", "),
+    (re.compile(r"(?<=[\s0-9})$]),?\s*(?:\band\b|\bor\b)\s*(?=[\s0-9({\\$a-z-])"), ", "),
+    (re.compile(r"(?<!\\)\\[!,;:]|(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])"), " "),
+    (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ"), r"^\\circ"),
+    (re.compile(r"(?<!\\)\*\*(?=\S)(.{1,300}?)(?<=\S)\*\*\Z"), r"\1"),
+    (re.compile(r"\s+"), " "),
+]
+_WRAPPERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+@lru_cache(maxsize=4096)
+def clean(raw: str) -> str | None:
+    """``raw`` in one spelling, or None when it is not a readable answer.
+
+    Unreadable: empty, longer than ``MAX_CHARS``, braces that don't balance, brackets deeper than ``MAX_DEPTH``,
+    control or zero-width characters, digits that are not ASCII.
+    """
+    if len(raw) > MAX_CHARS or any(_is_refused(c) for c in raw):
+        return None
+    text = _SYMBOL.sub(lambda found: _SYMBOLS[found.group()], raw)
+    text = _NUMBER_GAP.sub("", text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _unwrap(text.strip())
+    if not _LISTS.search(text):  # (2,999) is a pair
+        text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
+    return text if text and _is_balanced(text) else None
+
+
+def _is_refused(character: str) -> bool:
+    category = unicodedata.category(character)
+    if category in ("Cc", "Cf", "Cs", "Co", "Cn"):
+        return character not in "\n\t\r"
+    return category in ("Nd", "Nl") and not character.isascii()
+
+
+def _unwrap(text: str) -> str:
+    """Without math delimiters around it and the full stop after it."""
+    for _ in range(3):
+        text = text.rstrip(" .,;") if not text.endswith(("\\,", "\\;")) else text
+        for start, end in _WRAPPERS:
+            inner = text[len(start) : -len(end)]
+            if len(text) > len(start + end) and text.startswith(start) and text.endswith(end) and end not in inner:
+                text = inner.strip()
+                break
+    return text.strip().removeprefix("+").strip()
+
+
+def _is_balanced(text: str) -> bool:
+    """Braces match, and nothing is nested too deeply; ( and [ needn't match: [0, 1) is an interval."""
+    braces = depth = 0
+    for i, character in enumerate(text):
+        if character in "{}" and text[i - 1 : i] == "\\":
+            continue
+        if character in _OPEN:
+            depth += 1
+            braces += character == "{"
+        elif character in _CLOSE:
+            depth -= 1
+            braces -= character == "}"
+        if braces < 0 or depth > MAX_DEPTH:
+            return False
+    return braces == 0 and text.count(r"\{") == text.count(r"\}")
+
+
+def split_top_level(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """``text`` cut where ``separator`` matches outside all brackets: the parts and the separators between them."""
+    parts, separators, depth, start, i = [], [], 0, 0, 0
+    while i < len(text):
+        found = separator.match(text, i) if depth == 0 else None
+        if found is not None:
+            parts.append(text[start:i].strip())
+            separators.append(found.group().strip())
+            i = start = found.end()
+            continue
+        if text.startswith((r"\begin", r"\langle"), i) or text[i] in _OPEN:
+            depth += 1
+        elif text.startswith((r"\end", r"\rangle"), i) or text[i] in _CLOSE:
+            depth -= 1
+        i += 2 if text[i] == "\\" and text[i + 1 : i + 2] not in ("{", "}") else 1
+    parts.append(text[start:].strip())
+    return parts, separators
+
+
+def words(text: str) -> str:
+    r"""``text`` as plain words: no ``\text``, braces or quotes, lower case, single blanks."""
+    bare = re.sub(r"\\text\s*|[{}\"'`$]|\\(?=[%#&_ ])", "", text)
+    return " ".join(bare.casefold().split()).strip(" .")
