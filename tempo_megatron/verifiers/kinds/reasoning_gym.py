@@ -110,4 +110,4 @@ def _answer_problem(answer: str) -> str | None:
     return None
 
 
-KIND = Kind("reasoning_gym", _grade, _answer_problem, _extract)
+KIND = Kind("reasoning_gym", _grade, _answer_problem, _extract, warm_up=_factory)

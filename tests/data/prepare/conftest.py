@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tempo_megatron.data.prepare import pipeline
 from tempo_megatron.data.prepare.pipeline import Options, prepare
 from tempo_megatron.data.prepare.records import Summary
 from tempo_megatron.data.prepare.registry import data_set
-from tempo_megatron.verifiers.registry import answer_problem, kind_names
 
 Rows = list[dict[str, Any]]
 WriteRows = Callable[[str, Rows], str]
@@ -59,13 +57,3 @@ def prepared(tmp_path: Path) -> Prepare:
         return pq.read_table(output).to_pylist(), summary
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def unknown_kinds_take_any_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data set's answers are checked here by the kinds that there are."""
-
-    def problem(answer: str, kind: str) -> str | None:
-        return answer_problem(answer, kind) if kind in kind_names() else None
-
-    monkeypatch.setattr(pipeline, "answer_problem", problem)
