@@ -57,6 +57,7 @@ class Collector:
         self.kinds = {r.id: r.answer_type for pool in everything for r in pool.records}
         self._acceptance = 1.0
         self._metrics: dict[str, float] = {}
+        self._told: Counter[str] = Counter()
 
     def state_dict(self) -> dict[str, Any]:
         samplers = {"labeled": self.labeled, "unlabeled": self.unlabeled}
@@ -116,6 +117,7 @@ class Collector:
             if self.session.config.stage in ("ttrl", "empo"):
                 self._compare_answers(batch)
         self._metrics["verify/unverified"] = self._metrics.get("verify/unverified", 0) + int(unverified.sum())
+        self._tell_failures()
         # a response whose check failed has no outcome: it trains nothing
         return batch.rows((~unverified).nonzero().flatten())
 
@@ -170,6 +172,17 @@ class Collector:
 
         for members, clusters in zip(rows, on_rank0(compare) if rows else [], strict=True):
             batch.answer_cluster[members] = torch.tensor(clusters)
+
+    def _tell_failures(self) -> None:
+        """Checks that failed since the last time, by cause."""
+        if self.verifier is None:
+            return
+        new = self.verifier.failures - self._told
+        self._told = self.verifier.failures.copy()
+        self._metrics |= {f"verify/{cause}": count for cause, count in new.items()}
+        if new:
+            causes = ", ".join(f"{count} {cause}" for cause, count in new.items())
+            self.session.progress.note(f"verifier: checks failed: {causes}; these responses count as unverified")
 
     @property
     def _service(self) -> VerifierService:
