@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.critic_format import ACTIVATION, activation_change, carry_lm_head, check_activation
-from tempo_megatron.checkpoint.hf_files import copy_side_files
+from tempo_megatron.checkpoint.hf_write import copy_side_files
 from tempo_megatron.checkpoint.locate import CHECKPOINTS, hf_name
 from tempo_megatron.config.schema import CriticConfig, RoleConfig
 from tempo_megatron.errors import RunError, TempoError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from tempo_megatron.checkpoint.hf_files import load_hf_config
+from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.checkpoint.locate import resolve_init
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.encode import check_tokenizer

@@ -22,7 +22,8 @@ from tempo_megatron.checkpoint.critic_format import (
     open_hf_folder,
 )
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
-from tempo_megatron.checkpoint.hf_files import HFWriter, copy_side_files, load_hf_config
+from tempo_megatron.checkpoint.hf_read import load_hf_config
+from tempo_megatron.checkpoint.hf_write import HFWriter, copy_side_files
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.hf_models import (
     FAMILIES,

@@ -13,8 +13,7 @@ import torch
 
 from tempo_megatron.checkpoint.critic_format import open_hf_folder
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
-from tempo_megatron.checkpoint.hf_files import HFTensors, load_hf_config
-from tempo_megatron.checkpoint.hf_read import INDEX
+from tempo_megatron.checkpoint.hf_read import INDEX, HFTensors, load_hf_config
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.hf_models import classifier, policy, rewrite, stored, v_head_folder
 

@@ -16,8 +16,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tempo_megatron.checkpoint.hf_files import HFTensors, HFWriter
-from tempo_megatron.checkpoint.hf_write import dtype_change
+from tempo_megatron.checkpoint.hf_read import HFTensors
+from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
 from tempo_megatron.checkpoint.safetensors_stream import SafetensorsWriter
 from tests.checkpoint.hf_models import policy, same_tensors, stored
 

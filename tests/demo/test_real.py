@@ -140,7 +140,7 @@ def test_failed_preparation_leaves_the_previous_demo_and_can_be_repeated(
 
 @pytest.mark.slow
 def test_real_model_folder_is_a_plain_float_checkpoint(smollm2: Path) -> None:
-    from tempo_megatron.checkpoint.hf_files import HFTensors, load_hf_config
+    from tempo_megatron.checkpoint.hf_read import HFTensors, load_hf_config
     from tempo_megatron.model.families import family_of
     from tempo_megatron.model.weights import unexpected_hf_names
 

@@ -24,7 +24,7 @@ import transformers as hf  # noqa: E402
 from transformers.modeling_layers import GenericForTokenClassification  # noqa: E402
 from transformers.models.olmo3.modeling_olmo3 import Olmo3PreTrainedModel  # noqa: E402
 
-from tempo_megatron.checkpoint.hf_files import HFTensors  # noqa: E402
+from tempo_megatron.checkpoint.hf_read import HFTensors  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, ParallelConfig, RoleConfig  # noqa: E402
 from tempo_megatron.model.weights import load_hf_weights  # noqa: E402
 from tempo_megatron.parallel.distributed import start  # noqa: E402

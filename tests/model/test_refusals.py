@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tempo_megatron.checkpoint.hf_files import load_hf_config
+from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.config.layout import SUPPORTED_ARCHITECTURES, read_model_shape
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import FAMILIES, family_of

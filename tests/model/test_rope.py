@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tempo_megatron.checkpoint.hf_files import load_hf_config
+from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.model.rope import SUPPORTED_ROPES, ModelRope, rope_layer_types, rope_of_layer, ropes
 from tests.model.published import write_config
 

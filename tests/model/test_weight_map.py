@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tempo_megatron.checkpoint.hf_files import HFTensors, load_hf_config
+from tempo_megatron.checkpoint.hf_read import HFTensors, load_hf_config
 from tempo_megatron.model.build import model_dims
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import VALUE_HEAD_RULES
