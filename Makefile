@@ -4,6 +4,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 SEED ?= 0
+PART ?= claims
+SEEDS ?=
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -18,7 +21,7 @@ REAL_STAMP := $(VENV)/.real-model-$(KEY)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
-.PHONY: help demo demo-real test test-slurm parity lint lock clean
+.PHONY: help demo demo-real study test test-slurm parity lint lock clean
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -29,6 +32,9 @@ demo: $(STAMP) ## train the demo task from start to report, on two ranks [SEED=0
 
 demo-real: $(REAL_STAMP) ## a few EM steps on a real model, SmolLM2-135M-Instruct [SEED=0]
 	$(BIN)/tempo-megatron demo --real --seed $(SEED)
+
+study: $(STAMP) ## the paper's claims on several seeds, resumable [PART=all] [SEEDS=11,12] [JOBS=2]; results in runs/study
+	$(BIN)/tempo-megatron demo --study --part $(PART) --jobs $(JOBS) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: $(STAMP) ## all tests but those that need Slurm [PYTEST_ARGS="-k name"]
 	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)

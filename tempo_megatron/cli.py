@@ -52,6 +52,7 @@ LOST_PEER_TEXTS = (
 
 EXAMPLES = """examples:
   tempo-megatron demo                                     the toy task, a few minutes on two cores
+  tempo-megatron demo --study                             every method on it, over several seeds
   tempo-megatron train --config configs/x.yaml            on this node, launch.nproc_per_node ranks
   tempo-megatron train --config configs/x.yaml steps=20 actor.optimizer.lr=1e-6
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
@@ -80,6 +81,9 @@ launch.nproc_per_node ranks are started here, unless torchrun or srun started th
 
 A checkpoint evaluated with its run's settings gives the figures that the run itself recorded at that step.
 """
+
+STUDY_HELP = """Every method on the toy task, in runs/study unless --output says otherwise; with --report-only, the
+report of the runs that are finished. Seeds 0 to 5 were used to choose the settings: they are no evidence."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     part = demo.add_mutually_exclusive_group()
     part.add_argument("--prepare-only", action="store_true", help="write data and model; train by another launch")
     part.add_argument("--report-only", action="store_true", help="table and report of stages that were run")
+    study = demo.add_argument_group("study", STUDY_HELP)
+    study.add_argument("--study", action="store_true", help="several methods and seeds; goes on where it was stopped")
+    study.add_argument("--part", metavar="NAME", help="claims (default), guard, ablations, recalibration or all")
+    study.add_argument("--seeds", metavar="N,N,...", help="default: 11, 12, ... as many as the part asks for")
+    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time, a rank each; default: 2")
     demo.set_defaults(run=_demo)
 
     convert = commands.add_parser("convert", help="HF folders to Megatron checkpoints and back, without training")
@@ -228,6 +237,11 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
 
 
 def _demo(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    if arguments.study:
+        return _study(arguments)
+    for option in ("part", "seeds", "jobs"):
+        if getattr(arguments, option) is not None:
+            raise TempoError(f"command line: --{option} belongs to --study")
     from tempo_megatron.demo.run import DEMO, REAL_DEMO, run_demo
 
     if arguments.nproc < 1:
@@ -240,6 +254,20 @@ def _demo(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         prepare=not arguments.report_only,
         train=not (arguments.prepare_only or arguments.report_only),
         report=not arguments.prepare_only,
+    )
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from tempo_megatron.demo.study.command import run_study
+
+    if arguments.real or arguments.prepare_only:
+        raise TempoError(f"command line: --{'real' if arguments.real else 'prepare-only'} is not for --study")
+    return run_study(
+        part=arguments.part or "claims",
+        seeds=arguments.seeds,
+        output=arguments.output or Path("runs/study"),
+        jobs=2 if arguments.jobs is None else arguments.jobs,
+        report_only=arguments.report_only,
     )
 
 
