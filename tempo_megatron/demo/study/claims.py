@@ -136,10 +136,11 @@ def _frozen_sentences(results: Results) -> list[str]:
     fates = [frozen_fate(frozen, tempo) for tempo, frozen in _frozen_pairs(results)]
     if not fates:
         return []
-    counts = [f"{fates.count(fate)} {fate}" for fate in FATES]
     return [
-        f"Of {counted(len(fates))} with a frozen critic, {', '.join(counts[:-1])} and {counts[-1]} (differences within "
-        "the evaluation's sampling noise are none)."
+        f"Of {counted(len(fates))} with a frozen critic, at the end: "
+        + ", ".join(f"{fates.count(fate)} {fate}" for fate in FATES)
+        + ". Collapsed: below the start; as good as TEMPO: or better; differences within the evaluation's sampling "
+        "noise are none."
     ]
 
 
@@ -148,12 +149,7 @@ def _frozen_pairs(results: Results) -> list[tuple[Run, Run]]:
     return [(tempo, frozen) for tempo, frozen in pairs if tempo is not None and frozen is not None]
 
 
-FATES = (
-    "collapsed (ended below the start)",
-    "ended where they began",
-    "ended above the start but short of TEMPO",
-    "ended as good as TEMPO or better",
-)
+FATES = ("collapsed", "where it began", "short of TEMPO", "as good as TEMPO")
 
 
 def frozen_fate(frozen: Run, tempo: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from tempo_megatron.demo.study.plan import PARTS
 from tempo_megatron.demo.study.results import Results, read_results
-from tempo_megatron.demo.study.run import DONE, arm_folder, jobs_of
+from tempo_megatron.demo.study.run import DONE, Job, arm_folder, jobs_of
 
 UPDATES = (0, 15, 30, 45, 60, 75, 90)
 SETS = {"D_U": None, "D_L": 64, "held-out": 64}
@@ -29,6 +30,12 @@ AS_CLAIMED = {
 }
 
 Ends = tuple[float, float]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study names its config files from the repository's root."""
+    monkeypatch.chdir(Path(__file__).parents[3])
 
 
 def write_run(
@@ -66,12 +73,9 @@ def write_run(
     return folder
 
 
-def finish(output: Path, part: str, seed: int, arm: str) -> None:
-    """Mark a run as finished with the settings of the plan."""
-    job = next(
-        j for j in jobs_of(output, [seed], PARTS[part].arms) if j.folder.name == arm and "arms" in j.folder.parts
-    )
-    (job.folder / DONE).write_text(json.dumps({"key": job.key}))
+@functools.cache
+def jobs(output: Path, part: str, seed: int) -> dict[Path, Job]:
+    return {job.folder: job for job in jobs_of(output, [seed], PARTS[part].arms)}
 
 
 WriteArm = Callable[..., Path]
@@ -84,7 +88,7 @@ def write_arm(tmp_path: Path) -> WriteArm:
     def write(part: str, arm: str, seed: int, *ends: Ends, **options: Any) -> Path:
         found = next(a for a in PARTS[part].arms if a.name == arm)
         folder = write_run(arm_folder(tmp_path, seed, found), *ends, **options)
-        finish(tmp_path, part, seed, arm)
+        (folder / DONE).write_text(json.dumps({"key": jobs(tmp_path, part, seed)[folder].key}))
         return folder
 
     return write
