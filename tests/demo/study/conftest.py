@@ -1,10 +1,9 @@
-"""Synthetic run folders of the study's arms: finished in milliseconds, with any outcome."""
+"""Synthetic runs of the study's arms, in memory and as run folders, with any outcome."""
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import pytest
 import yaml
 
 from tempo_megatron.demo.study.plan import PARTS
-from tempo_megatron.demo.study.results import Results, read_results
-from tempo_megatron.demo.study.run import DONE, Job, arm_folder, jobs_of
+from tempo_megatron.demo.study.results import Missing, Point, Results, Run
+from tempo_megatron.demo.study.run import DONE, arm_folder, jobs_of
 
 UPDATES = (0, 15, 30, 45, 60, 75, 90)
 SETS = {"D_U": None, "D_L": 64, "held-out": 64}
+SAMPLES = {"D_U": 256 * 16, "D_L": 64 * 16, "held-out": 64 * 16}
 CRITICLESS = ("ttrl", "empo", "oracle")
 
 #: Arm -> D_U mean@16 and pass@8, each at start and end, as the paper would have it.
@@ -38,74 +38,96 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
 
 
-def write_run(
-    folder: Path,
+def _run(
+    arm: str,
+    seed: int,
     mean: Ends,
     best: Ends = (0.9, 0.9),
     *,
     labeled: Ends = (0.7, 0.95),
     auroc: float | None = 0.85,
     updates: tuple[int, ...] = UPDATES,
-    guard: Mapping[str, Any] | None = None,
-) -> Path:
-    """A run that goes evenly from start to end; without ``auroc`` it has no critic."""
+    min_accuracy: float | None = None,
+) -> Run:
+    def line(ends: Ends) -> tuple[Point, ...]:
+        return tuple(Point(u, ends[0] + (ends[1] - ends[0]) * u / updates[-1]) for u in updates)
+
+    curves = {f"{name}/mean@16": line(labeled if name == "D_L" else mean) for name in SETS}
+    curves |= {f"{name}/pass@8": line(best) for name in SETS}
+    if auroc is not None:  # undefined at the end, as where every response is right
+        curves["D_U/critic_auroc"] = line((auroc, auroc))[:-1]
+    rollbacks = None if min_accuracy is None else 1
+    return Run(arm, seed, curves, UPDATES[-1], SAMPLES, rollbacks, min_accuracy)
+
+
+def _write(run: Run, folder: Path) -> None:
+    """What ``read_run`` reads of a run folder."""
     folder.mkdir(parents=True)
     sets = [{"name": name, "samples_per_prompt": 16, "limit": limit} for name, limit in SETS.items()]
-    algorithm = {"guard": guard} if guard else {}
-    config = {"stage": "tempo", "steps": UPDATES[-1], "evaluation": {"sets": sets}, "algorithm": algorithm}
+    guard = {"enabled": run.min_accuracy is not None, "min_accuracy": run.min_accuracy}
+    config = {"stage": "tempo", "steps": run.planned, "evaluation": {"sets": sets}, "algorithm": {"guard": guard}}
     (folder / "config.yaml").write_text(yaml.dump(config))
-    lines = [{"step": 7, "policy_updates": 7, "reward/labeled_mean": 0.5}]
-    for done in updates:
-        progress = done / max(updates[-1], 1)
-        record: dict[str, Any] = {"step": done, **({"policy_updates": done} if done else {})}
-        if guard and done:
-            record["guard/rollbacks"] = 1
-        for name in SETS:
-            accuracy = labeled if name == "D_L" else mean
-            record[f"eval/{name}/mean@16"] = accuracy[0] + (accuracy[1] - accuracy[0]) * progress
-            record[f"eval/{name}/pass@8"] = best[0] + (best[1] - best[0]) * progress
-            record[f"eval/{name}/maj@8"] = record[f"eval/{name}/mean@16"]
-            record[f"eval/{name}/distinct@8"] = 3.0
-            record |= {} if auroc is None else {f"eval/{name}/critic_auroc": auroc if done < 90 else None}
-        lines.append(record)
-    lines.sort(key=lambda record: record["step"])
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    records: list[dict[str, Any]] = []
+    for updates in (p.updates for p in run.curves["D_U/mean@16"]):
+        values = {key: next((p.value for p in ps if p.updates == updates), None) for key, ps in run.curves.items()}
+        record = {"step": updates, **{f"eval/{key}": value for key, value in values.items()}}
+        if updates:  # neither is in the record of the start
+            record |= {"policy_updates": updates, "reward/labeled_mean": 0.5}
+            record |= {} if run.rollbacks is None else {"guard/rollbacks": run.rollbacks}
+        records += [record, {"step": updates + 1, "policy_updates": updates + 1, "reward/labeled_mean": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:-1]))
 
 
-@functools.cache
-def jobs(output: Path, part: str, seed: int) -> dict[Path, Job]:
-    return {job.folder: job for job in jobs_of(output, [seed], PARTS[part].arms)}
-
-
+MakeRun = Callable[..., Run]
 WriteArm = Callable[..., Path]
 
 
 @pytest.fixture
-def write_arm(tmp_path: Path) -> WriteArm:
-    """(part, arm, seed, mean, best, **of write_run) -> folder of a finished run under ``tmp_path``."""
+def make_run() -> MakeRun:
+    """(arm, seed, D_U mean@16 ends, pass@8 ends, **) -> a run that goes evenly from start to end."""
+    return _run
 
-    def write(part: str, arm: str, seed: int, *ends: Ends, **options: Any) -> Path:
-        found = next(a for a in PARTS[part].arms if a.name == arm)
-        folder = write_run(arm_folder(tmp_path, seed, found), *ends, **options)
-        (folder / DONE).write_text(json.dumps({"key": jobs(tmp_path, part, seed)[folder].key}))
+
+@pytest.fixture
+def gather() -> Callable[[str, Sequence[int], Sequence[Run]], Results]:
+    """(part, seeds, runs) -> results; other runs of the part count as not run."""
+
+    def make(part: str, seeds: Sequence[int], runs: Sequence[Run]) -> Results:
+        found: Mapping[tuple[str, int], Run] = {(run.arm, run.seed): run for run in runs}
+        wanted = [(arm.name, seed) for seed in seeds for arm in PARTS[part].arms]
+        missing = tuple(Missing(*key, "not run") for key in wanted if key not in found)
+        return Results(PARTS[part], tuple(seeds), found, missing)
+
+    return make
+
+
+@pytest.fixture
+def write_arm(tmp_path: Path) -> WriteArm:
+    """(part, run) -> folder of the finished run under ``tmp_path``."""
+
+    def write(part: str, run: Run) -> Path:
+        folder = arm_folder(tmp_path, run.seed, next(a for a in PARTS[part].arms if a.name == run.arm))
+        _write(run, folder)
+        job = next(j for j in jobs_of(tmp_path, [run.seed], PARTS[part].arms) if j.folder == folder)
+        (folder / DONE).write_text(json.dumps({"key": job.key}))
         return folder
 
     return write
 
 
 @pytest.fixture
-def claims(tmp_path: Path, write_arm: WriteArm) -> Callable[..., Results]:
+def claims(gather: Callable[..., Results]) -> Callable[..., Results]:
     """(number of seeds, **{arm: (mean ends, pass ends)}) -> results of all arms; the seeds differ a little."""
 
     def make(seeds: int, **changed: tuple[Ends, Ends]) -> Results:
         chosen = list(range(11, 11 + seeds))
+        runs = []
         for seed in chosen:
+            shift = 0.01 * (seed % 3 - 1)
             for arm, (mean, best) in (AS_CLAIMED | changed).items():
-                shift = 0.01 * (seed % 3 - 1)
                 ends = (mean[0] + shift, mean[1] + (shift if arm != "ppo" else -shift))
                 auroc = None if arm in CRITICLESS else 0.8 + shift
-                write_arm("claims", arm, seed, ends, (best[0], best[1] + shift / 2), auroc=auroc)
-        return read_results(tmp_path, PARTS["claims"], chosen)
+                runs.append(_run(arm, seed, ends, (best[0], best[1] + shift / 2), auroc=auroc))
+        return gather("claims", chosen, runs)
 
     return make

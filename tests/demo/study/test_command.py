@@ -11,11 +11,12 @@ import pytest
 from tempo_megatron import cli
 from tempo_megatron.demo.study import command
 from tempo_megatron.demo.study.command import parse_seeds, run_study
-from tempo_megatron.demo.study.results import Results
+from tempo_megatron.demo.study.results import Results, Run
 from tempo_megatron.demo.study.run import Job
 from tempo_megatron.errors import RunError, TempoError
 
 WriteArm = Callable[..., Path]
+MakeRun = Callable[..., Run]
 
 
 def report(output: Path, part: str = "claims", seeds: str | None = None) -> str:
@@ -26,8 +27,11 @@ def report(output: Path, part: str = "claims", seeds: str | None = None) -> str:
 # ---------------------------------------------------------------- the report
 
 
-def test_report_of_claims(tmp_path: Path, claims: Callable[..., Results], capsys: pytest.CaptureFixture) -> None:
-    claims(5)
+def test_report_of_claims(
+    tmp_path: Path, claims: Callable[..., Results], write_arm: WriteArm, capsys: pytest.CaptureFixture
+) -> None:
+    for run in claims(5).runs.values():
+        write_arm("claims", run)
     page = report(tmp_path)
     assert "**TEMPO keeps improving: holds.**" in page
     assert "![The paper's claims](study/claims.png)" in page
@@ -58,13 +62,13 @@ def test_report_of_a_study_without_a_finished_run(tmp_path: Path) -> None:
     assert "![" not in page and not (tmp_path / "study").exists()
 
 
-def test_pictures_of_every_part(tmp_path: Path, claims: Callable[..., Results], write_arm: WriteArm) -> None:
-    claims(1)  # one seed: no bands
-    write_arm("guard", "paper", 11, (0.4, 0.0))
-    write_arm("guard", "paper-guarded", 11, (0.4, 0.9), updates=(0, 15), guard={"enabled": True, "min_accuracy": 0.8})
-    write_arm("ablations", "every-8", 11, (0.4, 0.8))
-    write_arm("recalibration", "recalibrated-base", 11, (0.4, 0.8))
-    write_arm("recalibration", "frozen-base", 11, (0.4, 0.5), auroc=0.6)
+def test_pictures_of_every_part(tmp_path: Path, make_run: MakeRun, write_arm: WriteArm) -> None:
+    write_arm("claims", make_run("tempo", 11, (0.4, 0.9)))  # one seed: no bands
+    write_arm("guard", make_run("paper", 11, (0.4, 0.0)))
+    write_arm("guard", make_run("paper-guarded", 11, (0.4, 0.9), updates=(0, 15), min_accuracy=0.8))
+    write_arm("ablations", make_run("every-8", 11, (0.4, 0.8)))
+    write_arm("recalibration", make_run("recalibrated-base", 11, (0.4, 0.8)))
+    write_arm("recalibration", make_run("frozen-base", 11, (0.4, 0.5), auroc=0.6))
     page = report(tmp_path, part="all", seeds="11")
     assert sorted(p.name for p in (tmp_path / "study").iterdir()) == [
         "ablations.png", "claims.png", "guard.png", "recalibration.png",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tempo_megatron.demo.study.ablations import ablations_section
 from tempo_megatron.demo.study.claims import FATES, claims_section
 from tempo_megatron.demo.study.guard import guard_section
-from tempo_megatron.demo.study.plan import PARTS
 from tempo_megatron.demo.study.recalibration import Pair, cells_of, pairs_of, recalibration_section
-from tempo_megatron.demo.study.results import Results, read_results
+from tempo_megatron.demo.study.results import Results, Run
 from tempo_megatron.demo.study.section import Outcome, Section, Verdict
 
-WriteArm = Callable[..., Path]
+MakeRun = Callable[..., Run]
+Gather = Callable[..., Results]
 IMPROVING, PASS_AT_K, PLATEAU, RECALIBRATION = range(4)
-GUARDED = {"enabled": True, "min_accuracy": 0.8}
 
 
 def outcomes(section: Section) -> list[Outcome]:
@@ -94,10 +92,10 @@ def test_the_fate_of_a_frozen_critic(claims: Callable[..., Results], end: float,
 
 
 def test_missing_runs_are_told_and_the_rest_is_judged_without_them(
-    tmp_path: Path, claims: Callable[..., Results]
+    claims: Callable[..., Results], gather: Gather
 ) -> None:
-    claims(5)
-    section = claims_section(read_results(tmp_path, PARTS["claims"], [11, 12, 13, 14, 15, 16]))
+    results = claims(5)
+    section = claims_section(gather("claims", [*results.seeds, 16], list(results.runs.values())))
     assert outcomes(section)[:3] == [Outcome.HOLDS] * 3
     (sentence,) = section.sentences
     assert sentence.startswith("Missing, not run: tempo (seed 16), frozen (seed 16)")
@@ -107,16 +105,18 @@ def test_missing_runs_are_told_and_the_rest_is_judged_without_them(
 
 
 @pytest.fixture
-def guarded(tmp_path: Path, write_arm: WriteArm) -> Callable[..., Section]:
+def guarded(make_run: MakeRun, gather: Gather) -> Callable[..., Section]:
     """(seeds, D_U ends and D_L ends with the guard, of the first seed) -> the section."""
 
     def make(seeds: int, first: tuple[float, float] = (0.4, 0.9), labeled: tuple[float, float] = (0.7, 0.6)) -> Section:
         chosen = list(range(11, 11 + seeds))
+        runs = []
         for seed in chosen:
-            write_arm("guard", "paper", seed, (0.4, 0.0 if seed == 12 else 0.9), labeled=(0.7, 0.6))
-            own = {"labeled": labeled if seed == 11 else (0.7, 0.6), "guard": GUARDED}
-            write_arm("guard", "paper-guarded", seed, first if seed == 11 else (0.4, 0.8), **own)
-        return guard_section(read_results(tmp_path, PARTS["guard"], chosen))
+            ends = first if seed == 11 else (0.4, 0.8)
+            own = labeled if seed == 11 else (0.7, 0.6)
+            runs.append(make_run("paper", seed, (0.4, 0.0 if seed == 12 else 0.9), labeled=(0.7, 0.6)))
+            runs.append(make_run("paper-guarded", seed, ends, labeled=own, min_accuracy=0.8))
+        return guard_section(gather("guard", chosen, runs))
 
     return make
 
@@ -156,14 +156,13 @@ def test_labeled_accuracy_below_the_bound_fails(guarded: Callable[..., Section])
 # ---------------------------------------------------------------- ablations
 
 
-def test_ablations_tell_worse_better_and_alike(tmp_path: Path, write_arm: WriteArm) -> None:
+def test_ablations_tell_worse_better_and_alike(make_run: MakeRun, gather: Gather) -> None:
+    runs = []
     for seed in (11, 12, 13):
         shift = 0.01 * (seed - 12)
-        write_arm("ablations", "tempo", seed, (0.4, 0.90))
-        write_arm("ablations", "every-8", seed, (0.4, 0.80 + shift))
-        write_arm("ablations", "labeled-64", seed, (0.4, 0.95 + shift))
-        write_arm("ablations", "order-after", seed, (0.4, 0.90 + shift))
-    section = ablations_section(read_results(tmp_path, PARTS["ablations"], [11, 12, 13]))
+        ends = {"tempo": 0.90, "every-8": 0.80 + shift, "labeled-64": 0.95 + shift, "order-after": 0.90 + shift}
+        runs += [make_run(arm, seed, (0.4, end)) for arm, end in ends.items()]
+    section = ablations_section(gather("ablations", [11, 12, 13], runs))
     assert section.sentences[0].endswith(
         "worse are E-step every 8. Better are D_L of 64. Not told apart are values before the E-step."
     )
@@ -177,15 +176,17 @@ def test_ablations_tell_worse_better_and_alike(tmp_path: Path, write_arm: WriteA
 
 
 @pytest.fixture
-def recalibration(tmp_path: Path, write_arm: WriteArm) -> Results:
+def recalibration(make_run: MakeRun, gather: Gather) -> Results:
     """Two bases on two seeds: a poor critic that recalibration saves, a good one that it spoils; one lacks a run."""
+    runs = []
     for seed in (11, 12):
-        for kind, poor, good in (("recalibrated", 0.9, 0.80), ("frozen", 0.1, 0.95)):
-            poor_options = {"auroc": 0.6 if seed == 11 else None, "labeled": (0.7, 0.9)}
-            write_arm("recalibration", f"{kind}-weak-critic", seed, (0.4, poor), **poor_options)
-            if (kind, seed) != ("frozen", 12):
-                write_arm("recalibration", f"{kind}-strong-60", seed, (0.4, good), auroc=0.95, labeled=(0.97, 0.99))
-    return read_results(tmp_path, PARTS["recalibration"], [11, 12])
+        poor = {"auroc": 0.6 if seed == 11 else None, "labeled": (0.7, 0.9)}
+        good = {"auroc": 0.95, "labeled": (0.97, 0.99)}
+        runs.append(make_run("recalibrated-weak-critic", seed, (0.4, 0.9), **poor))
+        runs.append(make_run("frozen-weak-critic", seed, (0.4, 0.1), **poor))
+        runs.append(make_run("recalibrated-strong-60", seed, (0.4, 0.80), **good))
+    runs.append(make_run("frozen-strong-60", 11, (0.4, 0.95), **good))
+    return gather("recalibration", [11, 12], runs)
 
 
 def test_pairs_need_both_runs(recalibration: Results) -> None:
