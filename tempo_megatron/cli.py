@@ -156,10 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser("demo", help="data, sft, rlvr and tempo on a toy task (or a small real model)")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    demo.add_argument("--seed", type=int, metavar="N", help="default: 0")
     demo.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct on arithmetic, not the toy task")
     demo.add_argument("--output", type=Path, metavar="DIR", help="default: runs/demo, with --real runs/demo-real")
-    demo.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks; default: 2")
+    demo.add_argument("--nproc", type=int, metavar="N", help="ranks; default: 2")
     part = demo.add_mutually_exclusive_group()
     part.add_argument("--prepare-only", action="store_true", help="write data and model; train by another launch")
     part.add_argument("--report-only", action="store_true", help="table and report of stages that were run")
@@ -244,13 +244,14 @@ def _demo(arguments: argparse.Namespace, place: RankInfo | None) -> int:
             raise TempoError(f"command line: --{option} belongs to --study")
     from tempo_megatron.demo.run import DEMO, REAL_DEMO, run_demo
 
-    if arguments.nproc < 1:
-        raise TempoError(f"command line: --nproc {arguments.nproc} must be at least 1")
+    nproc = 2 if arguments.nproc is None else arguments.nproc
+    if nproc < 1:
+        raise TempoError(f"command line: --nproc {nproc} must be at least 1")
     return run_demo(
         REAL_DEMO if arguments.real else DEMO,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         output=arguments.output,
-        nproc=arguments.nproc,
+        nproc=nproc,
         prepare=not arguments.report_only,
         train=not (arguments.prepare_only or arguments.report_only),
         report=not arguments.prepare_only,
@@ -260,8 +261,10 @@ def _demo(arguments: argparse.Namespace, place: RankInfo | None) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from tempo_megatron.demo.study.command import run_study
 
-    if arguments.real or arguments.prepare_only:
-        raise TempoError(f"command line: --{'real' if arguments.real else 'prepare-only'} is not for --study")
+    for option in ("--real", "--prepare-only", "--seed", "--nproc"):
+        given = getattr(arguments, option[2:].replace("-", "_"))
+        if given is not None and given is not False:  # --seed 0 is given
+            raise TempoError(f"command line: {option} is not for --study, which has --seeds and --jobs")
     return run_study(
         part=arguments.part or "claims",
         seeds=arguments.seeds,

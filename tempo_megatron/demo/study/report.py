@@ -15,11 +15,11 @@ from rich.text import Text
 from tempo_megatron.demo.study.ablations import ablations_section
 from tempo_megatron.demo.study.claims import claims_section
 from tempo_megatron.demo.study.guard import guard_section
-from tempo_megatron.demo.study.intervals import LEVEL
 from tempo_megatron.demo.study.pictures import draw
 from tempo_megatron.demo.study.recalibration import recalibration_section
 from tempo_megatron.demo.study.results import Results
 from tempo_megatron.demo.study.section import Section, Table, Verdict
+from tempo_megatron.evaluation.bootstrap import LEVEL
 from tempo_megatron.telemetry.metrics import json_safe
 
 PAGE, FIGURES = "study.md", "study.json"

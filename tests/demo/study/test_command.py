@@ -128,6 +128,8 @@ def test_failed_runs_end_with_exit_code_3_after_the_report(
         (["--report-only", "--output", "/nonexistent/study"], "there is no such folder; a report needs the runs"),
         (["--real"], "command line: --real is not for --study"),
         (["--prepare-only"], "command line: --prepare-only is not for --study"),
+        (["--seed", "0"], "command line: --seed is not for --study, which has --seeds and --jobs"),
+        (["--nproc", "2"], "command line: --nproc is not for --study"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(
