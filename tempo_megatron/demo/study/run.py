@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 
+from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.demo.run import DEMO
 from tempo_megatron.demo.study.plan import Arm, Base
 from tempo_megatron.errors import RunError, TempoError
@@ -38,11 +40,14 @@ class Job:
     arguments: tuple[str, ...]
     needs: tuple[Path, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Of the settings, with the text of the config files they come from."""
-        texts = [Path(a).read_text() for a in self.arguments if a.endswith(".yaml")]
-        return hashlib.sha256(json.dumps([*self.arguments, *texts]).encode()).hexdigest()[:16]
+        """Of all settings: a change in a config file, or in one that it builds on, makes another key."""
+        told = list(self.arguments)
+        if "--config" in told:
+            file = told.index("--config") + 1
+            told.append(dump_config(load_config(told[file], told[file + 1 :])))
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @property
     def is_done(self) -> bool:

@@ -89,13 +89,18 @@ def test_a_folder_with_other_settings_is_refused_before_anything_runs(tmp_path: 
     assert order(tmp_path) == ["a"]
 
 
-def test_the_text_of_a_config_file_is_part_of_the_settings(tmp_path: Path) -> None:
-    config = tmp_path / "a.yaml"
-    config.write_text("steps: 1\n")
-    job = Job(tmp_path / "run", ("-c", "", str(config)))
-    job.folder.mkdir()
-    (job.folder / DONE).write_text(json.dumps({"key": job.key}))
-    assert job.is_done
-    config.write_text("steps: 2\n")
+def test_settings_of_a_config_and_of_what_it_builds_on_count_but_not_its_comments(tmp_path: Path) -> None:
+    base, config = tmp_path / "base.yaml", tmp_path / "a.yaml"
+    base.write_text("stage: sft\nsteps: 1\nactor: {init: x}\n")
+    config.write_text("base: base.yaml\n")
+
+    def job() -> Job:
+        return Job(tmp_path / "run", ("-m", "x", "train", "--config", str(config), "output_dir=y"))
+
+    job().folder.mkdir()
+    (job().folder / DONE).write_text(json.dumps({"key": job().key}))
+    config.write_text("# a remark\nbase: base.yaml\n")
+    assert job().is_done
+    base.write_text(base.read_text().replace("steps: 1", "steps: 2"))
     with pytest.raises(TempoError, match="other settings"):
-        _ = job.is_done
+        _ = job().is_done
