@@ -74,25 +74,21 @@ GUARD = Part(
 #: What is compared here is to show: nothing may hold it.
 _UNGUARDED = {"algorithm.guard.enabled": False}
 
+
+def _ablation(name: str, title: str, overrides: Mapping[str, object]) -> Arm:
+    return Arm(name, title, overrides={**overrides, **_UNGUARDED})
+
+
 ABLATIONS = Part(
     "ablations",
     "What do rows, frequency and order of the E-step and the size of D_L change?",
     (
         TEMPO_ARM,
-        *(
-            Arm(name, title, overrides={**overrides, **_UNGUARDED})
-            for name, title, overrides in (
-                ("rows-unlabeled", "policy trained on D_U alone", {"algorithm.mstep.rows": "unlabeled"}),
-                *((f"every-{k}", f"E-step every {k}", {"algorithm.estep.every": k}) for k in (2, 4, 8)),
-                (
-                    "every-never",
-                    "no E-step",
-                    {"algorithm.estep.every": None, "algorithm.gate.enabled": False},
-                ),
-                ("order-after", "values before the E-step", {"algorithm.estep.order": "after_values"}),
-                *((f"labeled-{n}", f"D_L of {n}", {"data.labeled_limit": n}) for n in (16, 64)),
-            )
-        ),
+        _ablation("rows-unlabeled", "policy trained on D_U alone", {"algorithm.mstep.rows": "unlabeled"}),
+        *(_ablation(f"every-{k}", f"E-step every {k}", {"algorithm.estep.every": k}) for k in (2, 4, 8)),
+        _ablation("every-never", "no E-step", {"algorithm.estep.every": None, "algorithm.gate.enabled": False}),
+        _ablation("order-after", "values before the E-step", {"algorithm.estep.order": "after_values"}),
+        *(_ablation(f"labeled-{n}", f"D_L of {n}", {"data.labeled_limit": n}) for n in (16, 64)),
     ),
     seeds=3,
 )
