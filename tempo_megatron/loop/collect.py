@@ -15,7 +15,7 @@ from tempo_megatron.algorithm.filtering import zero_variance_groups
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
-from tempo_megatron.loop.models import Models
+from tempo_megatron.loop.models import ORACLE_SOURCE, Models
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
@@ -23,9 +23,6 @@ from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.sampling import sample_seed
 from tempo_megatron.verifiers.service import VerifierService
 from tempo_megatron.verifiers.verdict import Verdict
-
-#: The verifier's name for the files with the answers of D_U, which only the oracle asks about.
-ORACLE_SOURCE = "data.oracle_files"
 
 
 @dataclass(frozen=True)

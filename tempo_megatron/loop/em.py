@@ -18,16 +18,15 @@ from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import GateConfig
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
-from tempo_megatron.loop.collect import ORACLE_SOURCE, Collected, Collector
+from tempo_megatron.loop.collect import Collected, Collector
 from tempo_megatron.loop.estep import recalibrate_critic
 from tempo_megatron.loop.evaluate import Evaluator
 from tempo_megatron.loop.guard import CONFIRM_STEPS, GuardedRun
+from tempo_megatron.loop.models import start_rollout, start_verifier
 from tempo_megatron.loop.mstep import refine_policy
 from tempo_megatron.loop.rows import critic_values
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import together
-from tempo_megatron.rollout.engine import RolloutEngine
-from tempo_megatron.verifiers.service import VerifierService
 
 
 class EMLoop:
@@ -49,8 +48,9 @@ class EMLoop:
         self.last_change = 0  # step after which the policy was last another one
         self.entropy = math.nan  # of the policy, last measured
         self._closing = ExitStack()
-        self.verifier = together(self._start_verifier)
-        self.rollout = self._start_rollout()
+        self.verifier = together(lambda: start_verifier(session, self._closing))
+        self.rollout = start_rollout(session)
+        self._closing.callback(self.rollout.close)
         self.collector = Collector(session, self.rollout, self.verifier)
         self.evaluator = Evaluator(session, self.rollout, self.verifier)
         if session.resumed is not None:
@@ -161,27 +161,6 @@ class EMLoop:
         with self.session.ledger.phase("sync"):
             stream = self.session.engines["actor"].weight_stream(self.config.rollout.bucket_mib)
             self.rollout.update_weights(stream, self.version)
-
-    def _start_rollout(self) -> RolloutEngine:
-        data = self.config.data
-        with self.session.ledger.phase("load"):
-            engine = RolloutEngine(
-                self.session.hf_dir,
-                self.config.rollout,
-                max_model_len=data.max_prompt_tokens + data.max_response_tokens,
-                seed=self.config.seed,
-                stop_token_ids=self.session.stop_token_ids(),
-            )
-        self._closing.callback(engine.close)
-        return engine
-
-    def _start_verifier(self) -> VerifierService | None:
-        if not self.session.is_main:
-            return None
-        sources = {s.name: s.files for s in self.config.evaluation.sets}
-        if self.config.data.oracle_files:
-            sources[ORACLE_SOURCE] = self.config.data.oracle_files
-        return self._closing.enter_context(VerifierService(sources, self.config.verifier))
 
     def _evaluation_is_due(self, last: bool, moved: bool) -> bool:
         settings = self.config.evaluation

@@ -28,12 +28,10 @@ from tempo_megatron.evaluation.record import (
 from tempo_megatron.evaluation.table import comparison_table, results_table
 from tempo_megatron.loop.data import PromptData, read_eval_sets
 from tempo_megatron.loop.evaluate import EvaluatedSet, Evaluator
-from tempo_megatron.loop.models import Models
+from tempo_megatron.loop.models import Models, start_rollout, start_verifier
 from tempo_megatron.parallel.distributed import on_rank0, start, together, world_size
-from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import json_safe
-from tempo_megatron.verifiers.service import VerifierService
 
 SAMPLES_FILE = "samples.jsonl"
 TABLE_WIDTH = 140  # where there is no terminal to ask
@@ -70,9 +68,10 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         closing.callback(models.progress.close)
         other = on_rank0(partial(_comparison, models, compare_with))
         step, updates = on_rank0(partial(_progress, models.sources["actor"]))
-        verifier = together(lambda: _start_verifier(models, closing))
-        engine = _start_rollout(models)
+        verifier = together(lambda: start_verifier(models, closing))
+        engine = start_rollout(models)
         closing.callback(engine.close)
+        engine.update_weights(models.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
         evaluator = Evaluator(models, engine, verifier)
         models.progress.start()
         record = _header(models, step, updates)
@@ -92,26 +91,6 @@ def _comparison(models: Models, file: Path | None) -> dict[str, Any] | None:
     other = read_evaluation(file)
     require_common_prompts({p.settings.name: [r.id for r in p.records] for p in models.data.eval_sets}, other)
     return other
-
-
-def _start_verifier(models: Models, closing: ExitStack) -> VerifierService | None:
-    if not models.is_main:
-        return None
-    return closing.enter_context(VerifierService({s.name: s.files for s in models.config.evaluation.sets}))
-
-
-def _start_rollout(models: Models) -> RolloutEngine:
-    data, settings = models.config.data, models.config.rollout
-    with models.ledger.phase("load"):
-        engine = RolloutEngine(
-            models.hf_dir,
-            settings,
-            max_model_len=data.max_prompt_tokens + data.max_response_tokens,
-            seed=models.config.seed,
-            stop_token_ids=models.stop_token_ids(),
-        )
-        engine.update_weights(models.engines["actor"].weight_stream(settings.bucket_mib), _VERSION)
-    return engine
 
 
 def _progress(source: InitSource) -> tuple[int, int]:

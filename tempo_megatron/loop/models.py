@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,15 @@ from tempo_megatron.loop.data import PromptData, SftData
 from tempo_megatron.model.build import Role
 from tempo_megatron.parallel.distributed import rank, together
 from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.telemetry.metrics import StepLog
 from tempo_megatron.telemetry.phases import PhaseLedger
 from tempo_megatron.telemetry.progress import Progress
 from tempo_megatron.training.engine import MegatronEngine
+from tempo_megatron.verifiers.service import VerifierService
+
+#: The verifier's name for the files with the answers of D_U, which only the oracle asks about.
+ORACLE_SOURCE = "data.oracle_files"
 
 
 class Models:
@@ -76,6 +82,29 @@ class Models:
             extra = GenerationConfig.from_pretrained(self.hf_dir, local_files_only=True).eos_token_id
             ids.update(extra if isinstance(extra, list) else [extra])
         return sorted(i for i in ids if i is not None)
+
+
+def start_rollout(models: Models) -> RolloutEngine:
+    """vLLM for the actor, without its weights yet."""
+    data = models.config.data
+    with models.ledger.phase("load"):
+        return RolloutEngine(
+            models.hf_dir,
+            models.config.rollout,
+            max_model_len=data.max_prompt_tokens + data.max_response_tokens,
+            seed=models.config.seed,
+            stop_token_ids=models.stop_token_ids(),
+        )
+
+
+def start_verifier(models: Models, closing: ExitStack) -> VerifierService | None:
+    """The verifier's processes beside rank 0, with the answers of the evaluation sets; ``closing`` ends them."""
+    if not models.is_main:
+        return None
+    sources = {s.name: s.files for s in models.config.evaluation.sets}
+    if models.config.data.oracle_files:
+        sources[ORACLE_SOURCE] = models.config.data.oracle_files
+    return closing.enter_context(VerifierService(sources, models.config.verifier))
 
 
 def roles_of(config: Config) -> dict[Role, RoleConfig]:

@@ -18,7 +18,7 @@ from tempo_megatron.parallel import cpu_shim
 cpu_shim.install()
 
 from tempo_megatron.config.load import load_config  # noqa: E402
-from tempo_megatron.loop import em  # noqa: E402
+from tempo_megatron.loop import models  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
@@ -44,7 +44,7 @@ def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> Rollout
     return _built[key][0]
 
 
-em.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
+models.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
 
 
 def watch(engine: MegatronEngine, seen: list[dict[str, Any]]) -> None:
