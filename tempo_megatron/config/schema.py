@@ -285,7 +285,7 @@ class GuardConfig(Section):
     action: Literal["hold", "rollback"] = Field(
         "hold",
         description="hold: no M-step (E-steps go on) until all is within bounds. rollback: back to the last good "
-        "checkpoint with a smaller actor step",
+        "checkpoint, further back each time, with a smaller actor step",
     )
     min_accuracy: float | None = Field(
         0.8, gt=0, le=1, description="accuracy on labelled rollouts, as a fraction of its start; null: not watched"
@@ -305,7 +305,7 @@ class GuardConfig(Section):
     smoothing: float = Field(0.7, ge=0, lt=1, description="weight of the past in the moving averages")
     max_hold: int = Field(20, ge=1, description="steps held in a row after which the run ends early")
     lr_factor: float = Field(0.5, gt=0, le=1, description="the actor's learning rate is multiplied by it at a rollback")
-    max_rollbacks: int = Field(3, ge=0, description="rollbacks of one run; after them the guard holds")
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks of one run; one more ends it, at a good checkpoint")
 
 
 #: What each preset changes; explicit keys win over it.  See docs/algorithm.md for the sources.

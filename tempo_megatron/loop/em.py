@@ -75,8 +75,8 @@ class EMLoop:
                     self._save()
             if self.updates < self.config.steps:
                 self.session.progress.note(
-                    f"guard: ended at policy update {self.updates} of {self.config.steps}: held for "
-                    f"{self.guard.held} steps (algorithm.guard.max_hold)"
+                    f"guard: ended at policy update {self.updates} of {self.config.steps}, after {self.guard.held} "
+                    f"steps held and {self.guard.rollbacks} rollbacks (algorithm.guard.max_hold, max_rollbacks)"
                 )
             if self.config.checkpoint.export_hf:
                 self.session.export_hf()

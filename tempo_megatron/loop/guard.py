@@ -29,7 +29,7 @@ class GuardedRun:
         self.violations: list[Violation] = []
         self.held = 0
         self.rollbacks = 0
-        self._good: int | None = None  # step of the last checkpoint known to be good
+        self._good: list[int] = []  # steps of the last checkpoints known to be good
         self._pending: list[int] = []  # of later ones
 
     @property
@@ -44,14 +44,14 @@ class GuardedRun:
     @property
     def protected(self) -> set[int]:
         """Steps whose checkpoints must stay."""
-        return {*self._pending, *({self._good} if self._good is not None else set())}
+        return {*self._pending, *self._good}
 
     def saving(self, step: int) -> None:
         """A checkpoint of ``step`` is about to be written."""
         if not self.goes_back:
             return
         if step == 0:
-            self._good = 0  # where the run began is what it is compared with
+            self._good = [0]  # where the run began is what it is compared with
         elif not self.holds:
             self._pending.append(step)
 
@@ -68,38 +68,38 @@ class GuardedRun:
         if not self.violations:
             self.held = 0
             confirmed = [s for s in self._pending if step >= s + CONFIRM_STEPS]
-            if confirmed:
-                self._good = confirmed[-1]
-                self._pending = [s for s in self._pending if s > self._good]
+            self._good = [*self._good, *confirmed][-self.config.max_rollbacks - 1 :]
+            self._pending = self._pending[len(confirmed) :]
             return None
-        self.held += 1
         self._pending = []
         told = "; ".join(map(str, self.violations))
-        if self._good is None or self.rollbacks >= self.config.max_rollbacks or not self.goes_back:
-            if self.held == 1:
-                self.session.progress.note(f"guard: step {step}: {told}; the policy is held")
-            return None
-        return self._go_back(step, told)
+        if self.goes_back and self._good:
+            return self._go_back(step, told)
+        self.held += 1
+        if self.held == 1:
+            self.session.progress.note(f"guard: step {step}: {told}; the policy is held")
+        return None
 
     def _go_back(self, step: int, told: str) -> dict[str, Any]:
-        assert self._good is not None
-        engines = self.session.engines
+        engines, target = self.session.engines, self._good[-1]
         with self.session.ledger.phase("rollback"):
-            state = resume_checkpoint(checkpoint_folder(self.session.output, self._good), engines)
+            state = resume_checkpoint(checkpoint_folder(self.session.output, target), engines)
         self.watches.go_back(state["guard"]["watches"])
-        self.violations, self.held = [], 0
+        self.violations = []
         self.rollbacks += 1
         engines["actor"].lr_scale *= self.config.lr_factor
+        if len(self._good) > 1:
+            self._good.pop()  # it led here: the next time goes back further
         self.session.progress.note(
-            f"guard: step {step}: {told}; back to the checkpoint of step {self._good}, the policy's learning rate is "
-            f"now {engines['actor'].lr_scale:g} of its schedule's"
+            f"guard: step {step}: {told}; back to the checkpoint of step {target}, the policy's learning rate is now "
+            f"{engines['actor'].lr_scale:g} of its schedule's"
         )
         return state
 
     @property
     def gave_up(self) -> bool:
-        """Whether the policy was held for so long that the run is to end."""
-        return self.held >= self.config.max_hold
+        """Whether the run is to end: held for too long, or taken back too often."""
+        return self.held >= self.config.max_hold or self.rollbacks > self.config.max_rollbacks
 
     def metrics(self) -> dict[str, float]:
         if not self.active:
@@ -127,5 +127,5 @@ class GuardedRun:
         # going back has forgiven what the averages may still say
         self.violations = self.watches.violations() if state["holds"] else []
         self.held, self.rollbacks = state["held"], state["rollbacks"]
-        self._good, self._pending = state["good"], list(state["pending"])
+        self._good, self._pending = list(state["good"]), list(state["pending"])
         self.session.engines["actor"].lr_scale = state["lr_scale"]

@@ -82,7 +82,7 @@ class FigureSpec:
 
 
 # left out of the panels of step metrics: what has panels of its own, and the spread around a mean
-NOT_A_STEP_METRIC = r"^(eval|time|memory|throughput)/|([/_])(std|min|max)$"
+NOT_A_STEP_METRIC = r"^(eval|time|memory|throughput|guard|correction)/|([/_])(std|min|max)$"
 GRADIENT_NORM = r"grad(ient)?_norm"
 LEARNING_RATE = r"[/_]lr$|learning_rate"
 MISMATCH = r"^(mismatch|log_?prob_?diff\w*|dlogp)/"
@@ -114,6 +114,18 @@ FIGURES = (
             Panel("explained\nvariance", r"explained_variance", NOT_A_STEP_METRIC),
         ),
         shade_closed_gate=True,
+    ),
+    FigureSpec(
+        "guard",
+        "Collapse guard: moving averages on fresh labelled rollouts, and their bounds",
+        (
+            Panel("accuracy", r"^guard/accuracy"),
+            Panel("with an answer,\ntruncated", r"^guard/(readable|truncated)"),
+            Panel("value less\naccuracy", r"^guard/overclaim"),
+            Panel("entropy (nats)", r"^guard/entropy"),
+            Panel("held, rollbacks,\nfactor on the rate", r"^guard/(holds|rollbacks|lr_scale)$"),
+        ),
+        of_sft=False,
     ),
     FigureSpec(
         "rewards",

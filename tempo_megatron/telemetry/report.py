@@ -35,6 +35,7 @@ SHOWN_TOKENS = 800  # of a longer response, the first and the last half of so ma
 CAPTIONS = {
     "evaluation": "Accuracy of one sample (mean@k), of the best of k (pass@k) and of the majority of k (maj@k).",
     "calibration": "How well terminal values rank right above wrong responses (AUROC: 0.5 is chance, 1 is perfect).",
+    "guard": "What the collapse guard watches on the labelled responses of every step, and where it would step in.",
     "rewards": "What the policy is rewarded with, and how long its responses are.",
     "sft": "Supervised fine-tuning of the policy.",
     "losses": "What the optimizers minimise.",

@@ -60,6 +60,9 @@ def _rl_record(rng: random.Random, stage: str, step: int, steps: int) -> dict[st
         record |= {"calibration/auroc": min(average + rng.gauss(0, 0.02), 1.0), "gate/auroc_average": average}
         record |= {
             "gate/open": int(is_open),
+            "guard/accuracy": 0.7 - 0.1 * progress,
+            "guard/accuracy_floor": 0.56,
+            "guard/holds": 0,
             "calibration/ece": 0.1 * (1 - progress),
             "calibration/explained_variance": None,
         }
