@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tempo_megatron.checkpoint.critic_format import (
+    ACTIVATION,
     LM_HEAD_FILE,
     HeadFormat,
+    activation_change,
     carry_lm_head,
+    check_activation,
     critic_folder,
     head_format_for,
     open_hf_folder,
@@ -220,3 +223,14 @@ def test_stream_is_left_open_when_writing_fails(tmp_path: Path) -> None:
     del tensors
     assert len(taken) + len(list(items)) > 20
     assert len(taken) == len(canonical(source))
+
+
+@pytest.mark.parametrize(("stored", "head"), [(None, "sigmoid"), ("sigmoid", "regression")])
+def test_a_head_of_the_other_kind_is_refused(stored: str | None, head: str) -> None:
+    with pytest.raises(TempoError, match=f"FOLDER: its value head was trained as .*critic.head: {head} must be"):
+        check_activation(stored, head, "FOLDER")
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "regression"])
+def test_a_head_of_its_own_kind_is_taken(head: str) -> None:
+    check_activation(activation_change(head).get(ACTIVATION), head, "FOLDER")

@@ -44,7 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "algorithm.mstep.minibatches": 2,
     },
     "tempo-group": {"algorithm.mstep.estimator": "group"},
-    "tempo-sigmoid": {"critic.head": "sigmoid", "algorithm.mstep.dual_clip": 3.0},
+    "tempo-sigmoid": {
+        "critic.head": "sigmoid",
+        "algorithm.mstep.dual_clip": 3.0,
+        "checkpoint.export_hf": "true",
+    },
     "frozen": {"critic.optimizer.lr": 0.0},
     "ttrl": {**D_U_ALONE, "stage": "ttrl"},
     "ttrl-all-rows": {**NO_CRITIC, "stage": "ttrl", "algorithm.mstep.advantage": "none"},
@@ -185,3 +189,14 @@ def test_frozen_critic_does_not_move(runs: Runs) -> None:
     weights = runs.results["frozen-dp2"]["weights"]
     start = AutoModelForTokenClassification.from_pretrained(runs.critic, num_labels=1).state_dict()
     assert all(torch.equal(weights[f"critic.{key}"], start[key]) for key in start)
+
+
+@pytest.mark.timeout(600)
+def test_a_sigmoid_head_is_told_wherever_the_critic_goes(runs: Runs) -> None:
+    """Read without it its values would be logits."""
+    run = runs.folder / "tempo-sigmoid-dp2"
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    for folder in (run / "hf" / "critic", checkpoint / "hf-critic"):
+        assert json.loads((folder / "config.json").read_text())["value_head_activation"] == "sigmoid", folder
+    (plain,) = (runs.folder / "ppo-dp2" / "checkpoints").iterdir()
+    assert "value_head_activation" not in json.loads((plain / "hf-critic" / "config.json").read_text())
