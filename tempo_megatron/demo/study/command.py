@@ -16,6 +16,7 @@ from tempo_megatron.errors import RunError, TempoError
 
 #: First of the seeds that a part takes by default; those below were used to choose settings, or left for it.
 FIRST_SEED = 11
+SPARE_SEEDS = 1  # a cold start may fail
 ALL = "all"
 #: Part -> seeds that were asked for, in the output folder: a report of one part keeps the chapters of the others.
 ASKED = "asked.json"
@@ -89,7 +90,7 @@ def _parts(name: str) -> list[Part]:
 
 
 def _default_seeds(part: Part) -> list[int]:
-    return list(range(FIRST_SEED, FIRST_SEED + part.seeds))
+    return list(range(FIRST_SEED, FIRST_SEED + part.seeds + SPARE_SEEDS))
 
 
 def _queue(output: Path, asked: Seeds) -> list[Job]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tempo_megatron.demo.study.intervals import Interval, over_seeds
 from tempo_megatron.demo.study.plan import Arm, Part
-from tempo_megatron.demo.study.run import arm_folder, jobs_of
+from tempo_megatron.demo.study.run import DONE, arm_folder, cold_start_failure, cold_start_folder, jobs_of
 from tempo_megatron.demo.task import EVAL_DL_SIZE, SET_SIZE
 from tempo_megatron.errors import TempoError
 from tempo_megatron.telemetry.run_folder import RunFolder, load_run
@@ -169,6 +169,9 @@ def read_results(output: Path, part: Part, seeds: Sequence[int]) -> Results:
     missing: list[Missing] = []
     for seed in seeds:
         jobs = {job.folder: job for job in jobs_of(output, [seed], part.arms)}
+        if problem := _cold_start_problem(output, seed):
+            missing.extend(Missing(arm.name, seed, problem) for arm in part.arms)
+            continue
         for arm in part.arms:
             folder = arm_folder(output, seed, arm)
             reason = None
@@ -182,6 +185,11 @@ def read_results(output: Path, part: Part, seeds: Sequence[int]) -> Results:
             else:
                 missing.append(Missing(arm.name, seed, reason))
     return Results(part, tuple(seeds), runs, tuple(missing))
+
+
+def _cold_start_problem(output: Path, seed: int) -> str | None:
+    folder = cold_start_folder(output, seed)
+    return cold_start_failure(folder) if (folder / DONE).exists() else None
 
 
 def read_run(folder: Path, arm: Arm, seed: int) -> Run:

@@ -32,7 +32,7 @@ def test_report_of_claims(
 ) -> None:
     for run in claims(5).runs.values():
         write_arm("claims", run)
-    page = report(tmp_path)
+    page = report(tmp_path, seeds="11,12,13,14,15")
     assert "**TEMPO keeps improving: holds.**" in page
     assert "![The paper's claims](study/claims.png)" in page
     assert (tmp_path / "study" / "claims.png").read_bytes().startswith(b"\x89PNG")
@@ -88,8 +88,8 @@ def test_defaults_and_the_order_of_work(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(command, "run_jobs", lambda jobs, processes, logs: queued.extend(jobs))
     output = tmp_path / "study"
     assert run_study(part="claims", seeds=None, output=output, jobs=3, report_only=False) == 0
-    assert json.loads((output / "asked.json").read_text()) == {"claims": [11, 12, 13, 14, 15]}
-    assert len(queued) == 5 * (3 + 6)
+    assert json.loads((output / "asked.json").read_text()) == {"claims": [11, 12, 13, 14, 15, 16]}
+    assert len(queued) == 6 * (3 + 6)
     assert run_study(part="guard", seeds="11", output=output, jobs=3, report_only=False) == 0
     page = (output / "study.md").read_text()  # keeps the chapter of what was asked for before
     assert "## The paper's claims" in page and "## The guard against collapse" in page

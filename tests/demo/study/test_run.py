@@ -104,3 +104,24 @@ def test_settings_of_a_config_and_of_what_it_builds_on_count_but_not_its_comment
     base.write_text(base.read_text().replace("steps: 1", "steps: 2"))
     with pytest.raises(TempoError, match="other settings"):
         _ = job().is_done
+
+
+def test_a_seed_whose_cold_start_failed_is_left_out_and_told(
+    tmp_path: Path, make_job: MakeJob, capsys: pytest.CaptureFixture
+) -> None:
+    jobs = []
+    for seed, loss in ((1, 0.28), (2, 0.47)):
+        sft = tmp_path / f"seed-{seed}" / "sft"
+        lines = "".join(json.dumps({"step": i, "sft/loss": 1.0 if i < 60 else loss}) + "\n" for i in range(110))
+        write = f"import pathlib; pathlib.Path({str(sft / 'metrics.jsonl')!r}).write_text({lines!r})"
+        sft.mkdir(parents=True)
+        jobs.append(Job(sft, ("-c", write)))
+        arm = tmp_path / f"seed-{seed}" / "arm"
+        arm.mkdir()
+        jobs.append(Job(arm, ("-c", ""), (sft,)))
+    for _ in range(2):  # as well when the cold starts are there already
+        run_jobs(jobs, 1, tmp_path / "logs")
+        assert [job.is_done for job in jobs] == [True, True, True, False]
+        told = " ".join(capsys.readouterr().out.split())
+        assert "seed-2/sft: its cold start failed: a training loss of 0.47 at the end, above 0.35" in told
+        assert "seed-1/sft: its" not in told
