@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
 from tempo_megatron.rollout.engine import RolloutEngine  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
+from tempo_megatron.verifiers.service import VerifierService  # noqa: E402
 
 _built: dict[str, tuple[RolloutEngine, Any]] = {}
 
@@ -44,6 +47,19 @@ def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> Rollout
     return _built[key][0]
 
 
+_verifiers: dict[str, VerifierService] = {}
+
+
+@contextmanager
+def shared_verifier(sources: dict[str, list[str]], config: Any) -> Iterator[VerifierService]:
+    """One set of verifier processes for all cases with the same answers; they end with this process."""
+    key = f"{sources} {config.model_dump_json()}"
+    if key not in _verifiers:
+        _verifiers[key] = VerifierService(sources, config)
+    yield _verifiers[key]
+
+
+models.VerifierService = shared_verifier  # type: ignore[assignment,misc]
 models.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
 
 
@@ -110,3 +126,5 @@ def run_case(config_file: str, overrides: list[str], out: Path) -> None:
 def main() -> None:
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run_case(case["config"], case["overrides"], Path(case["out"]))
+    for verifier in _verifiers.values():
+        verifier.close()
