@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tempo_megatron.parallel import cpu_shim
 cpu_shim.install()
 
 from tempo_megatron.config.load import load_config  # noqa: E402
-from tempo_megatron.loop import models  # noqa: E402
+from tempo_megatron.data.prompts import PromptRecord, read_prompts_isolated  # noqa: E402
+from tempo_megatron.loop import data, models  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
@@ -59,6 +61,13 @@ def shared_verifier(sources: dict[str, list[str]], config: Any) -> Iterator[Veri
     yield _verifiers[key]
 
 
+@cache
+def read_once(files: tuple[str, ...]) -> list[PromptRecord]:
+    """The reading process costs more than a small case; every file is read by one once."""
+    return read_prompts_isolated(files)
+
+
+data.read_prompts_isolated = lambda files: read_once(tuple(files))
 models.VerifierService = shared_verifier  # type: ignore[assignment,misc]
 models.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
 
