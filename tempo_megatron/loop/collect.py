@@ -244,4 +244,5 @@ def _outcomes(verdicts: list[Verdict]) -> list[float]:
 
 def decoder(models: Models) -> Callable[[list[list[int]]], list[str]]:
     """Response token ids -> texts without special tokens."""
-    return lambda ids: models.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    # transformers takes no sequences at all, which a replica without prompts has, for one empty sequence
+    return lambda ids: models.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
