@@ -24,6 +24,9 @@ from tempo_megatron.parallel import distributed
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 
+#: Fields of a batch that are NaN until something fills them.
+NOT_A_NUMBER = ("outcome", "oracle_outcome")
+
 
 def _broadcast(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Rank 0's tensors to every rank, one collective for each, while vLLM loads."""
@@ -44,7 +47,7 @@ def _decode_failing_on_last_rank(responses: list[list[int]]) -> list[str]:
 
 
 def _plain(batch: RolloutBatch) -> dict:
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "outcome"}
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in NOT_A_NUMBER}
     return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
