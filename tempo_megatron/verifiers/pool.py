@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -84,16 +84,15 @@ class WorkerPool:
         replies: list[Reply | None] = [None] * len(items)
         chunks = deque(_chunks(len(items), self._size))
         request = {"operation": operation, "kinds": sorted(set(kinds))}
-        try:
+        with ExitStack() as unfinished:
+            unfinished.callback(self.close)  # replies still on their way would be taken for those of the next call
             while chunks or any(w.chunk for w in self._workers):
                 self._grow(min(self._size, sum(w.chunk is not None for w in self._workers) + len(chunks)))
                 for worker in [w for w in self._workers if w.chunk is None]:
                     if chunks:
                         self._give(worker, chunks.popleft(), request, items)
                 self._receive(replies, chunks)
-        except BaseException:
-            self.close()  # replies still on their way would be taken for those of the next call
-            raise
+            unfinished.pop_all()
         return [r for r in replies if r is not None]
 
     def close(self) -> None:

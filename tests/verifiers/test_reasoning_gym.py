@@ -70,3 +70,18 @@ def test_missing_package_is_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch
     kind._scorer.cache_clear()
     with pytest.raises(TempoError, match="pip install"):
         verify("7", ANSWER, "reasoning_gym")
+
+
+def test_what_says_nothing_of_the_response_is_not_taken_for_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = '{"task": "x", "entry": {"answer": "1", "metadata": {}}}'
+    for error, passes in ((ValueError, False), (MemoryError, True), (OSError, True)):
+
+        def scorer(text: str, entry: dict, error: type[Exception] = error) -> float:
+            raise error
+
+        monkeypatch.setattr(kind, "_scorer", lambda task, scorer=scorer: scorer)
+        if passes:
+            with pytest.raises(error):
+                kind.KIND.grade("2", answer)
+        else:
+            assert kind.KIND.grade("2", answer).reason == "the scorer raised ValueError"

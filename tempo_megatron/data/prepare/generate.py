@@ -19,7 +19,7 @@ from tempo_megatron.data.prepare.pipeline import fingerprint
 from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, write_records
 from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers.kinds.reasoning_gym import UNSAFE_TASKS, require_package, score
+from tempo_megatron.verifiers.kinds.reasoning_gym import ODD_TEXT_ERRORS, UNSAFE_TASKS, require_package, score
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 _KIND = "reasoning_gym"
@@ -121,7 +121,5 @@ def _fits_json(value: Any) -> bool:
 def _score(task: str, entry: dict[str, Any], answer: str) -> float:
     try:
         return score(task, entry, answer)
-    except TempoError:
-        raise
-    except Exception:  # undocumented, as in the verifier, where a scorer that raises makes a response incorrect
+    except ODD_TEXT_ERRORS:  # as in the verifier
         return 0.0

@@ -61,12 +61,26 @@ def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
     return score
 
 
+#: What scorers raise for texts that they do not expect (undocumented; by many hands). Such a response is wrong;
+#: anything else, memory included, says nothing of the response and makes it unverified.
+ODD_TEXT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 def score(task: str, entry: dict[str, Any], answer: str) -> float:
     """The package's score of a bare answer, in [0, 1].
 
     Raises:
         TempoError: the package is missing.
-        Exception: whatever the task's scorer raises for texts that it does not expect.
+        ODD_TEXT_ERRORS: the task's scorer did not expect such a text.
     """
     return float(_scorer(task)(answer, entry))
 
@@ -81,10 +95,9 @@ def _grade(response: str, answer: str) -> Verdict:
     got = _extract(response)
     if got is None:
         return Verdict(False, None, f"no final answer of 1 to {MAX_ANSWER_CHARS} characters", {"score": 0.0})
-    scorer = _scorer(parts["task"])
     try:
-        value = float(scorer(got, parts["entry"]))
-    except Exception as error:  # 100 scorers by many hands: what they raise for odd text is not documented
+        value = score(parts["task"], parts["entry"], got)
+    except ODD_TEXT_ERRORS as error:
         return Verdict(False, got, f"the scorer raised {type(error).__name__}", {"score": 0.0})
     correct = value >= 1.0
     return Verdict(
