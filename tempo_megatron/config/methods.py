@@ -20,21 +20,23 @@ class Method:
         unlabeled: it draws D_U.
         critic: it trains one (on D_L).
         estimators: advantages that it may use; the first is the default.
+        asks: what the verifier has to say of unlabelled rows: which answers are equal, or which are right.
     """
 
     labeled: Literal["needed", "optional"]
     unlabeled: bool
     critic: bool
     estimators: tuple[Estimator, ...]
+    asks: Literal["nothing", "equality", "truth"] = "nothing"
 
 
 METHODS: Mapping[Stage, Method] = {
     "ppo": Method("needed", unlabeled=False, critic=True, estimators=("token",)),
     "grpo": Method("needed", unlabeled=False, critic=False, estimators=("group",)),
     "tempo": Method("needed", unlabeled=True, critic=True, estimators=("token", "group")),
-    "ttrl": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
-    "empo": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
-    "oracle": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
+    "ttrl": Method("optional", unlabeled=True, critic=False, estimators=("group",), asks="equality"),
+    "empo": Method("optional", unlabeled=True, critic=False, estimators=("group",), asks="equality"),
+    "oracle": Method("optional", unlabeled=True, critic=False, estimators=("group",), asks="truth"),
     "random": Method("optional", unlabeled=True, critic=False, estimators=("group",)),
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.filtering import zero_variance_groups
+from tempo_megatron.config.methods import METHODS
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
@@ -52,6 +53,7 @@ class Collector:
         self.labeled, self.unlabeled, self.answers = data.labeled, data.unlabeled, data.answers
         everything = [pool for pool in (data.labeled, data.unlabeled) if pool is not None]
         self.kinds = {r.id: r.answer_type for pool in everything for r in pool.records}
+        self._asks = METHODS[session.config.stage].asks
         self._acceptance = 1.0
         self._metrics: dict[str, float] = {}
         self._told: Counter[str] = Counter()
@@ -109,9 +111,9 @@ class Collector:
         batch = self._generate(draws, version)
         with self.session.ledger.phase("verify"):
             unverified = self._verify(batch)
-            if self.session.config.stage == "oracle":
+            if self._asks == "truth":
                 unverified |= self._ask_oracle(batch)
-            if self.session.config.stage in ("ttrl", "empo"):
+            if self._asks == "equality":
                 self._compare_answers(batch)
         self._metrics["verify/unverified"] = self._metrics.get("verify/unverified", 0) + int(unverified.sum())
         self._tell_failures()
