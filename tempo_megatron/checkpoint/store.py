@@ -196,6 +196,7 @@ def save_checkpoint(
             copy_side_files(hf_dir, partial / hf_name(role))
             if role == "critic":
                 carry_lm_head(hf_dir, partial / hf_name(role))
+            if role in engines:
                 _note_activation(partial / hf_name(role) / "config.json", engines[role].config)
         manifest = {
             "format": FORMAT,
