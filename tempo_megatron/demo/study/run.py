@@ -175,7 +175,7 @@ class _Queue:
         self.running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
         self.waiting: list[Job] = []
         for job in jobs:
-            if job.is_done:
+            if job.is_done and self.done.issuperset(job.needs):
                 self._complete(job)
             else:
                 self.waiting.append(job)
