@@ -65,13 +65,20 @@ class CollapseGuard:
             if not math.isnan(value):
                 self._averages[name].observe(value, self._config)
 
-    def violations(self) -> list[Violation]:
-        """Watches beyond their bounds; a watch has none before it has a start."""
+    def violations(self, margin: float = 0.0) -> list[Violation]:
+        """Watches beyond their bounds; a watch has none before it has a start.
+
+        Args:
+            margin: how much narrower the bounds are taken, as a fraction of their distance from the start.
+        """
         found = []
         for watch, bound, is_floor in self._bounds():
-            value = self._averages[watch].value
-            if (value < bound) if is_floor else (value > bound):
-                found.append(Violation(watch, value, bound))
+            average = self._averages[watch]
+            side = 1 if is_floor else -1
+            within = max(0.0, side * (average.start - bound)) if average.start is not None else 0.0
+            narrow = bound + side * margin * within
+            if side * (average.value - narrow) < 0:
+                found.append(Violation(watch, average.value, narrow))
         return found
 
     def metrics(self) -> dict[str, float]:

@@ -61,11 +61,15 @@ class EMLoop:
             self._sync()
             if self.step == 0:
                 self._begin()
-            while not self._done():
+            last = self._done()
+            while not last:
                 self.step += 1
                 updates = self.updates
                 metrics = self._em_step()
                 last = self._done()
+                if last and (state := self.guard.settle(self.step)) is not None:
+                    self._went_back(state)
+                    metrics |= self.guard.metrics()
                 if self._evaluation_is_due(last, self.updates > updates):
                     metrics |= self.evaluator.run(self.step, self.updates, self.version)
                 # the record first: a run killed in between drops it again when it resumes from the step before
@@ -136,10 +140,14 @@ class EMLoop:
         }
         state = self.guard.observe(self.step, figures)
         if state is not None:
-            self.gate.load_state_dict(state["gate"])
-            self.entropy = state["entropy"] if state["entropy"] is not None else math.nan
+            self._went_back(state)
             self.last_change = self.step  # this step's rollouts are of a policy that is gone
-            self._sync()
+
+    def _went_back(self, state: dict[str, Any]) -> None:
+        """The engines are those of an earlier checkpoint, whose ``state`` this is."""
+        self.gate.load_state_dict(state["gate"])
+        self.entropy = math.nan if state["entropy"] is None else state["entropy"]
+        self._sync()
 
     def _actor_rows(self, collected: Collected) -> torch.Tensor:
         """``[N]`` bool: what the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""

@@ -10,8 +10,11 @@ from tempo_megatron.checkpoint.store import checkpoint_folder, resume_checkpoint
 from tempo_megatron.config.schema import GuardConfig
 from tempo_megatron.loop.session import Session
 
-#: Steps without a violation after which a checkpoint counts as good: by then the averages are mostly of its policy.
+#: Steps without a violation after which a checkpoint is judged: by then the averages are mostly of its policy.
 CONFIRM_STEPS = 3
+#: It is good with this share of the way from the start to each bound to spare: a policy just inside the bounds, by
+#: averages that are noisy and late, may well be outside.
+MARGIN = 0.25
 
 
 class GuardedRun:
@@ -67,9 +70,7 @@ class GuardedRun:
         self.violations = self.watches.violations()
         if not self.violations:
             self.held = 0
-            confirmed = [s for s in self._pending if step >= s + CONFIRM_STEPS]
-            self._good = [*self._good, *confirmed][-self.config.max_rollbacks - 1 :]
-            self._pending = self._pending[len(confirmed) :]
+            self._judge_pending(step)
             return None
         self._pending = []
         told = "; ".join(map(str, self.violations))
@@ -79,6 +80,12 @@ class GuardedRun:
         if self.held == 1:
             self.session.progress.note(f"guard: step {step}: {told}; the policy is held")
         return None
+
+    def _judge_pending(self, step: int) -> None:
+        due = [s for s in self._pending if step >= s + CONFIRM_STEPS]
+        self._pending = self._pending[len(due) :]
+        if not self.watches.violations(MARGIN):
+            self._good = [*self._good, *due][-self.config.max_rollbacks - 1 :]
 
     def _go_back(self, step: int, told: str) -> dict[str, Any]:
         engines, target = self.session.engines, self._good[-1]
@@ -95,6 +102,17 @@ class GuardedRun:
             f"{engines['actor'].lr_scale:g} of its schedule's"
         )
         return state
+
+    def settle(self, step: int) -> dict[str, Any] | None:
+        """The run is about to end: at its last good checkpoint, unless the policy is good itself.
+
+        Returns:
+            As ``observe``.
+        """
+        if not self.goes_back or self.gave_up or not self._good:
+            return None
+        beyond = self.watches.violations(MARGIN)
+        return self._go_back(step, "at the end " + "; ".join(map(str, beyond))) if beyond else None
 
     @property
     def gave_up(self) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tempo_megatron.parallel import cpu_shim
 
@@ -31,6 +32,17 @@ from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E
 from tempo_megatron.verifiers.service import VerifierService  # noqa: E402
 
 _built: dict[str, tuple[RolloutEngine, Any]] = {}
+_kept_groups: set[dist.ProcessGroup] = set()
+
+
+def open_groups() -> set[dist.ProcessGroup]:
+    return set(dist.distributed_c10d._world.pg_map)
+
+
+def close_groups() -> None:
+    """Of the case that has ended: every group has threads of its own, and a run makes a dozen of them."""
+    for group in open_groups() - _kept_groups - {dist.group.WORLD}:
+        dist.destroy_process_group(group)
 
 
 def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> RolloutEngine:
@@ -43,7 +55,9 @@ def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> Rollout
         for _, close in _built.values():
             close()
         _built.clear()
+        before = open_groups()
         engine = RolloutEngine(hf_dir, config, **settings)
+        _kept_groups.update(open_groups() - before)
         _built[key] = engine, engine.close
         engine.close = lambda: None  # type: ignore[method-assign]
     return _built[key][0]
@@ -130,6 +144,7 @@ def run_case(config_file: str, overrides: list[str], out: Path) -> None:
                 for b in batches
             ]
             torch.save({"samples": samples, "seen": seen, "weights": weights}, out)
+    close_groups()
 
 
 def main() -> None:

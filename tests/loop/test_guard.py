@@ -26,6 +26,22 @@ GUARDED: dict[str, Any] = {
 }
 
 
+#: A step so large that the policy all but forgets to choose; what it may not do is far beyond even that.
+NEAR_THE_BOUND: dict[str, Any] = {
+    **GUARDED,
+    "steps": 4,
+    "actor.optimizer.lr": 0.2,
+    "algorithm.guard.action": "rollback",
+    "algorithm.guard.max_overclaim": "null",
+    "algorithm.guard.max_entropy": "null",
+    "algorithm.guard.min_entropy": 1e-9,
+    "algorithm.guard.min_readable": 1e-9,
+    "algorithm.guard.max_truncated": 1.0,
+    "algorithm.guard.start_steps": 1,
+    "algorithm.guard.smoothing": 0.0,
+}
+
+
 @pytest.mark.timeout(300)
 def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
@@ -34,8 +50,10 @@ def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
         Case("back", back),
         Case("all-kept", {**back, "checkpoint.keep": 100}),
         Case("hold", small_tempo(inputs, **GUARDED)),
+        Case("near", small_tempo(inputs, **NEAR_THE_BOUND)),
+        *(Case(f"updates-{n}", small_tempo(inputs, **{**NEAR_THE_BOUND, "steps": n})) for n in (1, 2)),
     ]
-    results = run_cases(cases, 2, tmp_path, 150)
+    results = run_cases(cases, 2, tmp_path, 200)
     records = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in results}
 
     start = AutoModelForCausalLM.from_pretrained(inputs.folder / "model").state_dict()
@@ -54,6 +72,15 @@ def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     kept = sorted(f.name for f in (tmp_path / "back" / "checkpoints").iterdir())
     assert kept[0] == "step_00000000", "the last good checkpoint outlives `keep`"
     _assert_resumes(tmp_path, results["all-kept"], back)
+    _assert_ended_at_a_good_checkpoint(results, records["near"])
+
+
+def _assert_ended_at_a_good_checkpoint(results: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """No bound was crossed, but the last policy came close to one."""
+    assert [r["guard/rollbacks"] for r in records] == [0] * (len(records) - 1) + [1]
+    final, earlier = results["near"]["weights"], [results[f"updates-{n}"]["weights"] for n in (1, 2)]
+    same = [all(torch.equal(final[k], w[k]) for k in final) for w in earlier]
+    assert any(same), "of one of the policies before"
 
 
 def _assert_resumes(folder: Path, whole: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -93,13 +93,15 @@ ABLATIONS = Part(
     seeds=3,
 )
 
+#: Many short runs, of which the ends are compared.
+_ENDS = {"algorithm.guard.enabled": False, "steps": 60, "evaluation.every": None}
 #: Critic-only steps in place of the gate: with a saturated D_L there is nothing by which a gate could open.
 _WARM_UP = {
     "algorithm.gate.auroc": 0.501,
     "algorithm.gate.close_below": 0.5,
     "algorithm.gate.min_per_class": 1,
     "algorithm.gate.min_steps": 20,
-    **_UNGUARDED,
+    **_ENDS,
 }
 
 _BASES = (
@@ -118,7 +120,7 @@ RECALIBRATION = Part(
         for base in _BASES
         for name, title, config, overrides in (
             ("recalibrated", "recalibrated", TEMPO, _WARM_UP),
-            ("frozen", "frozen", "frozen", _UNGUARDED),
+            ("frozen", "frozen", "frozen", _ENDS),
         )
     ),
     seeds=3,
