@@ -97,6 +97,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 **{
                     "actor.init": folder / "sft",
                     "rollout.samples_per_prompt": 6,
+                    "actor.max_tokens_per_microbatch": 160,
+                    "critic.max_tokens_per_microbatch": 192,
                     "data.labeled_prompts_per_step": 4,
                     "steps": STEPS,
                     # Adam turns the rounding of a gradient near 0 into a whole step unless eps is above it
