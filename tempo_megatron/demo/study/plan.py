@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 #: Key of ``configs/study``: arms without one of their own are this file with overrides.
 TEMPO = "tempo"
+#: Seeds on which the settings of the demo and of the study were chosen.
+SEEDS_OF_CHOICE = range(6)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,18 @@ class Arm:
 
 @dataclass(frozen=True)
 class Part:
-    """A question and the arms that answer it; ``seeds`` of them unless told otherwise."""
+    """A question and the arms that answer it.
+
+    Attributes:
+        seeds: how many, unless told otherwise.
+        chosen_on: seeds on which its settings were chosen: no fresh evidence.
+    """
 
     name: str
     question: str
     arms: tuple[Arm, ...]
     seeds: int
+    chosen_on: Collection[int] = SEEDS_OF_CHOICE
 
 
 TEMPO_ARM = Arm("tempo", "TEMPO")
@@ -69,6 +77,8 @@ GUARD = Part(
         Arm("paper-guarded", "paper, guarded", "paper-guarded"),
     ),
     seeds=10,
+    # which checkpoints the guard takes for good was settled after earlier runs of these three
+    chosen_on=(*SEEDS_OF_CHOICE, 12, 13, 14),
 )
 
 #: What is compared here is to show, so nothing may hold it; ends matter more than curves, which cost time.

@@ -16,6 +16,7 @@ from tempo_megatron.demo.study.ablations import ablations_section
 from tempo_megatron.demo.study.claims import claims_section
 from tempo_megatron.demo.study.guard import guard_section
 from tempo_megatron.demo.study.pictures import draw
+from tempo_megatron.demo.study.plan import Part
 from tempo_megatron.demo.study.recalibration import recalibration_section
 from tempo_megatron.demo.study.results import Results
 from tempo_megatron.demo.study.section import Section, Table, Verdict
@@ -25,9 +26,6 @@ from tempo_megatron.telemetry.metrics import json_safe
 PAGE, FIGURES = "study.md", "study.json"
 #: Folder of the pictures beside the page, which links to them: the two can be copied to another place together.
 PICTURES = "study"
-
-#: Seeds on which the settings of the demo and of the study were chosen.
-SEEDS_OF_CHOICE = range(6)
 
 SECTIONS = {
     "claims": claims_section,
@@ -99,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 def _markdown(section: Section, picture: str | None) -> str:
     part = section.results.part
-    lines = [f"## {section.title}", "", f"{part.question} {_told_seeds(section.results.seeds)}", ""]
+    lines = [f"## {section.title}", "", f"{part.question} {_told_seeds(part, section.results.seeds)}", ""]
     if picture:
         lines += [f"![{section.title}]({picture})", "", section.caption, ""]
     if section.verdicts:
@@ -131,8 +129,8 @@ def _table_lines(table: Table) -> list[str]:
     return [f"{table.title}:", "", rows[0], "|" + "---|" * len(table.columns), *rows[1:], ""]
 
 
-def _told_seeds(seeds: Sequence[int]) -> str:
-    used = [seed for seed in seeds if seed in SEEDS_OF_CHOICE]
+def _told_seeds(part: Part, seeds: Sequence[int]) -> str:
+    used = [seed for seed in seeds if seed in part.chosen_on]
     told = f"Seeds: {', '.join(map(str, seeds))}"
     if used:
         return f"{told}; {', '.join(map(str, used))} were used to choose the settings, too, and are no fresh evidence."
