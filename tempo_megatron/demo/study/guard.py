@@ -53,8 +53,8 @@ def ending(run: Run, eval_set: str, share: float = 1.0) -> Ending:
 
 
 SETTINGS = (
-    "Both arms are the preset `paper` with five times the demo's step of the policy and longer (`configs/study/paper.yaml`)"
-    ": with a step of 3e-4 instead of 1e-3 none of four seeds collapsed (1 to 4, tried beforehand)."
+    "Both arms are the preset `paper` with five times the demo's step of the policy, and longer "
+    "(`configs/study/paper.yaml`): with 3e-4 instead of 1e-3 none of four seeds collapsed (1 to 4, tried beforehand)."
 )
 
 
