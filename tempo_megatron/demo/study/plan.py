@@ -96,6 +96,8 @@ ABLATIONS = Part(
         TEMPO_ARM,
         _ablation("rows-unlabeled", "policy trained on D_U alone", {"algorithm.mstep.rows": "unlabeled"}),
         *(_ablation(f"every-{k}", f"E-step every {k}", {"algorithm.estep.every": k}) for k in (2, 4, 8)),
+        # beyond the run's length: while the gate is closed each step has an E-step whatever this says
+        _ablation("every-start", "E-steps before the gate opens alone", {"algorithm.estep.every": 1000}),
         _ablation("every-never", "no E-step", {"algorithm.estep.every": None, "algorithm.gate.enabled": False}),
         _ablation("order-after", "values before the E-step", {"algorithm.estep.order": "after_values"}),
         *(_ablation(f"labeled-{n}", f"D_L of {n}", {"data.labeled_limit": n}) for n in (16, 64)),
