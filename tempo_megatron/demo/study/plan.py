@@ -120,6 +120,7 @@ _BASES = (
     Base(),
     Base("rlvr-60", {"steps": 60}),
     Base("weak-critic", {"critic.optimizer.lr": 2e-5}),
+    Base("weak-60", {"steps": 60, "critic.optimizer.lr": 2e-5}),
     Base("strong-critic", {"critic.optimizer.lr": 1e-3, "algorithm.estep.updates": 3}),
     Base("strong-60", {"steps": 60, "critic.optimizer.lr": 1e-3, "algorithm.estep.updates": 3}),
 )
