@@ -42,7 +42,7 @@ NEAR_THE_BOUND: dict[str, Any] = {
 }
 
 
-@pytest.mark.timeout(450)
+@pytest.mark.timeout(400)
 def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
     back = small_tempo(inputs, **GUARDED, **{"algorithm.guard.action": "rollback", "algorithm.guard.max_rollbacks": 2})
@@ -89,7 +89,7 @@ def _assert_resumes(folder: Path, whole: dict[str, Any], settings: dict[str, Any
     shutil.copytree(source, target)
     for checkpoint in sorted((target / "checkpoints").iterdir())[3:]:  # steps 0, 1, 2 are left
         shutil.rmtree(checkpoint)
-    again = run_cases([Case("again", {**settings, "checkpoint.keep": 100})], 2, folder, 150)["again"]
+    again = run_cases([Case("again", {**settings, "checkpoint.keep": 100})], 2, folder, 100)["again"]
     views = [[deterministic_view(r) for r in read_metrics(f / "metrics.jsonl")] for f in (source, target)]
     assert views[0] == views[1]
     assert all(torch.equal(again["weights"][k], whole["weights"][k]) for k in whole["weights"])
