@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +25,7 @@ class ParquetColumns:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        if not Path(path).is_file():
-            found = "a folder" if Path(path).is_dir() else "no such file"
-            raise TempoError(f"{path}: {found}; expected a parquet file")
+        require_file(path, "a parquet file")
         try:
             with pq.ParquetFile(path) as file:
                 self.names: list[str] = file.schema_arrow.names
@@ -35,6 +34,9 @@ class ParquetColumns:
             raise self._unreadable(error) from None
         if self.rows == 0:
             raise TempoError(f"{path}: holds no rows")
+        twice = sorted(name for name, times in Counter(self.names).items() if times > 1)
+        if twice:
+            raise TempoError(f"{path}: column {twice[0]!r} is there more than once; expected distinct names")
 
     def _unreadable(self, error: Exception) -> TempoError:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -117,6 +119,17 @@ class ParquetColumns:
                 raise TempoError(f"{self.at(row)}: column {name!r} has no text")
             conversations.append([{"role": m["role"], "content": m["content"]} for m in messages])
         return conversations
+
+
+def require_file(path: str, expected: str) -> None:
+    """Raises TempoError unless ``path`` is a file that can be looked at."""
+    try:
+        if Path(path).is_file():
+            return
+        found = "a folder" if Path(path).is_dir() else "no such file"
+    except OSError as error:  # no right to look into its folder, a name that is too long
+        found = error.strerror or str(error)
+    raise TempoError(f"{path}: {found}; expected {expected}")
 
 
 def is_string(kind: pa.DataType) -> bool:

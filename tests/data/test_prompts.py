@@ -229,7 +229,7 @@ def test_evaluation_needs_every_answer_but_not_for_prompts(tmp_path: Path) -> No
         ({"answer": ["4/2", "two", None]}, "row 0: answer '4/2' of answer_type 'int': not an integer"),
         (
             {"answer_type": ["int", "maths", "int"]},
-            "row 1: answer_type 'maths' is unknown; known: choice, exact, guess_check, int",
+            "row 1: answer_type 'maths' is unknown; known: brackets, choice, exact, guess_check, int",
         ),
     ],
 )

@@ -14,12 +14,12 @@ from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 
 def test_kinds_are_found_by_their_files() -> None:
-    own = ["choice", "exact", "guess_check", "int", "json_grid", "judge", "math", "reasoning_gym", "text"]
+    own = ["brackets", "choice", "exact", "guess_check", "int", "json_grid", "judge", "math", "reasoning_gym", "text"]
     assert kind_names() == own
 
 
 def test_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(TempoError, match=r"unknown answer_type 'maths'; known kinds: choice, exact, guess_check, "):
+    with pytest.raises(TempoError, match=r"unknown answer_type 'maths'; known kinds: brackets, choice, exact, "):
         verify("1", "1", "maths")
 
 
@@ -236,6 +236,7 @@ HOSTILE = {
 }
 KNOWN = {
     "int": "7",
+    "brackets": "] }",
     "exact": "the one",
     "guess_check": ANSWER,
     "math": "7",

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from tempo_megatron.data.prepare.layouts import DataSet, Layout, Problem, Settings, task_of
 from tempo_megatron.data.prepare.maths import latex_answer
 from tempo_megatron.data.prepare.tables import BadRow, Row
+from tempo_megatron.errors import TempoError
 
 AGIEVAL_TASKS = (
     "aqua-rat", "gaokao-biology", "gaokao-chemistry", "gaokao-chinese", "gaokao-english", "gaokao-geography",
@@ -36,7 +37,15 @@ _OPTION_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.．、:：)])\s*")  # n
 
 
 def option_lines(options: Sequence[str]) -> str:
-    """``(A) first`` and so on, one a line."""
+    """``(A) first`` and so on, one a line.  Raises BadRow for options that cannot be told apart."""
+    texts = [" ".join(option.split()) for option in options]
+    if not all(texts):
+        raise BadRow("empty option", f"option {texts.index('') + 1} of {len(texts)} is empty")
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise BadRow("two equal options", f"option {twice[:40]!r} is there more than once")
+    if len(options) > len(string.ascii_uppercase):
+        raise BadRow("more options than letters", f"{len(options)} options, expected at most 26")
     return "\n".join(f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False))
 
 
@@ -57,15 +66,15 @@ def _gpqa_answer(row: Row, settings: Settings) -> str:
 
 
 def _agieval_options(row: Row) -> list[str]:
-    """The options without their own letters, which must be A, B, C, ..."""
-    texts = []
-    for index, option in enumerate(row.strings("options")):
-        match = _OPTION_LETTER.match(option)
-        letter = (match[1] or match[2]) if match else None
-        if letter is not None and letter != string.ascii_uppercase[index]:
-            raise BadRow("options out of order", f"column 'options' has {option[:20]!r} at place {index + 1}")
-        texts.append(option[match.end() :] if match else option)
-    return texts
+    """The options without their own letters, which must be A, B, C, ... where all of them have one."""
+    options = row.strings("options")
+    matches = [match for option in options if (match := _OPTION_LETTER.match(option))]
+    if len(matches) < len(options):
+        return options  # "A. Smith" among names without letters is a name
+    for place, match in enumerate(matches):
+        if (match[1] or match[2]) != string.ascii_uppercase[place : place + 1]:
+            raise BadRow("options out of order", f"column 'options' has {match.string[:20]!r} at place {place + 1}")
+    return [match.string[match.end() :] for match in matches]
 
 
 def _agieval_text(row: Row) -> str:
@@ -81,13 +90,19 @@ def _agieval_problem(row: Row, settings: Settings) -> Problem:
 
 
 def _agieval_open_problem(row: Row, settings: Settings) -> Problem:
-    key = f"{task_of(row.file, AGIEVAL_OPEN)}-{row.number}"
+    task = task_of(row.file, AGIEVAL_OPEN)
+    if not row.is_empty("options"):
+        raise TempoError(
+            f"{row.place}: column 'options' is filled, but the path names the task {task!r}, which has none; expected"
+            " a file named after its own task"
+        )
+    key = f"{task}-{row.number}"
     return Problem({"problem": _agieval_text(row)}, "math", "math", key)
 
 
 def _agieval_answer(row: Row, settings: Settings) -> str:
     task = task_of(row.file, AGIEVAL_TASKS)
-    letters = "".join(sorted(set(re.sub(r"[\s,]", "", "".join(row.strings("label"))))))
+    letters = "".join(sorted(set(re.sub(r"[\s,()]", "", "".join(row.strings("label"))))))
     known = string.ascii_uppercase[: len(row.strings("options"))]
     if not set(letters) <= set(known):
         raise BadRow("label is none of the options", f"column 'label' is {letters!r}, the options are {known!r}")
@@ -130,7 +145,7 @@ AGIEVAL = DataSet(
             ("answer",),
             _agieval_open_problem,
             latex_answer,
-            ("passage",),
+            ("passage", "options"),
             AGIEVAL_OPEN,
         ),
     ),

@@ -46,7 +46,14 @@ def _add_role(parser: argparse.ArgumentParser) -> None:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="see: tempo-megatron data list")
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".parquet, .jsonl(.gz), .json, .csv")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help=".parquet, .jsonl(.gz), .json, .csv",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.parquet")
     _add_role(parser)
     parser.add_argument("--template", metavar="NAME|FILE", help="default: the one that suits the answers")
@@ -60,7 +67,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _add_contamination(parser: argparse.ArgumentParser) -> None:
     for group, text in (("labeled", "D_L"), ("unlabeled", "D_U"), ("held-out", "sets that are never trained on")):
-        parser.add_argument(f"--{group}", nargs="+", default=[], metavar="FILE", help=f"{text}, prompt parquet")
+        parser.add_argument(
+            f"--{group}", nargs="+", action="extend", default=[], metavar="FILE", help=f"{text}, prompt parquet"
+        )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="all matches")
     parser.add_argument("--ngram", type=int, default=6, metavar="N", help="tokens of a sequence; default: 6")
     parser.add_argument("--threshold", type=float, default=0.6, metavar="X", help="shared sequences; default: 0.6")
@@ -116,10 +125,12 @@ def _contamination(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tempo_megatron.data.contamination import find_overlap, read_entries
-    from tempo_megatron.data.prepare.records import write_atomically
+    from tempo_megatron.data.prepare.records import check_output, write_atomically
     from tempo_megatron.data.prepare.summary import print_overlap
 
     groups = {"labeled": arguments.labeled, "unlabeled": arguments.unlabeled, "held-out": arguments.held_out}
+    if arguments.output is not None:
+        check_output(arguments.output, [file for files in groups.values() for file in files])
     entries = [entry for group, files in groups.items() for entry in read_entries(group, files)]
     if not entries:
         raise TempoError("data contamination: no files given; expected --labeled, --unlabeled or --held-out")

@@ -34,7 +34,7 @@ def bare_problem(prompt: str) -> str:
 
 
 def _problem(row: Row, settings: Settings) -> Problem:
-    messages = row.values["prompt"]
+    messages = [] if row.values["prompt"] == [] else row.filled("prompt")
     is_messages = isinstance(messages, list) and all(isinstance(m, dict) and "content" in m for m in messages)
     if not is_messages:
         raise row.wrong_type("prompt", "list of {role, content}")
@@ -52,7 +52,7 @@ def _index(extra_info: Any) -> str | None:
 
 
 def _answer(row: Row, settings: Settings) -> str:
-    reward = row.values["reward_model"]
+    reward = row.filled("reward_model")
     if not isinstance(reward, dict) or "ground_truth" not in reward:
         raise row.wrong_type("reward_model", "struct with a field 'ground_truth'")
     truth = reward["ground_truth"]

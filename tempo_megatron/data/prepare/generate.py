@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tempo_megatron.data.prepare.pipeline import fingerprint
-from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, write_records
-from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render
+from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, check_output, write_records
+from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render, template_files
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.kinds.reasoning_gym import ODD_TEXT_ERRORS, UNSAFE_TASKS, require_package, score
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
@@ -47,6 +47,7 @@ def generate(
     _check_tasks(tasks)
     if not (seed >= 0 and 1 <= count <= _MAX_COUNT):
         raise TempoError(f"--seed {seed} --count {count}: the seed must be at least 0, the count 1 to {_MAX_COUNT:,}")
+    check_output(output, template_files(template), ".parquet")
     form = BUILT_IN["text"] if template is None else load_template(template)
     summary = Summary()
     records: dict[str, PreparedRecord] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tempo_megatron.data.prepare.tables import Row, Table
 from tempo_megatron.errors import TempoError
@@ -53,10 +54,9 @@ class Layout:
         needed = self.columns + (self.answer_columns if with_answers else ())
         return [name for name in needed if name not in table.columns]
 
-    def read(self, table: Table, *, with_answers: bool) -> list[str]:
-        """The columns to read of the file."""
-        wanted = self.columns + self.optional + (self.answer_columns if with_answers else ())
-        return [name for name in dict.fromkeys(wanted) if name in table.columns]
+    def read(self, *, with_answers: bool) -> list[str]:
+        """The columns to read of the file, where it has them."""
+        return list(dict.fromkeys(self.columns + self.optional + (self.answer_columns if with_answers else ())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +112,16 @@ class DataSet:
 
 
 def task_of(file: str, tasks: Sequence[str]) -> str:
-    """The task that a path names: the nearest of its parts, file name first, that is or ends with a task's name.
+    """The task that a path names: the nearest of its parts, file name first, that is, begins or ends with its name.
 
     Raises:
         TempoError: none does.
     """
-    parts = file.replace("\\", "/").split("/")
-    for part in reversed(parts):
+    for part in reversed(Path(file).absolute().parts):
         stem = part.split(".")[0]
-        found = [task for task in tasks if stem == task or stem.endswith((f"-{task}", f"_{task}"))]
+        found = [
+            t for t in tasks if stem == t or stem.endswith((f"-{t}", f"_{t}")) or stem.startswith((f"{t}-", f"{t}_"))
+        ]
         if found:
             return max(found, key=len)
     raise TempoError(f"{file}: neither the file nor a folder above it is named after a task; known: {', '.join(tasks)}")

@@ -30,6 +30,7 @@ from tempo_megatron.data.prepare.layouts import DataSet, Layout, Problem, Settin
 from tempo_megatron.data.prepare.tables import BadRow, Row
 from tempo_megatron.verifiers.boxed import last_boxed
 from tempo_megatron.verifiers.kinds.integer import normal_integer
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 _GSM8K_GOLD = re.compile(r"####\s*(\S[^\n]*)")
 
@@ -57,7 +58,8 @@ def integer_answer(text: str, where: str) -> str:
     """``text`` as plain digits.  Raises BadRow where it is no integer."""
     integer = normal_integer(text)
     if integer is None:
-        raise BadRow("answer is no integer", f"{where} is {text[:40]!r}, expected an integer")
+        limit = f" of at most {MAX_ANSWER_CHARS} characters" if len(text) > MAX_ANSWER_CHARS else ""
+        raise BadRow("answer is no integer", f"{where} is {text[:40]!r}, expected an integer{limit}")
     return integer
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tempo_megatron.data.prepare.layouts import DataSet, Layout, Problem, Settings
-from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, write_records
+from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, check_output, write_records
 from tempo_megatron.data.prepare.tables import BadRow, Row, open_table
-from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render
+from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render, template_files
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.registry import answer_problem
 
@@ -45,9 +46,11 @@ def prepare(data_set: DataSet, files: Sequence[str], output: Path, options: Opti
         TempoError: a file or layout that cannot be used, a bad row without ``skip_bad``, two rows with one problem and
             different answers, one id twice, or nothing left to write.
     """
+    check_output(output, [*files, *template_files(options.template)], ".parquet")
+    if options.source is not None and not options.source.strip():
+        raise TempoError("--source: is blank; expected the group under which metrics appear")
     template = None if options.template is None else load_template(options.template)
-    if any(Path(file).resolve() == output.resolve() for file in files):
-        raise TempoError(f"--output {output}: is also an input")
+    names = _distinct_names(files)
     summary = Summary()
     found = _Found(summary, options)
     for row, layout in _rows(data_set, files, options):
@@ -56,7 +59,7 @@ def prepare(data_set: DataSet, files: Sequence[str], output: Path, options: Opti
             break
         summary.read += 1
         try:
-            found.add(_convert(row, layout, data_set.name, template, options))
+            found.add(_convert(row, layout, data_set.name, names[row.file], template, options))
         except BadRow as bad:
             if not options.skip_bad:
                 raise TempoError(f"{row.place}: {bad.found} (--skip-bad leaves such rows out)") from None
@@ -76,11 +79,13 @@ def _rows(data_set: DataSet, files: Sequence[str], options: Options) -> Iterator
     tables = [open_table(file) for file in files]
     layouts = [data_set.layout_of(table, with_answers=with_answers) for table in tables]
     for table, layout in zip(tables, layouts, strict=True):
-        for row in table.rows(layout.read(table, with_answers=with_answers)):
+        for row in table.rows(layout.read(with_answers=with_answers)):
             yield row, layout
 
 
-def _convert(row: Row, layout: Layout, name: str, template: str | None, options: Options) -> PreparedRecord:
+def _convert(
+    row: Row, layout: Layout, name: str, file_name: str, template: str | None, options: Options
+) -> PreparedRecord:
     problem = layout.problem(row, options.settings)
     answer = None
     if options.role != "unlabeled":
@@ -91,7 +96,7 @@ def _convert(row: Row, layout: Layout, name: str, template: str | None, options:
             )
     source = options.source or name
     return PreparedRecord(
-        id=f"{source}/{problem.key or f'{_stem(row.file)}-{row.number}'}",
+        id=f"{source}/{problem.key or f'{file_name}-{row.number}'}",
         source=source,
         prompt=render(template or BUILT_IN[problem.template], problem.fields),
         problem=_bare(problem),
@@ -112,8 +117,14 @@ def fingerprint(problem: str) -> str:
     return " ".join(unicodedata.normalize("NFC", problem).split())
 
 
-def _stem(file: str) -> str:
-    return Path(file).name.split(".")[0]
+def _distinct_names(files: Sequence[str]) -> dict[str, str]:
+    """By file: its name without endings, behind as many of its folders as tell the files apart."""
+    paths = {file: Path(file).absolute() for file in files}
+    for depth in range(1, max(len(path.parts) for path in paths.values())):
+        names = {f: "-".join([*path.parts[-depth:-1], path.name.split(".")[0]]) for f, path in paths.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 class _Found:
@@ -123,15 +134,21 @@ class _Found:
         self._summary = summary
         self._options = options
         self._records: dict[str, PreparedRecord | None] = {}  # None: its answers contradict each other
+        self._contradicted = 0
+        self._times: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._records) - self._contradicted
 
     def add(self, record: PreparedRecord) -> None:
         """Raises BadRow when an earlier row has this problem with another answer."""
         key = fingerprint(record.problem)
         if self._options.keep_duplicates:
-            self._records[f"{len(self._records)} {key}"] = record
+            self._times[record.id] += 1
+            copy = self._times[record.id]
+            self._records[f"{len(self._records)} {key}"] = (
+                record if copy == 1 else replace(record, id=f"{record.id}#{copy}")
+            )
             return
         if key not in self._records:
             self._records[key] = record
@@ -145,6 +162,7 @@ class _Found:
             raise BadRow(reason, "earlier rows have the same problem with different answers")
         if self._options.skip_bad:
             self._records[key] = None
+            self._contradicted += 1
             self._summary.drop(reason, f"{earlier.place}: a later row has the same problem with another answer")
         raise BadRow(
             reason, f"answer {record.answer!r}, but {earlier.place} has the same problem with answer {earlier.answer!r}"

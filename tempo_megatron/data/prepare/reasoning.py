@@ -34,13 +34,13 @@ _BBH_KINDS: dict[str, tuple[str, ...]] = {
         "boolean_expressions", "causal_judgement", "formal_fallacies", "navigate", "sports_understanding",
         "web_of_lies", "word_sorting",
     ),
-    "exact": ("dyck_languages",),  # brackets: a normalisation of punctuation must not touch them
+    "brackets": ("dyck_languages",),
     "int": ("multistep_arithmetic_two", "object_counting"),
 }  # fmt: skip
 BBH_KIND = {task: kind for kind, tasks in _BBH_KINDS.items() for task in tasks}
 BBH_TASKS = tuple(sorted(BBH_KIND))
 
-_BBH_TEMPLATES = {"choice": "choice-listed", "text": "text", "exact": "text", "int": "math"}
+_BBH_TEMPLATES = {"choice": "choice-listed", "text": "text", "brackets": "text", "int": "math"}
 _LETTER = re.compile(r"\(([A-Z])\)")
 _USER = re.compile(r"user:\s*", re.IGNORECASE)
 _BLANK = "___"
@@ -67,7 +67,7 @@ def _bbh_answer(row: Row, settings: Settings) -> str:
 
 def _grid(row: Row) -> tuple[list[str], list[list[str]]]:
     """Names of the columns, the first of which is "House", and the rows."""
-    solution: Any = row.values["solution"]
+    solution: Any = row.filled("solution")
     if isinstance(solution, str):
         try:
             solution = json.loads(solution)
@@ -77,8 +77,9 @@ def _grid(row: Row) -> tuple[list[str], list[list[str]]]:
     header, rows = parts.get("header"), parts.get("rows")
     if header is None or not _is_strings(header) or not isinstance(rows, list) or not all(map(_is_strings, rows)):
         raise row.wrong_type("solution", "struct {header: list of strings, rows: list of lists of strings}")
-    if header[:1] != ["House"] or len(header) < 2 or not rows or any(len(values) != len(header) for values in rows):
-        found = f"column 'solution' has header {header} and {len(rows)} rows, expected House, a name, ... and full rows"
+    is_named = header[:1] == ["House"] and len(header) >= 2 and len(set(header)) == len(header)
+    if not is_named or not rows or any(len(values) != len(header) for values in rows):
+        found = f"column 'solution' has header {header} and {len(rows)} rows, expected House, distinct names, full rows"
         raise BadRow("malformed grid", found)
     return header, rows
 
@@ -133,7 +134,7 @@ BBH = DataSet(
             _bbh_answer,
         ),
     ),
-    ("choice", "exact", "int", "text"),
+    ("brackets", "choice", "int", "text"),
     BBH_TASKS,
 )
 

@@ -116,6 +116,26 @@ def write_records(path: Path, records: list[PreparedRecord], role: Role) -> None
     write_atomically(path, lambda partial: pq.write_table(pa.table(columns, schema=SCHEMA), partial))
 
 
+def check_output(path: Path, read: Iterable[str], ending: str = "") -> None:
+    """Refuse an output that would take the place of what the user means to keep, before anything is read.
+
+    Raises:
+        TempoError: it is one of the files to read, no regular file, or does not end in ``ending``.
+    """
+    if not path.name:
+        raise TempoError(f"--output {str(path)!r}: is not the name of a file")
+    if not path.name.lower().endswith(ending):
+        raise TempoError(f"--output {path}: is written as {ending[1:]}; expected a name that ends in {ending}")
+    try:
+        if path.exists() and not path.is_file():
+            raise TempoError(f"--output {path}: is there and no ordinary file")
+        taken = path.resolve()
+        if any(Path(file).resolve() == taken for file in read):
+            raise TempoError(f"--output {path}: is also an input")
+    except OSError as error:
+        raise TempoError(f"--output {path}: cannot be written ({error.strerror or error})") from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` under a hidden name, renamed when whole.  Raises TempoError when the file cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

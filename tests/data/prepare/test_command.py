@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,11 @@ def test_prepare_writes_and_tells(aime: str, tmp_path: Path, capsys: pytest.Capt
     ("arguments", "wrong"),
     [
         (["prepare", "aime1924", "--input", "x", "--output", "y", "--eval"], "data set 'aime1924' is unknown; known: "),
-        (["prepare", "aime2024", "--input", "x.csv", "--output", "y", "--eval"], "x.csv: no such file"),
+        (["prepare", "aime2024", "--input", "x.csv", "--output", "y.parquet", "--eval"], "x.csv: no such file"),
+        (["prepare", "aime2024", "--input", "x.csv", "--output", "y.jsonl", "--eval"], "a name that ends in .parquet"),
+        (["prepare", "aime2024", "--input", "x.csv", "--output", "", "--eval"], "is not the name of a file"),
+        (["prepare", "aime2024", "--input", "x.csv", "--output", "y.parquet", "--eval", "--source", " "], "is blank"),
+        (["contamination", "--labeled", "x.parquet", "--output", "x.parquet"], "x.parquet: is also an input"),
         (["prepare", "aime2024", "--input", "x.csv", "--output", "y", "--eval", "--limit", "0"], "--limit 0 must be"),
         (["prepare", "aime2024", "--input", "x.csv", "--output", "y"], "one of the arguments --labeled --unlabeled"),
         (["prepare", "aime2024", "--input", "x", "--output", "y", "--eval", "--labeled"], "not allowed with"),
@@ -52,6 +57,36 @@ def test_prepare_writes_and_tells(aime: str, tmp_path: Path, capsys: pytest.Capt
 def test_bad_usage(arguments: list[str], wrong: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["data", *arguments]) == 2
     assert wrong in capsys.readouterr().err
+
+
+def test_an_option_given_again_adds_files(write_rows, tmp_path: Path) -> None:
+    first, second = (write_rows(f"{n}.jsonl", [{"problem": f"problem {n}", "answer": "1"}]) for n in "ab")
+    out, report = tmp_path / "o.parquet", tmp_path / "r.json"
+    assert (
+        main(["data", "prepare", "aime2024", "--input", first, "--input", second, "--output", str(out), "--eval"]) == 0
+    )
+    assert pq.read_metadata(out).num_rows == 2
+    twice = ["--labeled", str(out), "--labeled", str(out), "--output", str(report)]
+    assert main(["data", "contamination", *twice]) == 0
+    assert json.loads(report.read_text())["records"]["labeled"] == 4
+
+
+def test_what_the_user_keeps_is_not_written_over(write_rows, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    template, pipe = tmp_path / "t.parquet", tmp_path / "pipe.parquet"
+    template.write_text("Q: {problem}")
+    os.mkfifo(pipe)
+    command = [
+        "data",
+        "prepare",
+        "aime2024",
+        "--input",
+        write_rows("a.jsonl", [{"problem": "p", "answer": "1"}]),
+        "--eval",
+    ]
+    assert main([*command, "--template", str(template), "--output", str(template)]) == 2
+    assert template.read_text() == "Q: {problem}" and "is also an input" in capsys.readouterr().err
+    assert main([*command, "--output", str(pipe)]) == 2
+    assert pipe.is_fifo() and "no ordinary file" in capsys.readouterr().err
 
 
 def test_list_names_all(capsys: pytest.CaptureFixture) -> None:

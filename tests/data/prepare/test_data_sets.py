@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,7 +139,8 @@ CASES = [
         ("input", "target"), ("target",),
     ),
     Case(
-        "bbh", "dyck_languages.jsonl", {"input": "Close: [ <", "target": "> ]"}, "bbh/dyck_languages-0", "exact", "> ]",
+        "bbh", "dyck_languages.jsonl", {"input": "Close: [ <", "target": "> ]"},
+        "bbh/dyck_languages-0", "brackets", "> ]",
         "Close: [ <\n\nReason step by step, and put your final answer, and nothing else, within \\boxed{}.",
         ("input", "target"), ("target",),
     ),
@@ -251,6 +253,17 @@ BAD_ROWS = [
     ("zebralogic", "z.jsonl", {"id": "1", "puzzle": "p", "solution": {**GRID, "rows": [["___"] * 3]}}, "has blanks"),
     ("zebralogic", "z.jsonl", {"id": "1", "puzzle": "p", "solution": {**GRID, "rows": [["1", "Ann"]]}}, "has header"),
     ("zebralogic", "z.jsonl", {"id": "1", "puzzle": "p", "solution": {**GRID, "rows": GRID["rows"][1:]}}, "houses"),
+    ("zebralogic", "z.jsonl", {"id": "1", "puzzle": "p", "solution": {**GRID, "header": ["House", "A", "A"]}},
+     "distinct names"),
+    ("zebralogic", "z.jsonl", {"id": "1", "puzzle": "p", "solution": None}, "column 'solution' is empty"),
+    ("dapo-math-17k", "a.jsonl", {"prompt": None, "reward_model": {"ground_truth": "1"}}, "column 'prompt' is empty"),
+    ("dapo-math-17k", "a.jsonl", {"prompt": [{"content": "q"}], "reward_model": None}, "'reward_model' is empty"),
+    ("aime2024", "a.jsonl", {"problem": "p", "answer": 3.5}, "column 'answer' is 3.5, expected an integer"),
+    ("aime2024", "a.jsonl", {"problem": "p", "answer": "9" * 1001}, "expected an integer of at most 1000 characters"),
+    ("agieval", "sat-math.jsonl", {"question": "q", "options": ["(A)1", "(B)"], "label": "A"}, "option 2 of 2"),
+    ("agieval", "sat-math.jsonl", {"question": "q", "options": ["1", "1"], "label": "A"}, "option '1' is there"),
+    ("agieval", "sat-math.jsonl", {"question": "q", "options": [*map(str, range(27))], "label": "A"}, "27 options"),
+    ("bbh", "dyck_languages.jsonl", {"input": "q", "target": "none"}, "not a sequence of brackets"),
     ("dolci-rl-zero-general", "d.jsonl", {"prompt": "user: q", "ground_truth": ["a", "b"]}, "has 2 answers"),
     ("dolci-rl-zero-general", "d.jsonl", {"prompt": "user: ", "ground_truth": ["a"]}, "holds no text"),
 ]  # fmt: skip
@@ -260,7 +273,7 @@ BAD_ROWS = [
 def test_bad_row_is_refused_or_left_out_and_counted(name, file, row, wrong, write_rows, prepared) -> None:
     good = next(c.row for c in CASES if c.name == name and (name != "agieval" or "lsat" in c.file))
     if name == "bbh":
-        good = {"input": "q1", "target": "(A)"}
+        good = {"input": "q1", "target": "> ]" if "dyck" in file else "(A)"}
     path = write_rows(file, [good, row])
     with pytest.raises(TempoError) as refused:
         prepared(name, path)
@@ -293,6 +306,30 @@ def test_column_of_another_type_is_refused_even_with_skip_bad(name, file, row, w
 def test_file_that_is_named_after_no_task_is_refused(write_rows, prepared) -> None:
     with pytest.raises(TempoError, match=r"test\.jsonl: neither the file nor a folder .* named after a task; known: "):
         prepared("bbh", write_rows("test.jsonl", [{"input": "q", "target": "a"}]))
+
+
+def test_task_is_the_beginning_or_the_end_of_a_name_or_a_folder(write_rows, prepared, monkeypatch) -> None:
+    row = {"passage": None, "question": "q", "options": ["(A)1", "(B)2"], "label": "(B)"}
+    [record], _ = prepared("agieval", write_rows("math/lsat-ar_test.jsonl", [row]))
+    assert (record["id"], record["answer"]) == ("agieval/lsat-ar-0", "B")
+    with pytest.raises(TempoError, match="column 'options' is filled, but the path names the task 'math'"):
+        prepared("agieval", write_rows("math/test.jsonl", [{**row, "answer": "2"}]), role="unlabeled")
+    path = Path(write_rows("navigate/test.jsonl", [{"input": "q", "target": "Yes"}]))
+    monkeypatch.chdir(path.parent)
+    [record], _ = prepared("bbh", path.name)
+    assert record["id"] == "bbh/navigate-0"
+
+
+def test_a_letter_before_one_option_alone_is_part_of_it(write_rows, prepared) -> None:
+    row = {"question": "Who?", "options": ["A. Smith", "Jones"], "label": "A"}
+    [record], _ = prepared("agieval", write_rows("lsat-ar.jsonl", [row]))
+    assert "(A) A. Smith\n(B) Jones" in record["messages"][0]["content"]
+
+
+def test_an_answer_in_degrees_is_its_integer(write_rows, prepared) -> None:
+    """opencompass/AIME2025 has one."""
+    [record], _ = prepared("aime2025", write_rows("aime2025-II.jsonl", [{"question": "q", "answer": "336^\\circ"}]))
+    assert record["answer"] == "336"
 
 
 def test_files_of_several_tasks_go_into_one_output(write_rows, prepared) -> None:

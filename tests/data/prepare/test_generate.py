@@ -73,8 +73,10 @@ def test_tasks_whose_check_cannot_be_relied_on_are_refused(task: str, wrong: str
 
 @needs_package
 def test_tasks_that_depend_on_the_hash_seed_say_so(tmp_path: Path) -> None:
-    assert "word_ladder: the same file again" in generate(["word_ladder"], 1, 0, tmp_path / "o", "eval").notes[0]
-    assert not generate(["gcd"], 1, 0, tmp_path / "o", "eval").notes
+    assert (
+        "word_ladder: the same file again" in generate(["word_ladder"], 1, 0, tmp_path / "o.parquet", "eval").notes[0]
+    )
+    assert not generate(["gcd"], 1, 0, tmp_path / "o.parquet", "eval").notes
 
 
 @needs_package

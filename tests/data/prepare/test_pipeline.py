@@ -24,6 +24,9 @@ def test_copies_are_dropped_and_counted(write_rows, prepared) -> None:
     assert (summary.read, summary.kept, summary.duplicates, summary.dropped) == (4, 2, 2, {})
     kept, summary = prepared("aime2024", path, keep_duplicates=True)
     assert (len(kept), summary.duplicates) == (4, 0)
+    same_id = write_rows("b.jsonl", [{"id": "7", "problem": "p", "answer": "1"}] * 3)
+    kept, _ = prepared("aime2024", same_id, keep_duplicates=True)
+    assert [r["id"] for r in kept] == ["aime2024/7", "aime2024/7#2", "aime2024/7#3"]
 
 
 def test_copies_that_contradict_each_other(write_rows, prepared) -> None:
@@ -67,12 +70,21 @@ def test_limit_counts_records_and_says_so(write_rows, prepared) -> None:
     assert summary.read == 3 and "--limit 2" in summary.notes[0]
     _, summary = prepared("aime2024", path, limit=3)
     assert summary.read == 4 and not summary.notes
+    path = write_rows("b.jsonl", aime(("p", "1"), ("p", "2"), ("q", "2"), ("r", "3"), ("s", "4")))
+    records, _ = prepared("aime2024", path, limit=2, skip_bad=True)
+    assert [r["problem"] for r in records] == ["q", "r"]
 
 
 def test_one_id_twice_is_refused(write_rows, prepared) -> None:
-    first, second = (write_rows(f"{n}/t.jsonl", [{"problem": n, "answer": "1"}]) for n in "ab")
-    with pytest.raises(TempoError, match=r"b/t.jsonl: row 0: id 'aime2024/t-0' is already taken by .*a/t.jsonl: row 0"):
+    first, second = (write_rows(f"{n}/t.jsonl", [{"id": 3, "problem": n, "answer": "1"}]) for n in "ab")
+    with pytest.raises(TempoError, match=r"b/t.jsonl: row 0: id 'aime2024/3' is already taken by .*a/t.jsonl: row 0"):
         prepared("aime2024", first, second)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(write_rows, prepared) -> None:
+    files = [write_rows(f"{n}/x/t.jsonl", [{"problem": n, "answer": "1"}]) for n in ("I", "II")]
+    records, _ = prepared("aime2024", *files)
+    assert [r["id"] for r in records] == ["aime2024/I-x-t-0", "aime2024/II-x-t-0"]
 
 
 def test_nothing_left_is_refused_and_leaves_the_old_output(write_rows, prepared, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tempo_megatron.data.prepare.tables import BadRow, Row, open_table
@@ -43,6 +45,8 @@ def test_bare_json_list_and_blank_lines(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-12], "not a readable .gz file"),
         ("a.json", b'{"rows": []}', "neither a list of objects nor an object with a list 'examples'"),
         ("a.csv", b'a,b\n"x,1\n', "not a readable .csv file"),
+        ("a.csv", b"a,b\nx,1\nLet x=1,2,3\n", "row 1 has more fields than the first line names columns"),
+        ("a.json", b"[" * 100_000, "not a readable .json file"),
     ],
 )
 def test_unreadable_file_is_named(name: str, content: bytes, wrong: str, tmp_path: Path) -> None:
@@ -51,6 +55,21 @@ def test_unreadable_file_is_named(name: str, content: bytes, wrong: str, tmp_pat
     with pytest.raises(TempoError, match=wrong) as refused:
         list(open_table(str(path)).rows(["a"]))
     assert str(refused.value).startswith(f"{path}: ")
+
+
+def test_columns_of_objects_are_those_of_the_first_rows(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text('{"a": 1}\n{"a": 2, "b": "x"}\n')
+    table = open_table(str(tmp_path / "l.jsonl"))
+    assert table.columns == ("a", "b")
+    assert [r.optional_text("b") for r in table.rows(["a", "b"])] == ["", "x"]
+
+
+def test_a_column_twice_and_a_name_that_is_too_long(tmp_path: Path) -> None:
+    pq.write_table(pa.table([[1], [2]], names=["a", "a"]), tmp_path / "t.parquet")
+    with pytest.raises(TempoError, match="column 'a' is there more than once"):
+        open_table(str(tmp_path / "t.parquet"))
+    with pytest.raises(TempoError, match="name too long"):
+        open_table(str(tmp_path / f"{'x' * 300}.csv"))
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -65,9 +84,13 @@ def test_typed_access() -> None:
     assert row.number_or_text("f") == "7"
     assert row.strings("s") == ["one"]
     assert row.optional_text("missing") == ""
-    for column in ("g", "b"):
-        with pytest.raises(TempoError, match=f"f: row 3: column '{column}' is .*, expected string or integer"):
-            row.number_or_text(column)
+    with pytest.raises(TempoError, match=r"f: row 3: column 'b' is .*, expected string or integer"):
+        row.number_or_text("b")
+    with pytest.raises(BadRow, match=r"column 'g' is 7.5, expected an integer"):
+        row.number_or_text("g")
+    with pytest.raises(BadRow, match="half of a surrogate pair"):
+        Row("f", 3, {"s": "x \ud83d"}).text("s")
+    assert Row("f", 3, {"n": float("nan")}).is_empty("n")
     with pytest.raises(TempoError, match="expected list of strings"):
         row.strings("m")
     with pytest.raises(BadRow, match="column 'e' is empty"):

@@ -1,0 +1,86 @@
+r"""Sequences of brackets, compared bracket by bracket (BBH's ``dyck_languages``).
+
+The answer itself has braces, so that no box can be told by matching them: the final answer is the rest of the line
+after the last ``\boxed{`` without the box's own brace, else what follows the last "answer is" or "answer:" on its line,
+else the whole response where that is one line.  Blanks, commas, dollar signs, quotes and LaTeX text commands don't
+count; anything else than a bracket makes it unreadable.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
+
+_MAX_TAIL = 4000
+_BOX = re.compile(r"\\boxed[ ]?\{")
+_STATEMENT = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*(\S[^\n]*)", re.IGNORECASE)
+#: What may stand behind a box or a statement: bold marks, the end of LaTeX's mathematics.
+_TRAILING = ("**", "\\)", "\\]")
+_TEXT_COMMAND = re.compile(r"\\(?:text|texttt|textbf|mathtt|mathrm|verb)\s*\{")
+_SPELLED = (
+    ("\\{", "{"), ("\\}", "}"), ("\\lbrace", "{"), ("\\rbrace", "}"), ("\\lbrack", "["), ("\\rbrack", "]"),
+    ("\\langle", "<"), ("\\rangle", ">"), ("\\lt", "<"), ("\\gt", ">"), ("\\left", ""), ("\\right", ""),
+    ("\\quad", ""), ("\\ ", ""), ("\\,", ""), ("\\;", ""), ("\\:", ""), ("\\!", ""),
+)  # fmt: skip
+_SEPARATORS = re.compile("[\\s,$`'\"\u201c\u201d]")
+_BRACKETS = re.compile(r"[()\[\]{}<>]+")
+
+
+def _normal(text: str) -> str | None:
+    """The brackets of ``text`` and nothing else; None when it holds something else."""
+    for spelled, bracket in _SPELLED:
+        text = text.replace(spelled, bracket)
+    text = _SEPARATORS.sub("", text)
+    return text if _BRACKETS.fullmatch(text) else None
+
+
+def _trimmed(text: str) -> str:
+    while True:
+        shorter = text.rstrip(" \t\r$.")
+        for mark in _TRAILING:
+            shorter = shorter.removesuffix(mark)
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def _boxed(rest: str) -> str | None:
+    """Content of a box that ends on its line; ``rest`` begins behind its opening brace."""
+    line = _trimmed(rest.split("\n", 1)[0])
+    command = _TEXT_COMMAND.match(line.lstrip())
+    closing = "}}" if command else "}"
+    if not line.endswith(closing) or line.endswith("\\}"):
+        return None  # cut off
+    inner = line.lstrip()[command.end() :] if command else line
+    return inner[: -len(closing)]
+
+
+def _extract(response: str) -> str | None:
+    tail = response[-_MAX_TAIL:]
+    boxes = list(_BOX.finditer(tail))
+    if boxes:
+        text = _boxed(tail[boxes[-1].end() :])
+    else:
+        statements = _STATEMENT.findall(tail)
+        text = _trimmed(statements[-1]) if statements else response.strip()
+    if text is None or len(text) > MAX_ANSWER_CHARS:
+        return None
+    return _normal(text.replace("**", ""))
+
+
+def _grade(response: str, answer: str) -> Verdict:
+    got = _extract(response)
+    if got is None:
+        return Verdict(False, None, "no brackets as final answer")
+    correct = got == _normal(answer)
+    return Verdict(correct, got, "equal" if correct else "other brackets")
+
+
+def _answer_problem(answer: str) -> str | None:
+    if len(answer) > MAX_ANSWER_CHARS:
+        return f"longer than {MAX_ANSWER_CHARS} characters"
+    return None if _normal(answer) else "not a sequence of brackets"
+
+
+KIND = Kind("brackets", _grade, _answer_problem, _extract)
