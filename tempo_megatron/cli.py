@@ -152,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--critic", metavar="PATH", help="HF folder, checkpoint or run folder; none: without")
     evaluate.add_argument("--compare", type=Path, metavar="FILE", help="an evaluation.json: differences from it")
     evaluate.add_argument("--output", metavar="DIR", help="default: RUN/evaluation, or runs/evaluation/MODEL")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    evaluate.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser("demo", help="data, sft, rlvr and tempo on a toy task (or a small real model)")
@@ -206,6 +208,7 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.checkpoint.locate import resolve_init
     from tempo_megatron.config.check import check_evaluation
     from tempo_megatron.config.evaluation import EvaluationRequest, evaluation_config
 
@@ -224,9 +227,10 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     world_size = place.world_size if place else config.launch.nproc_per_node
     check_evaluation(config, world_size)
     os.environ.update(thread_environment(config.launch.threads_per_rank))
-    if arguments.compare is not None:
-        from tempo_megatron.evaluation.record import read_evaluation
+    from tempo_megatron.evaluation.record import check_output, read_evaluation
 
+    check_output(Path(config.output_dir), resolve_init(config.actor.init, "actor.init").path, arguments.compare)
+    if arguments.compare is not None:
         read_evaluation(arguments.compare)  # what is wrong with it is told before the models are loaded
     if place is None and world_size > 1:
         return spawn_ranks(world_size, arguments.words)

@@ -76,7 +76,10 @@ class CalibrationGate:
         if calibrated and self._closed_observations >= config.min_steps:
             self._open = True
         elif self._closed_observations > config.max_steps:
-            reached = "undefined (labeled rollouts all right or all wrong)"
+            reached = (
+                f"undefined (no step had algorithm.gate.min_per_class: {config.min_per_class} right and as many wrong "
+                "labeled responses)"
+            )
             if self._average is not None:
                 reached = f"{self._average:.3f}"
             raise RunError(

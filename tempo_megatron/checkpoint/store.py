@@ -295,8 +295,8 @@ def _check_optimizer(folder: Path, role: str, saved: dict[str, Any], config: Rol
             )
 
 
-def check_resumable(folder: Path, roles: Mapping[Role, RoleConfig]) -> None:
-    """TempoError if a run of these roles on this many ranks cannot go on from the checkpoint."""
+def check_resumable(folder: Path, roles: Mapping[Role, RoleConfig], stage: str) -> None:
+    """TempoError if a run of this stage, with these roles and on this many ranks, cannot go on from the checkpoint."""
     manifest = read_manifest(folder)
     if manifest.get("weights_only"):
         raise TempoError(
@@ -305,6 +305,12 @@ def check_resumable(folder: Path, roles: Mapping[Role, RoleConfig]) -> None:
         )
     if manifest["roles"] != sorted(roles):
         raise TempoError(f"{folder}: holds {manifest['roles']}, this run trains {sorted(roles)}; they must be the same")
+    saved_by = read_trainer_state(folder).get("stage", stage)
+    if saved_by != stage:
+        raise TempoError(
+            f"{folder}: holds a run of stage {saved_by}, this run is of stage {stage}; give it as actor.init of a run "
+            "with an output_dir of its own"
+        )
     if manifest["world_size"] != world_size():
         raise TempoError(
             f"{folder}: saved on {manifest['world_size']} ranks, this run has {world_size()}; resume on as many ranks"
@@ -328,8 +334,7 @@ def resume_checkpoint(folder: Path, engines: dict[str, MegatronEngine]) -> dict[
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         random_state = load_file(folder / "rng" / f"rank_{rank()}.safetensors")
     for role, engine in engines.items():
-        engine.scheduler.num_steps = 0  # load_state_dict adds to it
-        engine.scheduler.load_state_dict(state["schedules"][role])
+        engine.go_on_from(state["schedules"][role])
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state and use_cuda():
         torch.cuda.set_rng_state(random_state["cuda"])

@@ -108,6 +108,13 @@ def _check_algorithm(config: Config, method: Method) -> None:
             "algorithm.estep.every: null never trains the critic, so algorithm.gate.enabled: true would never open; "
             "set it to false"
         )
+    gate, responses = algorithm.gate, config.data.labeled_prompts_per_step * config.rollout.samples_per_prompt
+    if stage == "tempo" and gate.enabled and not algorithm.filter.enabled and responses < 2 * gate.min_per_class:
+        raise TempoError(
+            f"algorithm.gate.min_per_class: {gate.min_per_class} right and as many wrong responses are more than the "
+            f"{responses} labelled ones of a step (data.labeled_prompts_per_step * rollout.samples_per_prompt): the "
+            f"gate would never open; it can be at most {responses // 2}"
+        )
     if config.critic is not None and config.critic.head == "sigmoid" and estep.value_clip is not None:
         raise TempoError(
             f"algorithm.estep.value_clip: {estep.value_clip} is for critic.head: regression; with sigmoid: null"

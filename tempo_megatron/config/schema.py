@@ -89,6 +89,8 @@ class OptimizerConfig(Section):
     def _decay_needs_steps(self) -> OptimizerConfig:
         if self.decay != "constant" and self.decay_steps is None:
             raise ValueError(f"decay: {self.decay} needs decay_steps (optimizer steps until min_lr)")
+        if self.decay != "constant" and self.min_lr > self.lr:
+            raise ValueError(f"min_lr: {self.min_lr} is above lr: {self.lr}, from which the rate decays to it")
         return self
 
 
@@ -438,7 +440,7 @@ class Config(Section):
         "vote), empo (semantic entropy), oracle (true answers: the upper bound), random (coin flips: a control)"
     )
     output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
-    seed: int = Field(0, description="of data order, samples and initialisation")
+    seed: int = Field(0, ge=0, lt=2**32, description="of data order, samples and initialisation")
     steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (all others)")
     resume: str = Field(
         "auto", description="auto: newest complete checkpoint of output_dir; never; or a checkpoint folder"

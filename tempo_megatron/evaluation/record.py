@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tempo_megatron.checkpoint.locate import CHECKPOINTS
 from tempo_megatron.errors import TempoError
 from tempo_megatron.evaluation.bootstrap import LEVEL, RESAMPLES, Estimate, PromptBootstrap, paired_differences
 from tempo_megatron.evaluation.critic import calibration_curve, critic_figures
@@ -93,11 +94,16 @@ def _compare_set(ours: Mapping[str, Any], theirs: Mapping[str, Any], seed: int) 
         return {"prompts": 0, "differences": {}}
     at, other_at = map(list, zip(*pairs, strict=True))
     differences = paired_differences(
-        {name: np.array(score)[at] for name, score in ours["per_prompt"]["scores"].items()},
-        {name: np.array(score)[other_at] for name, score in theirs["per_prompt"]["scores"].items()},
+        {name: np.array(score)[at] for name, score in _comparable(ours).items()},
+        {name: np.array(score)[other_at] for name, score in _comparable(theirs).items()},
         PromptBootstrap(len(pairs), seed=seed),
     )
     return {"prompts": len(pairs), "differences": {name: asdict(figure) for name, figure in differences.items()}}
+
+
+def _comparable(record: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Scores by a name that does not say how many samples they rest on, where they estimate the same without it."""
+    return {"mean" if name.startswith("mean@") else name: s for name, s in record["per_prompt"]["scores"].items()}
 
 
 def write_evaluation(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -107,6 +113,30 @@ def write_evaluation(folder: Path, record: Mapping[str, Any]) -> Path:
     temporary.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def check_output(folder: Path, model: Path, compare_with: Path | None) -> None:
+    """Before anything is sampled: TempoError where the results would take the place of something else.
+
+    Args:
+        folder: of the results. Those of the same model, or of another step of its run, may be replaced.
+        model: HF folder or checkpoint to be evaluated.
+        compare_with: the ``evaluation.json`` that the results are compared with.
+    """
+    file = folder / EVALUATION_FILE
+    if compare_with is not None and compare_with.resolve() == file.resolve():
+        raise TempoError(f"--compare {compare_with}: this evaluation would take its place; give another --output")
+    try:
+        there = Path(json.loads(file.read_text("utf-8"))["models"]["actor"]["path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # there is none, or nothing that can be read
+    if _run_or_model(there) != _run_or_model(model):
+        raise TempoError(f"{file}: is the evaluation of {there}, not of {model}; give another --output")
+
+
+def _run_or_model(path: Path) -> Path:
+    whole = path.resolve()
+    return whole.parent if whole.parent.name == CHECKPOINTS else whole
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -119,7 +149,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise TempoError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TempoError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise TempoError(f"{path}: not an {EVALUATION_FILE} of format {FORMAT}, as tempo-megatron evaluate writes it")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 #: Columns, in order; of the figures by k the headline's alone.
 COLUMNS = (
-    r"mean@\d+",
+    r"mean(@\d+)?",
     "pass@{k}",
     "maj@{k}",
     "critic_best@{k}",
@@ -40,7 +40,7 @@ def results_table(sets: Mapping[str, Mapping[str, Any]], pass_k: int, title: str
                 table.add_row(label, str(s["prompts"]), *_cells(s["figures"], columns), end_section=not s["sources"])
                 for i, (source, part) in enumerate(s["sources"].items(), start=1):
                     cells = _cells(part["figures"], columns)
-                    table.add_row(f"  {source}", str(part["prompts"]), *cells, end_section=i == len(s["sources"]))
+                    table.add_row(Text(f"  {source}"), str(part["prompts"]), *cells, end_section=i == len(s["sources"]))
     return table
 
 
@@ -55,7 +55,7 @@ def comparison_table(sets: Mapping[str, Mapping[str, Any]], pass_k: int, other: 
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("set")
     table.add_column("prompts", justify="right")
     for column in columns:

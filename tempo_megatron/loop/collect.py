@@ -55,8 +55,9 @@ class Collector:
         self.kinds = {r.id: r.answer_type for pool in everything for r in pool.records}
         self._asks = METHODS[session.config.stage].asks
         self._acceptance = 1.0
-        self._metrics: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()  # of the step's responses, over all rounds of sampling
         self._told: Counter[str] = Counter()
+        self._drawn_unlabeled: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
         samplers = {"labeled": self.labeled, "unlabeled": self.unlabeled}
@@ -79,10 +80,13 @@ class Collector:
         """
         data, settings = self.session.config.data, self.session.config.algorithm.filter
         drawn: Counter[str] = Counter()
+        self._counts.clear()
+        if self.verifier is not None:
+            self._told = self.verifier.failures.copy()  # an evaluation's are its own
         labeled_draws = self._draw(self.labeled, data.labeled_prompts_per_step, step, drawn)
         others = self._draw(self.unlabeled, data.unlabeled_prompts_per_step if unlabeled else 0, updates, drawn)
         batch = self._sample(labeled_draws + others, version)
-        if not settings.enabled:
+        if not settings.enabled or self.labeled is None:
             everything = torch.ones(len(batch), dtype=torch.bool)
             return self._collected(batch, everything, everything, 1, 0)
         return self._top_up(batch, step, version, drawn)
@@ -93,14 +97,34 @@ class Collector:
             "data/generation_rounds": rounds,
             "data/dropped_prompts": dropped,
         }
-        metrics, self._metrics = counts | self._metrics, {}
-        return Collected(batch, actor, critic & batch.labeled, metrics)
+        return Collected(batch, actor, critic & batch.labeled, counts | self._labeled_figures())
+
+    def _labeled_figures(self) -> dict[str, float]:
+        """Of all the step's labelled responses, also of those that the filter drops."""
+        found = self._counts
+        figures: dict[str, float] = {name: n for name, n in found.items() if name.startswith("verify/")}
+        if checked := found["checked"]:
+            figures["reward/labeled_mean"] = found["right"] / checked
+            figures["reward/labeled_readable"] = found["readable"] / checked
+            figures["response/labeled_truncated"] = found["truncated"] / found["labeled"]
+        return figures
+
+    def put_back_unlabeled(self) -> None:
+        """The step's D_U prompts have trained nothing: they are the next ones again."""
+        if self.unlabeled is not None:
+            self.unlabeled.sampler.put_back(self._drawn_unlabeled)
+        self._drawn_unlabeled = []
 
     def _draw(self, pool: Pool | None, count: int, index: int, drawn: Counter[str]) -> list[PromptDraw]:
+        if pool is self.unlabeled:
+            self._drawn_unlabeled = []
         if pool is None or count == 0:
             return []
         draws = []
-        for position in pool.sampler.draw(count):
+        positions = pool.sampler.draw(count)
+        if pool is self.unlabeled:
+            self._drawn_unlabeled = positions
+        for position in positions:
             record = pool.records[position]
             seed = sample_seed(self.session.config.seed, "train", index, record.id, drawn[record.id])
             drawn[record.id] += 1
@@ -115,7 +139,7 @@ class Collector:
                 unverified |= self._ask_oracle(batch)
             if self._asks == "equality":
                 self._compare_answers(batch)
-        self._metrics["verify/unverified"] = self._metrics.get("verify/unverified", 0) + int(unverified.sum())
+        self._counts["verify/unverified"] += int(unverified.sum())
         self._tell_failures()
         # a response whose check failed has no outcome: it trains nothing
         return batch.rows((~unverified).nonzero().flatten())
@@ -138,16 +162,23 @@ class Collector:
         """Outcomes of the labelled rows, from the verifier process beside rank 0; ``[N]`` rows it could not check."""
         rows = batch.labeled.nonzero().flatten().tolist()
 
-        def score() -> tuple[list[float], int]:
+        def score() -> tuple[list[float], dict[str, int]]:
             verdicts = self._service.score([(batch.responses[i], *self.answers[batch.record_ids[i]]) for i in rows])
             if not any(v.verified for v in verdicts):
                 raise RunError(f"none of {len(verdicts)} labelled responses could be verified: {verdicts[0].reason}")
-            return _outcomes(verdicts), sum(v.extracted is not None for v in verdicts)
+            checked = [v for v in verdicts if v.verified]
+            return _outcomes(verdicts), {
+                "labeled": len(verdicts),
+                "checked": len(checked),
+                "right": sum(v.correct for v in checked),
+                "readable": sum(v.extracted is not None for v in checked),
+                "truncated": sum(batch.finish_reason[i] == "length" for i in rows),
+            }
 
         if rows:
-            outcomes, readable = on_rank0(score)
+            outcomes, counts = on_rank0(score)
             batch.outcome[rows] = torch.tensor(outcomes)
-            self._metrics["reward/labeled_readable"] = readable / len(rows)
+            self._counts.update(counts)
         return batch.labeled & batch.outcome.isnan()
 
     def _ask_oracle(self, batch: RolloutBatch) -> Tensor:
@@ -178,7 +209,7 @@ class Collector:
             return
         new = self.verifier.failures - self._told
         self._told = self.verifier.failures.copy()
-        self._metrics |= {f"verify/{cause}": count for cause, count in new.items()}
+        self._counts.update({f"verify/{cause}": count for cause, count in new.items()})
         if new:
             causes = ", ".join(f"{count} {cause}" for cause, count in new.items())
             self.session.progress.note(f"verifier: checks failed: {causes}; these responses count as unverified")

@@ -64,12 +64,24 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> PromptData 
         return SftData(*encode_sft(tokenizer, demonstrations, data.max_prompt_tokens + data.max_response_tokens))
     records = on_rank0(lambda: read_prompts_isolated(data.train_files))
     token_ids = encode_prompts(tokenizer, records, data.max_prompt_tokens)
+    if data.oracle_files:
+        on_rank0(lambda: _check_oracle(records, data.oracle_files))
     return PromptData(
         labeled=_pool(records, token_ids, config, labeled=True),
         unlabeled=_pool(records, token_ids, config, labeled=False),
         answers={r.id: (r.answer, r.answer_type) for r in records if r.labeled and r.answer is not None},
         eval_sets=read_eval_sets(config, tokenizer),
     )
+
+
+def _check_oracle(records: list[PromptRecord], files: list[str]) -> None:
+    known = {r.id for r in read_eval_prompts(files)}
+    unknown = [r.id for r in records if not r.labeled and r.id not in known]
+    if unknown:
+        raise TempoError(
+            f"data.oracle_files: {', '.join(files)} hold no record {unknown[0]!r} (nor {len(unknown) - 1} others) of "
+            "data.train_files' unlabelled ones; records are found by their id (in verl's schema: FILE STEM/index)"
+        )
 
 
 def read_eval_sets(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[EvalPrompts]:

@@ -59,8 +59,7 @@ class EMLoop:
     def run(self) -> None:
         with self._closing, self.session.running(self.updates):
             self._sync()
-            if self.step == 0:
-                self._begin()
+            self._begin()
             last = self._done()
             while not last:
                 self.step += 1
@@ -86,9 +85,9 @@ class EMLoop:
                 self.session.export_hf()
 
     def _begin(self) -> None:
-        if self.evaluator.sets and self.config.evaluation.at_start:
+        if self.session.resumed is None and self.evaluator.sets and self.config.evaluation.at_start:
             self._record(self.evaluator.run(self.step, self.updates, self.version))
-        if self.guard.goes_back:
+        if self.guard.needs_start:
             self._save()  # there is always something to go back to
 
     def _done(self) -> bool:
@@ -112,12 +111,21 @@ class EMLoop:
             metrics |= recalibrated.metrics
         self._watch(metrics)
         if refine and self.gate.is_open and not self.guard.holds and self.step > self.last_change:
-            metrics |= refine_policy(self.session, self.reward, batch, self._actor_rows(collected), values, order_seed)
+            rows = self._actor_rows(collected)
+            if not rows.any():
+                raise RunError(
+                    f"step {self.step}: no response is left to train the policy on "
+                    f"({metrics['verify/unverified']} could not be verified)"
+                )
+            metrics |= refine_policy(self.session, self.reward, batch, rows, values, order_seed)
             self._check_mismatch(metrics["mismatch/mean_abs"])
             self.entropy = metrics["actor/entropy"]
             self.updates += 1
             self.last_change = self.step
+            self.guard.policy_moved()
             self._sync()
+        elif self.step > self.last_change:
+            self.collector.put_back_unlabeled()  # the next update is made on what this one would have been
         if self.gate.enabled:
             metrics |= {"gate/open": int(self.gate.is_open), "gate/auroc_average": self.gate.average}
         return metrics | self.guard.metrics() | {"policy_updates": self.updates}
@@ -138,7 +146,7 @@ class EMLoop:
             "overclaim": math.nan if claimed is None else claimed - accuracy,
             "entropy": self.entropy,
         }
-        state = self.guard.observe(self.step, figures)
+        state = self.guard.observe(self.step, figures, free=self.gate.is_open)
         if state is not None:
             self._went_back(state)
             self.last_change = self.step  # this step's rollouts are of a policy that is gone
@@ -210,7 +218,4 @@ def _batch_metrics(batch: RolloutBatch) -> dict[str, float]:
     truncated = torch.tensor([r == "length" for r in batch.finish_reason], dtype=torch.float32)
     metrics = {"response/truncated": float(truncated.mean())}
     metrics |= summary_statistics("response/tokens", lengths, torch.ones_like(batch.labeled))
-    if batch.labeled.any():
-        metrics["reward/labeled_mean"] = float(batch.outcome[batch.labeled].mean())
-        metrics["response/labeled_truncated"] = float(truncated[batch.labeled].mean())
     return metrics

@@ -85,7 +85,8 @@ class Evaluator:
         if "critic" in models.engines:
             sequences = Sequences(batch.prompt_token_ids, batch.response_token_ids)
             values = models.engines["critic"].forward(sequences)["values"]
-        return EvaluatedSet(batch, verdicts, values, _samples(prompts, batch, verdicts, answers, values))
+        terminal = None if values is None else self._terminal_values(values, batch.response_lengths)
+        return EvaluatedSet(batch, verdicts, values, _samples(prompts, batch, verdicts, answers, terminal))
 
     def _score(self, prompts: EvalPrompts, batch: RolloutBatch) -> tuple[list[Verdict], Ints]:
         """Rank 0: every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``."""
@@ -101,6 +102,16 @@ class Evaluator:
             for found, i in zip(self.verifier.cluster(groups), starts, strict=True)
         ]
         return verdicts, number_answers(rows)
+
+    def _terminal_values(self, values: Tensor, lengths: Tensor) -> Floats:
+        """``[N]`` of token values ``[N, L + 1]``: the one that is the reward in training."""
+        before = self.models.config.algorithm.mstep.terminal_value == "pre_last"
+        terminal = values.gather(1, (lengths - int(before))[:, None]).squeeze(1)
+        if not terminal.isfinite().all():
+            bad = int((~terminal.isfinite()).sum())
+            raise RunError(f"evaluation: {bad} of {len(terminal)} terminal values of the critic are not finite")
+        floats: Floats = terminal.double().numpy()
+        return floats
 
     def _log(self, prompts: EvalPrompts, step: int, result: EvaluatedSet) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
@@ -147,7 +158,7 @@ def _means(samples: Samples, pass_k: int, seed: int) -> dict[str, float]:
 
 
 def _samples(
-    prompts: EvalPrompts, batch: RolloutBatch, verdicts: list[Verdict], answers: Ints, values: Tensor | None
+    prompts: EvalPrompts, batch: RolloutBatch, verdicts: list[Verdict], answers: Ints, terminal: Floats | None
 ) -> Samples:
     shape = len(prompts.records), prompts.settings.samples_per_prompt
 
@@ -163,19 +174,9 @@ def _samples(
         verified=table([v.verified for v in verdicts]),
         truncated=table([reason == "length" for reason in batch.finish_reason]),
         response_tokens=table(lengths.tolist()),
-        values=None if values is None else _terminal_values(values, lengths).reshape(shape),
+        values=None if terminal is None else terminal.reshape(shape),
         details={
             name: table([v.details.get(name, 0.0) for v in verdicts])
             for name in sorted({name for v in verdicts for name in v.details})
         },
     )
-
-
-def _terminal_values(values: Tensor, lengths: Tensor) -> Floats:
-    """``[N]`` of token values ``[N, L + 1]``: the one after the last token."""
-    terminal = values.gather(1, lengths[:, None]).squeeze(1)
-    if not terminal.isfinite().all():
-        bad = int((~terminal.isfinite()).sum())
-        raise RunError(f"evaluation: {bad} of {len(terminal)} terminal values of the critic are not finite")
-    floats: Floats = terminal.double().numpy()
-    return floats

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tempo_megatron.algorithm.guard import CollapseGuard, Violation
+from tempo_megatron.checkpoint.locate import is_complete
 from tempo_megatron.checkpoint.store import checkpoint_folder, resume_checkpoint
 from tempo_megatron.config.schema import GuardConfig
 from tempo_megatron.loop.session import Session
+from tempo_megatron.parallel.distributed import on_rank0
 
 #: Steps without a violation after which a checkpoint is judged: by then the averages are mostly of its policy.
 CONFIRM_STEPS = 3
@@ -22,7 +24,7 @@ class GuardedRun:
 
     Attributes:
         active: the config asks for it, and there are labelled rollouts to watch and a policy to protect.
-        held: steps in a row in which the policy was held.
+        held: steps in a row in which the guard held a policy that would have moved.
         rollbacks: of the run so far.
     """
 
@@ -34,6 +36,7 @@ class GuardedRun:
         self.rollbacks = 0
         self._good: list[int] = []  # steps of the last checkpoints known to be good
         self._pending: list[int] = []  # of later ones
+        self._moved = False  # the policy, since the run began or last went back
 
     @property
     def goes_back(self) -> bool:
@@ -53,13 +56,28 @@ class GuardedRun:
         """A checkpoint of ``step`` is about to be written."""
         if not self.goes_back:
             return
-        if step == 0:
-            self._good = [0]  # where the run began is what it is compared with
+        if not self._good:
+            self._good = [step]  # where the run began is what it is compared with
         elif not self.holds:
             self._pending.append(step)
 
-    def observe(self, step: int, figures: Mapping[str, float]) -> dict[str, Any] | None:
+    @property
+    def needs_start(self) -> bool:
+        """Whether there is nothing yet to go back to in this run's folder."""
+        return self.goes_back and not self._good
+
+    def policy_moved(self) -> None:
+        """The policy has been updated."""
+        self._moved = True
+
+    def observe(self, step: int, figures: Mapping[str, float], *, free: bool) -> dict[str, Any] | None:
         """Take a step's figures (see ``CollapseGuard.observe``).
+
+        A policy that has not moved since the run began or went back is held, not taken back once more: what is beyond
+        its bound then is the critic, which only E-steps mend.
+
+        Args:
+            free: the policy would have moved; else the gate holds it anyway, and counts for itself.
 
         Returns:
             The trainer's state of the checkpoint to which all engines have just been taken back, or None.
@@ -74,10 +92,10 @@ class GuardedRun:
             return None
         self._pending = []
         told = "; ".join(map(str, self.violations))
-        if self.goes_back and self._good:
+        if self.goes_back and self._good and self._moved:
             return self._go_back(step, told)
-        self.held += 1
-        if self.held == 1:
+        self.held += free
+        if free and self.held == 1:
             self.session.progress.note(f"guard: step {step}: {told}; the policy is held")
         return None
 
@@ -94,6 +112,7 @@ class GuardedRun:
         self.watches.go_back(state["guard"]["watches"])
         self.violations = []
         self.rollbacks += 1
+        self._moved = False
         engines["actor"].lr_scale *= self.config.lr_factor
         if len(self._good) > 1:
             self._good.pop()  # it led here: the next time goes back further
@@ -113,6 +132,9 @@ class GuardedRun:
             return None
         beyond = self.watches.violations(MARGIN)
         return self._go_back(step, "at the end " + "; ".join(map(str, beyond))) if beyond else None
+
+    def _is_there(self, step: int) -> bool:
+        return is_complete(checkpoint_folder(self.session.output, step))
 
     @property
     def gave_up(self) -> bool:
@@ -137,6 +159,7 @@ class GuardedRun:
             "rollbacks": self.rollbacks,
             "good": self._good,
             "pending": self._pending,
+            "moved": self._moved,
             "lr_scale": self.session.engines["actor"].lr_scale,
         }
 
@@ -145,5 +168,8 @@ class GuardedRun:
         # going back has forgiven what the averages may still say
         self.violations = self.watches.violations() if state["holds"] else []
         self.held, self.rollbacks = state["held"], state["rollbacks"]
-        self._good, self._pending = list(state["good"]), list(state["pending"])
+        self._moved = state.get("moved", True)
+        # a run that goes on in another folder has left its checkpoints behind
+        there = on_rank0(lambda: [s for s in (*state["good"], *state["pending"]) if self._is_there(s)])
+        self._good, self._pending = ([s for s in state[name] if s in there] for name in ("good", "pending"))
         self.session.engines["actor"].lr_scale = state["lr_scale"]

@@ -41,14 +41,18 @@ def critic_values(session: Session, batch: RolloutBatch) -> Tensor:
 
 
 def minibatches(batch: RolloutBatch, parts: int, passes: int, seed: int) -> Iterator[Tensor]:
-    """Row positions of each optimizer step: whole prompts, dealt anew in each pass by a seeded permutation."""
+    """Row positions of each optimizer step: whole prompts, dealt anew in each pass by a seeded permutation.
+
+    ``parts`` steps a pass, of as many prompts but for one; fewer only where there are fewer prompts.
+    """
     groups = torch.unique(batch.group)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(passes):
         if parts == 1:
             yield torch.arange(len(batch))
             continue
-        for dealt in groups[torch.randperm(len(groups), generator=generator)].chunk(parts):
+        order = groups[torch.randperm(len(groups), generator=generator)]
+        for dealt in order.tensor_split(min(parts, len(groups))):
             yield torch.isin(batch.group, dealt).nonzero().flatten()
 
 

@@ -99,6 +99,7 @@ class Session(Models):
         """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay."""
         keep = self.config.checkpoint.keep
         with self.ledger.phase("checkpoint"):
+            state = {"stage": self.config.stage, **state}
             save_checkpoint(self.output, state["step"], self.engines, state, self.hf_dirs, keep, protected)
 
     def export_hf(self) -> None:
@@ -130,8 +131,18 @@ class Session(Models):
 def _find_checkpoint(config: Config) -> Path | None:
     found = _wanted_checkpoint(config)
     if found is not None:
-        check_resumable(found, roles_of(config))
+        check_resumable(found, roles_of(config), config.stage)
+        _check_is_last(found, config.output_dir)
     return found
+
+
+def _check_is_last(checkpoint: Path, output_dir: str) -> None:
+    """A run must not mix its checkpoints with later ones of another: which are newest is told by their steps."""
+    newest = newest_checkpoint(output_dir)
+    if newest is not None and newest.name > checkpoint.name:
+        raise TempoError(
+            f"resume: {checkpoint}, but {newest} is later; choose another output_dir, or move the later ones away"
+        )
 
 
 def _wanted_checkpoint(config: Config) -> Path | None:

@@ -122,6 +122,18 @@ class MegatronEngine:
                     group.setdefault("step", 0)
         self.scheduler = _scheduler(self.optimizer, settings)
 
+    def go_on_from(self, schedule: dict[str, Any]) -> None:
+        """Take the position in the schedule from a checkpoint whose optimizer state has just been loaded.
+
+        Rates, decay and Adam's constants are this run's: they came back with the optimizer's parameter groups.
+        """
+        settings = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group |= {"max_lr": settings.lr, "min_lr": settings.min_lr if settings.decay != "constant" else 0.0}
+            group |= {"betas": settings.betas, "eps": settings.eps}
+        self.scheduler.num_steps = 0
+        self.scheduler.step(schedule["num_steps"])
+
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
         """Outputs of every row, on every rank, as CPU float32 tables.
 

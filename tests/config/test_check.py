@@ -244,6 +244,10 @@ def test_the_critic_must_read_as_far_as_the_actor_writes(job: Job) -> None:
             {"stage": "ppo", "data.labeled_prompts_per_step": 0, "data.unlabeled_prompts_per_step": 0},
             "data.labeled_prompts_per_step: 0 must be at least 1 in stage ppo",
         ),
+        (
+            {"rollout.samples_per_prompt": 7},
+            "algorithm.gate.min_per_class: 16 right and as many wrong responses are more than the 14 labelled ones",
+        ),
         ({"data.train_files": []}, "data.train_files: [] is empty; stage tempo needs at least one prompt parquet"),
         ({"stage": "sft", "critic": None, "data.train_files": []}, "needs at least one prompt+response parquet file"),
     ],

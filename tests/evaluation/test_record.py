@@ -13,6 +13,7 @@ from tempo_megatron.errors import TempoError
 from tempo_megatron.evaluation.plots import write_plots
 from tempo_megatron.evaluation.record import (
     FORMAT,
+    check_output,
     compare,
     read_evaluation,
     require_common_prompts,
@@ -106,11 +107,12 @@ def test_comparison_is_paired_by_record_and_names_what_both_have():
     assert list(found) == ["held"]
     assert found["held"]["prompts"] == 12
     differences = found["held"]["differences"]
+    assert "mean" in differences and "mean@4" not in differences
     assert not [name for name in differences if "critic" in name]
     scores = [r["sets"]["held"]["per_prompt"]["scores"]["mean@4"][:12] for r in (ours, theirs)]
-    assert differences["mean@4"]["value"] == pytest.approx(np.mean(scores[0]) - np.mean(scores[1]))
-    assert differences["mean@4"]["low"] > 0
-    assert f"{differences['mean@4']['low']:+.3f}" in printed(comparison_table(found, 2, "other.json"))
+    assert differences["mean"]["value"] == pytest.approx(np.mean(scores[0]) - np.mean(scores[1]))
+    assert differences["mean"]["low"] > 0
+    assert f"{differences['mean']['low']:+.3f}" in printed(comparison_table(found, 2, "other.json"))
     # the order of the other's prompts does not matter
     per_prompt = theirs["sets"]["held"]["per_prompt"]
     per_prompt["record_id"].reverse()
@@ -118,6 +120,29 @@ def test_comparison_is_paired_by_record_and_names_what_both_have():
         score.reverse()
     assert compare(ours, theirs, seed=0) == found
     assert compare(ours, ours, seed=0)["held"]["differences"]["pass@2"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_means_of_other_numbers_of_samples_are_compared():
+    ours, theirs = (record(held=samples(12, chance=chance, n=n)) for chance, n in ((0.9, 4), (0.1, 8)))
+    difference = compare(ours, theirs, seed=0)["held"]["differences"]["mean"]
+    assert difference["value"] == pytest.approx(
+        ours["sets"]["held"]["figures"]["mean@4"]["value"] - theirs["sets"]["held"]["figures"]["mean@8"]["value"]
+    )
+
+
+def test_results_do_not_take_the_place_of_others(tmp_path: Path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    check_output(folder, tmp_path / "a", None)
+    write_evaluation(folder, {"models": {"actor": {"path": str(tmp_path / "a")}}})
+    check_output(folder, tmp_path / "a", tmp_path / "other.json")
+    with pytest.raises(TempoError, match=r"is the evaluation of .*/a, not of .*/b; give another --output"):
+        check_output(folder, tmp_path / "b", None)
+    with pytest.raises(TempoError, match="this evaluation would take its place"):
+        check_output(folder, tmp_path / "a", tmp_path / "x" / ".." / "evaluation" / "evaluation.json")
+    run = tmp_path / "run" / "checkpoints"
+    write_evaluation(folder, {"models": {"actor": {"path": str(run / "step_00000002")}}})
+    check_output(folder, run / "step_00000004", None)
 
 
 def test_nothing_to_compare_is_told_before_sampling():

@@ -228,6 +228,10 @@ DATA = {
         r"prompt 'dl-000' has 9 tokens, data\.max_prompt_tokens is 8; raise the limit or leave the prompt out",
         {"data.train_files": "[{data:long}]"},
     ),
+    "oracle-without-answers": Case(
+        r"data\.oracle_files: .*/no-unlabeled\.parquet hold no record 'du-000' \(nor 255 others\) of .*",
+        {"stage": "oracle", "critic": "null", "data.oracle_files": "[{data:no-unlabeled}]"},
+    ),
     "eval-without-answers": Case(
         r".*/unanswered\.parquet: row 256: record 'du-000' has no answer; an evaluation record needs one",
         {"evaluation.sets": "[{name: all, files: [{data:unanswered}], samples_per_prompt: 8}]"},
@@ -290,8 +294,19 @@ RUNS = {
         copy="finished",
         write={"checkpoints/step_00000001/actor/__0_0.distcp": "gone"},
     ),
+    "older": Case(
+        r"resume: .*/step_00000001, but .*/step_00000002 is later; choose another output_dir, or move the later ones away",
+        {"resume": "{folder}/late/older/checkpoints/step_00000001"},
+        copy="finished",
+        write={"checkpoints/step_00000002/manifest.json": "{}"},
+    ),
+    "other-stage": Case(
+        r".*/step_00000001: holds a run of stage ppo, this run is of stage sft; give it as actor\.init .*",
+        copy="finished",
+        write={"checkpoints/step_00000001/state.json": '{"trainer": {"stage": "ppo"}}'},
+    ),
     "damaged-state": Case(
-        r".*/step_00000001: the checkpoint cannot be read: .*",
+        r".*/step_00000001/state\.json: the checkpoint cannot be read: .*",
         copy="finished",
         write={"checkpoints/step_00000001/state.json": "{"},
     ),

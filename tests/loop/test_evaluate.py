@@ -177,6 +177,7 @@ def test_an_hf_folder_without_a_critic_by_source_and_compared(launched: tuple[Pa
     first = read_evaluation(folder / "run" / "evaluation" / "evaluation.json")["sets"]["D_U"]
     assert comparison["prompts"] == PROMPTS
     for name, difference in comparison["differences"].items():
-        expected = d_u["figures"][name]["value"] - first["figures"][name]["value"]
+        figure = f"mean@{N}" if name == "mean" else name
+        expected = d_u["figures"][figure]["value"] - first["figures"][figure]["value"]
         assert difference["value"] == pytest.approx(expected, abs=1e-12), name
     assert "Less" in result.stdout

@@ -42,6 +42,16 @@ NEAR_THE_BOUND: dict[str, Any] = {
 }
 
 
+#: The same step is beyond this bound, each time anew.
+FALLING: dict[str, Any] = {
+    **NEAR_THE_BOUND,
+    "steps": 20,
+    "algorithm.guard.min_entropy": 0.9,
+    "algorithm.guard.lr_factor": 0.9,
+    "algorithm.guard.max_rollbacks": 1,
+}
+
+
 @pytest.mark.timeout(400)
 def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
@@ -50,6 +60,7 @@ def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
         Case("back", back),
         Case("all-kept", {**back, "checkpoint.keep": 100}),
         Case("hold", small_tempo(inputs, **GUARDED)),
+        Case("falling", small_tempo(inputs, **FALLING)),
         Case("near", small_tempo(inputs, **NEAR_THE_BOUND)),
         *(Case(f"updates-{n}", small_tempo(inputs, **{**NEAR_THE_BOUND, "steps": n})) for n in (1, 2)),
     ]
@@ -62,10 +73,12 @@ def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     moved = {k.removeprefix("actor."): v for k, v in results["hold"]["weights"].items() if k.startswith("actor.")}
     assert any(not torch.equal(moved[k], start[k]) for k in moved), "holding takes nothing back"
 
-    # an update, two rollbacks and the one that ends the run
-    assert [r["guard/rollbacks"] for r in records["back"]] == [0, 1, 2, 3]
-    assert [r["guard/lr_scale"] for r in records["back"]] == [1.0, 0.5, 0.25, 0.125]
+    # an update, a rollback, and two steps in which the policy of the start is held beside a critic that overclaims
+    assert [r["guard/rollbacks"] for r in records["back"]] == [0, 1, 1, 1]
+    assert [r["guard/lr_scale"] for r in records["back"]] == [1.0, 0.5, 0.5, 0.5]
+    assert [r["guard/holds"] for r in records["back"]] == [0, 0, 1, 1]
     assert [r["policy_updates"] for r in records["back"]] == [1] * 4
+    _assert_goes_back_each_time(records["falling"])
     assert [r["guard/holds"] for r in records["hold"]] == [0, 1, 1]
     assert all("critic/loss" in r for r in [*records["back"], *records["hold"]]), "E-steps go on"
 
@@ -73,6 +86,14 @@ def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     assert kept[0] == "step_00000000", "the last good checkpoint outlives `keep`"
     _assert_resumes(tmp_path, results["all-kept"], back)
     _assert_ended_at_a_good_checkpoint(results, records["near"])
+
+
+def _assert_goes_back_each_time(records: list[dict[str, Any]]) -> None:
+    """A policy that falls again is taken back again, and the run ends when that is once too often."""
+    rollbacks = [r["guard/rollbacks"] for r in records]
+    assert rollbacks[-1] == 2 and rollbacks == sorted(rollbacks)
+    updates = [records[rollbacks.index(n)]["policy_updates"] for n in (1, 2)]
+    assert updates[0] < updates[1] < 20, "it moves in between"
 
 
 def _assert_ended_at_a_good_checkpoint(results: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "frozen": {"critic.optimizer.lr": 0.0},
     "ttrl": {**D_U_ALONE, "stage": "ttrl"},
     "ttrl-all-rows": {**NO_CRITIC, "stage": "ttrl", "algorithm.mstep.advantage": "none"},
-    "empo": {**D_U_ALONE, "stage": "empo"},
+    "empo": {**D_U_ALONE, "stage": "empo", "algorithm.filter.enabled": "true"},  # which is about D_L
     "oracle": {**D_U_ALONE, "stage": "oracle"},
     "random": {**D_U_ALONE, "stage": "random"},
 }
