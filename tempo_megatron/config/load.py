@@ -99,7 +99,14 @@ def load_config(
 def dump_config(config: Config) -> str:
     """YAML with every key; ``load_config`` of it gives an equal ``Config``."""
     values = config.model_dump(mode="python")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def dumped(*, unicode: bool) -> str:
+        text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=unicode, width=120)
+        return text
+
+    text = dumped(unicode=True)
+    # PyYAML writes these line breaks as they are and reads them as others
+    return dumped(unicode=False) if any(c in text for c in "\x85\u2028\u2029") else text
 
 
 # ---------------------------------------------------------------- reading and merging

@@ -39,7 +39,7 @@ class Job:
             "critic": {"init": self.model("critic"), "max_tokens_per_microbatch": 64},
             "data": {
                 "train_files": [str(folder / "train.parquet")],
-                "labeled_prompts_per_step": 2,
+                "labeled_prompts_per_step": 4,
                 "unlabeled_prompts_per_step": 2,
                 "max_prompt_tokens": 32,
                 "max_response_tokens": 32,
@@ -246,7 +246,7 @@ def test_the_critic_must_read_as_far_as_the_actor_writes(job: Job) -> None:
         ),
         (
             {"rollout.samples_per_prompt": 7},
-            "algorithm.gate.min_per_class: 16 right and as many wrong responses are more than the 14 labelled ones",
+            "algorithm.gate.min_per_class: 16 right and as many wrong responses are more than the 28 labelled ones",
         ),
         ({"data.train_files": []}, "data.train_files: [] is empty; stage tempo needs at least one prompt parquet"),
         ({"stage": "sft", "critic": None, "data.train_files": []}, "needs at least one prompt+response parquet file"),

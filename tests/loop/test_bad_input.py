@@ -295,7 +295,7 @@ RUNS = {
         write={"checkpoints/step_00000001/actor/__0_0.distcp": "gone"},
     ),
     "older": Case(
-        r"resume: .*/step_00000001, but .*/step_00000002 is later; choose another output_dir, or move the later ones away",
+        r"resume: .*/step_00000001, but .*/step_00000002 is later; choose another output_dir, or move .*",
         {"resume": "{folder}/late/older/checkpoints/step_00000001"},
         copy="finished",
         write={"checkpoints/step_00000002/manifest.json": "{}"},

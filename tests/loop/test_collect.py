@@ -114,7 +114,7 @@ def test_figures_are_of_all_rounds_and_of_what_the_filter_drops(collector: Colle
     assert set(collected.batch.record_ids) == {"dl-0", "dl-2", "dl-4"}
     found = collected.metrics
     assert found["data/generation_rounds"] == 3
-    everything = "".join(OUTCOMES[f"dl-{i}"] for i in range(5))
+    everything = "".join(OUTCOMES[f"dl-{i}"] for i in range(6))  # the last round drew two
     checked = everything.replace("t", "")
     assert found["reward/labeled_mean"] == pytest.approx(everything.count("r") / len(checked))
     assert found["reward/labeled_readable"] == pytest.approx(1 - checked.count("n") / len(checked))
