@@ -5,6 +5,7 @@ Prints one JSON line per case from rank 0.  Arguments: a folder for the models, 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -97,6 +98,7 @@ class Layout:
         return "ep" not in self.name and "etp" not in self.name
 
 
+@cache
 def configs() -> dict[str, hf.PretrainedConfig]:
     """Four layers, grouped-query attention, head_dim other than hidden / heads, an odd vocabulary."""
     common = {
@@ -144,6 +146,7 @@ class Olmo3ForTokenClassification(GenericForTokenClassification, Olmo3PreTrained
 
 def reference(config: hf.PretrainedConfig, role: str) -> hf.PreTrainedModel:
     torch.manual_seed(3)
+    config = copy.deepcopy(config)
     config.num_labels = 1
     config._attn_implementation = "eager"
     if role == "actor":
