@@ -20,13 +20,13 @@ _MARKS = r"[*_]{0,4}+"
 # Every repetition is bounded or possessive: a response must not make the search backtrack
 _STATEMENT = re.compile(
     rf"""
-    (?P<tag><answer>)
+    (?P<tag><(?:final[ _-]?)?answer>)
     | (?P<header>^[^\w\n]{{0,8}}+(?:(?:the|my)[ ])?(?:(?:final|correct|right|best)[ ])?answer
         [ \t\r*_:\#]{{0,8}}+$(?=\s*+\S))
     | \b(?:answers?(?:[ ](?:choice|option|letter))?
          | (?:correct|right|best|final)\s{{1,4}}+(?:answer\s{{1,4}}+)?(?:choice|option|letter|one)s?)
       {_MARKS}
-      (?:(?:\s{{0,4}}+[,(]|\s{{1,4}}+(?:to|for|of|in|here|now|then|therefore|thus|hence)\b)[^.!?\n:=]{{0,80}}?)??
+      (?P<phrase>(?:\s{{0,4}}+[,(]|\s{{1,4}}+(?:to|for|of|in|here|now|then|therefore|thus|hence)\b)[^.!?\n:=]{{0,80}}?)??
       {_MARKS}\s{{0,8}}+
       (?: :|=|\u2192|(?<=\s)[-\u2013\u2014](?=\s)
         | \b(?:is|are|was|has|(?:would|must|should|will|has\s{{1,4}}+to|have\s{{1,4}}+to)\s{{1,4}}+be)\b
@@ -42,6 +42,8 @@ _DENIAL = re.compile(
     |pretend\w*+|hypothe\w*+|let['\u2019]?s[ ]say|wrong\w*+|incorrect\w*+|false\w*+|untrue|mistak\w*+|doubt\w*+
     |den(?:y|ies|ied)|disagree\w*+|contradict\w*+|refut\w*+|reject\w*+|impossible|unlikely|hardly|unclear|unsure|uncertain\w*+
     |wonder\w*+|least|except|might|may|maybe|perhaps|possibl[ey]|could)\b|n['\u2019]t\b
+    |\b(?:opposite|contrary|reverse)\b
+    |\b(?:thinks|believes|says|said|claim\w*+|argues|guess\w*+)(?:[ ]that)?(?:[ ]the)?[\s*_]*+$
     |\b(?:when|whenever|once|until|why|how|where|case|provided|were)(?:[ ]the)?[\s*_]*+$""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -99,7 +101,7 @@ def _is_refused(text: str, found: re.Match[str]) -> bool:
     sentence = text[ends[-1] if ends else low : at]
     if interjection := _INTERJECTION.match(sentence):
         sentence = sentence[interjection.end() :]
-    if _DENIAL.search(sentence):
+    if _DENIAL.search(sentence) or _DENIAL.search(found["phrase"] or ""):
         return True
     before = _WORD_BEFORE.search(sentence[-80:])
     return before is not None and before[1] is None and _FITTING.fullmatch(before[2]) is None

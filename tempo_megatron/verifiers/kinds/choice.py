@@ -34,7 +34,7 @@ _SPACED = re.compile(r"(?:[(\[]?[A-Z][)\]]?[.]?(?:[ ]|$)){2,10}+")
 _ALONE = re.compile(rf"({_LETTERS})[.)]{{0,2}}")
 _ALONE_SMALL = re.compile(r"[(\[]?[ ]?([a-z])[ ]?[)\]]?[.:]?")
 _OPTION = re.compile(r"(?:\([A-Z]\)|[A-Z](?:\)|[.:]))[ ]\S")
-_LISTED = re.compile(r"[^\w\n]{0,8}+[A-Z](?:\)|[.:](?!\w)|\])")
+_LISTED = re.compile(r"[^\w\n]{0,8}+(?:[B-HJ-Z] |[A-Z](?:\)|[.:](?!\w)|\]))")
 _OTHER = re.compile(
     r"(?<![A-Za-z])(?:[(\[]([A-Z])[)\]]|([A-Z])[):]|(?<!not )([A-Z])\.(?=[ ]\S)|\(([A-Z])\b)"
     r"|(?<=[ ])[-|/+\u2013\u2014][ ]?([A-Z])\b"
@@ -46,7 +46,9 @@ _HEDGE = re.compile(
     r"|.*\bor\b[ ]?(?:option[ ])?[(\[]?[A-Z]\b",
     re.IGNORECASE,
 )
-_NOT_AT_END = re.compile(r"(?:\b(?:not|never|neither|nor|except|or)|n['\u2019]t)\W*$", re.IGNORECASE)
+_UNFINISHED = re.compile(
+    r"(?:\b(?:not|never|neither|nor|except|or|and|but|among|of|than)|n['\u2019]t)\W*$", re.IGNORECASE
+)
 
 
 def normal_letters(text: str) -> str | None:
@@ -109,7 +111,7 @@ def _last_line(tail: str) -> tuple[str | None, int]:
     above, _, line = text.rpartition("\n")
     alone = _ALONE.fullmatch(_plain(line)) if len(line) <= _MAX_TEXT else None
     previous = above.rstrip().rpartition("\n")[2][-_MAX_TEXT:]
-    is_listed = _LISTED.match(previous) or _ALONE.fullmatch(_plain(previous)) or _NOT_AT_END.search(previous)
+    is_listed = _LISTED.match(previous) or _ALONE.fullmatch(_plain(previous)) or _UNFINISHED.search(previous)
     return (None if alone is None or is_listed else _letters(alone[1])), len(text) - len(line)
 
 
