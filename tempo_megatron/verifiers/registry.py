@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
 
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers import kinds
+from tempo_megatron.verifiers.maths.compare import is_computable
 from tempo_megatron.verifiers.verdict import CheckFailedError, Kind, Verdict
 
 
@@ -59,25 +61,83 @@ def verify(response: str, answer: str, kind: str) -> Verdict:
 
 
 def cluster_answers(extracted: Sequence[str | None], kind: str) -> list[int | None]:
-    """Groups equal answers: the first of each cluster represents it (as the known answer would when grading).
+    """Groups equal answers: an answer joins the first cluster whose every member is equal to it, in both directions.
 
     Args:
         extracted: ``Verdict.extracted`` or ``Kind.extract`` of each response; None where there is no answer.
         kind: of the answers.
 
     Returns:
-        Cluster of each answer, numbered by first appearance; None where there is no answer.
+        Cluster of each answer, numbered by first appearance; None where there is no answer, or one that can't be
+        compared.
 
     Raises:
         TempoError: unknown kind.
     """
+    steps, replies = clusters([text for text in extracted if text is not None], kind), None
+    try:
+        while True:
+            questions = next(steps) if replies is None else steps.send(replies)
+            replies = [_answered(question, kind) for question in questions]
+    except StopIteration as done:
+        found: dict[str, int] = done.value
+    return [None if text is None else found.get(text) for text in extracted]
+
+
+#: One text: can it be compared?  Two: are they the same answer?
+Question = tuple[str] | tuple[str, str]
+_MAX_FAILURES = 2
+
+
+def clusters(texts: Sequence[str], kind: str) -> Generator[list[Question], list[bool | None], dict[str, int]]:
+    """Steps of grouping ``texts``: yields questions, is sent their answers (None: failed), returns text -> cluster.
+
+    Raises TempoError for an unknown kind.
+    """
+    left = list(dict.fromkeys(texts))
+    if kind_named(kind).equal_is_identity:
+        return {text: i for i, text in enumerate(left)}
+    if len(left) > 1:
+        left = _answering(left, (yield [(text,) for text in left]), True)
+    found: dict[str, int] = {}
+    failures: Counter[str] = Counter()
+    count = 0
+    while left:
+        first, others = left[0], left[1:]
+        replies = (yield [(first, text) for text in others]) if others else []
+        failed = _answering(others, replies, None)
+        if len(failed) == len(others) > 1:  # more likely the fault of the one than of all others
+            failures.update(failed)
+            left = [text for text in others if failures[text] < _MAX_FAILURES]
+            continue
+        members, equal = [first], _answering(others, replies, True)
+        while equal:
+            member, equal = equal[0], equal[1:]
+            members.append(member)
+            equal = _answering(equal, (yield [(member, text) for text in equal]), True) if equal else []
+        found |= dict.fromkeys(members, count)
+        count += 1
+        left = [text for text in others if text not in members and text not in failed]
+    return found
+
+
+def _answering(texts: Sequence[str], replies: Sequence[bool | None], reply: bool | None) -> list[str]:
+    return [text for text, got in zip(texts, replies, strict=True) if got is reply]
+
+
+def answered(question: Sequence[str], kind: str) -> bool:
+    """The answer to a question of ``clusters``.  Raises what the kind raises where it can't be compared."""
+    if len(question) == 1:
+        if kind == "math":
+            is_computable(question[0])  # a text equals itself uncomputed
+        return True
+    a, b = question
     equal = kind_named(kind).equal
-    representatives: list[str] = []
-    known: dict[str, int] = {}
-    for text in extracted:
-        if text is not None and text not in known:
-            found = next((i for i, r in enumerate(representatives) if equal(r, text)), None)
-            if found is None:
-                representatives.append(text)
-            known[text] = len(representatives) - 1 if found is None else found
-    return [None if text is None else known[text] for text in extracted]
+    return bool(equal(a, b) and equal(b, a))
+
+
+def _answered(question: Question, kind: str) -> bool | None:
+    try:
+        return answered(question, kind)
+    except Exception:  # whatever a kind or its library raises: this text can't be compared
+        return None

@@ -15,7 +15,7 @@ from tempo_megatron.config.schema import VerifierConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.kinds import judge
 from tempo_megatron.verifiers.pool import Reply, WorkerPool
-from tempo_megatron.verifiers.registry import kind_named
+from tempo_megatron.verifiers.registry import Question, clusters, kind_named
 from tempo_megatron.verifiers.verdict import Clustered, Verdict
 
 _START_TIMEOUT_S = 120.0
@@ -94,10 +94,10 @@ class VerifierService:
         items = [(kind, response) for kind, responses in groups for response in responses]
         replies = iter(self._run("extract", items, [kind for kind, _ in items]))
         extracted = [[self._result(next(replies)) for _ in responses] for _, responses in groups]
-        clusters = self._cluster_texts([(kind, texts) for (kind, _), texts in zip(groups, extracted, strict=True)])
+        numbers = self._cluster_texts([(kind, texts) for (kind, _), texts in zip(groups, extracted, strict=True)])
         return [
             [Clustered(None, None) if t is None else Clustered(found.get(t), t) for t in texts]
-            for texts, found in zip(extracted, clusters, strict=True)
+            for texts, found in zip(extracted, numbers, strict=True)
         ]
 
     def close(self) -> None:
@@ -114,33 +114,25 @@ class VerifierService:
         self.close()
 
     def _cluster_texts(self, groups: Sequence[tuple[str, Sequence[str | None]]]) -> list[dict[str, int]]:
-        """Text -> cluster, per group.
-
-        In rounds: the first text without a cluster represents the next one and is compared with all that are left, in
-        all groups at the same time.  That is the greedy assignment, with one exchange per round.
-        """
+        """Text -> cluster, per group; the questions of all groups at the same time."""
+        steps = [clusters([t for t in texts if t is not None], kind) for kind, texts in groups]
         found: list[dict[str, int]] = [{} for _ in groups]
-        left = [list(dict.fromkeys(t for t in texts if t is not None)) for _, texts in groups]
-        counts = [0] * len(groups)
-        while any(left):
-            pairs: list[tuple[int, str, str, str]] = []
-            for g, texts in enumerate(left):
-                if not texts:
-                    continue
-                representative, left[g] = texts[0], texts[1:]
-                found[g][representative] = counts[g]
-                if kind_named(groups[g][0]).equal_is_identity:
-                    found[g] |= {text: counts[g] + 1 + i for i, text in enumerate(left[g])}
-                    left[g] = []
-                pairs += [(g, groups[g][0], representative, text) for text in left[g]]
-            replies = self._run("equal", [pair[1:] for pair in pairs], [pair[1] for pair in pairs])
-            for (g, _, _, text), reply in zip(pairs, replies, strict=True):
-                same = self._result(reply)
-                if same:
-                    found[g][text] = counts[g]
-                if same is None or same:
-                    left[g].remove(text)
-            counts = [count + 1 for count in counts]
+        asked: dict[int, list[Question]] = {}
+
+        def advance(g: int, replies: list[bool | None] | None) -> None:
+            try:
+                asked[g] = next(steps[g]) if replies is None else steps[g].send(replies)
+            except StopIteration as done:
+                asked.pop(g, None)
+                found[g] = done.value
+
+        for g in range(len(groups)):
+            advance(g, None)
+        while asked:
+            items = [(groups[g][0], *question) for g, questions in asked.items() for question in questions]
+            replies = map(self._result, self._run("equal", items, [item[0] for item in items]))
+            for g, questions in list(asked.items()):
+                advance(g, [next(replies) for _ in questions])
         return found
 
     def _run(self, operation: str, items: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[Reply]:

@@ -16,7 +16,7 @@ from tempo_megatron.data.prompts import read_eval_answers
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.kinds import judge
 from tempo_megatron.verifiers.process import recv_json, send_json
-from tempo_megatron.verifiers.registry import answer_problem, kind_named, verify
+from tempo_megatron.verifiers.registry import answer_problem, answered, kind_named, verify
 from tempo_megatron.verifiers.verdict import CheckFailedError
 
 Answers = Mapping[str, Mapping[str, tuple[str, str]]]  # source -> record id -> (answer, kind)
@@ -100,8 +100,8 @@ def _work(operation: str, item: list[str], answers: Answers) -> tuple[Callable[[
         kind, response = item
         return lambda: kind_named(kind).extract(response), kind
     if operation == "equal":
-        kind, a, b = item
-        return lambda: kind_named(kind).equal(a, b), kind
+        kind, *question = item
+        return lambda: answered(question, kind), kind
     if operation == "record":
         source, record, response = item
         answer, kind = _record(source, record, answers)

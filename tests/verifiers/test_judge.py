@@ -141,7 +141,7 @@ def test_through_the_service(endpoint: Endpoint) -> None:
         assert [(v.correct, v.verified) for v in verdicts] == [(True, True), (False, True), (False, False)]
         assert verdicts[2].reason == "undecided: the judge replied 'hm', not yes or no"
         assert service.failures == {"undecided": 1}
-        endpoint.replies = [(200, "yes"), (200, "no")]
+        endpoint.replies = [(200, "yes"), (200, "yes"), (200, "no")]  # in both directions
         [group] = service.cluster([("judge", ["whale", "a whale", "a shark"])])
         assert [c.cluster for c in group] == [0, 0, 1]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers import Verdict, answer_problem, cluster_answers, kind_names, verify
+from tempo_megatron.verifiers import Verdict, answer_problem, cluster_answers, kind_names, registry, verify
 from tempo_megatron.verifiers.boxed import last_boxed
 from tempo_megatron.verifiers.registry import kind_named
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
@@ -170,10 +171,39 @@ def test_grid_cells_are_counted() -> None:
         ("math", [None, None], [None, None]),
         ("choice", ["AB", "A", "AB"], [0, 1, 0]),
         ("exact", [], []),
+        ("math", ["5", "5 cm", "5 m"], [0, 0, 1]),  # equal to every member, not only to the first
+        ("math", ["5 cm", "5 m", "5"], [0, 1, 0]),
+        ("math", [r"\max(i,1)", "7"], [None, 0]),  # nothing can be compared with it
+        ("math", ["7", r"\max(i,1)"], [0, None]),
+        ("math", [r"\max(i,1)", r"\sqrt{2}", "2^{1/2}", r"\sqrt{3}", "7"], [None, 0, 0, 1, 2]),
+        ("math", [r"\boxed{\max(i,1)}", r"\boxed{7}"], [None, 0]),
     ],
 )
 def test_clusters(kind: str, extracted: list[str | None], clusters: list[int | None]) -> None:
     assert cluster_answers(extracted, kind) == clusters
+
+
+@pytest.mark.parametrize(
+    ("texts", "clusters"),
+    [
+        (["bad", "a", "b"], [None, 0, 1]),
+        (["a", "bad", "a"], [0, None, 0]),
+        (["bad", "worse bad", "bad too", "bad again"], [None, None, None, None]),
+        (["bad", "worse bad"], [0, None]),  # nobody can say which is at fault
+        (["once", "a", "A"], [0, 1, 1]),
+    ],
+)
+def test_a_failed_comparison_costs_one_text(
+    texts: list[str], clusters: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def equal(a: str, b: str) -> bool:
+        if "bad" in a + b:
+            raise ValueError("bad")
+        return a.lower() == b.lower() or a == "once"  # not symmetric
+
+    kind = dataclasses.replace(kind_named("exact"), equal=equal)
+    monkeypatch.setattr(registry, "kind_named", lambda _: kind)
+    assert cluster_answers(texts, "exact") == clusters
 
 
 def test_an_answer_beyond_computing_leaves_other_texts_unverified() -> None:
@@ -209,6 +239,14 @@ HOSTILE = {
     "statements": "the answer is " * (LONG // 14),
     "letters": "A, " * (LONG // 3),
     "stars": "answer: " + "*" * LONG,
+    "stated blanks": "answer:" + " " * LONG + "x",
+    "few stated blanks": "answer:" + " " * 400 + "x",  # within what is looked at
+    "few stated lines": "answer:" + "\n" * 400 + "x",
+    "few stated parentheses": "the answer is " + "(" * 3000,
+    "few stated stars": "the answer is " + "** " * 1000 + "C x",
+    "phrases": "answer to " * (LONG // 10),
+    "sentences": "no. " * (LONG // 4) + "answer is x",
+    "headers": "answer\n" * (LONG // 7),
     "json open": '{"a":' * (LONG // 5),
     "json arrays": '{"a":' + "[" * LONG,
     "json numbers": '{"a":' + "9" * LONG,

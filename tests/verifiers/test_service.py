@@ -180,6 +180,15 @@ def test_a_comparison_out_of_time_is_unreadable() -> None:
         assert service.failures == {"timeout": 1}
 
 
+@pytest.mark.parametrize("bad", [r"\max(i,1)", "|x|" * 70])
+def test_one_response_does_not_cost_the_others_their_clusters(bad: str) -> None:
+    boxes = [bad, r"\sqrt{2}", "2^{1/2}", r"\sqrt{3}", "7"]
+    with VerifierService({}, VerifierConfig(workers=1, timeout_s=1)) as service:
+        [group] = service.cluster([("math", [rf"\boxed{{{b}}}" for b in boxes])])
+        assert [c.cluster for c in group] == [None, 0, 0, 1, 2]
+        assert service.failures.total() == 1
+
+
 def test_a_judge_must_be_configured(service: VerifierService, tmp_path: Path) -> None:
     with pytest.raises(TempoError, match=r"needs verifier\.judge\.base_url and verifier\.judge\.model"):
         service.score([("x", "x", "judge")])

@@ -1,20 +1,19 @@
 r"""Sequences of brackets, compared bracket by bracket (BBH's ``dyck_languages``).
 
 The answer itself has braces, so that no box can be told by matching them: the final answer is the rest of the line
-after the last ``\boxed{`` without the box's own brace, else what follows the last "answer is" or "answer:" on its line,
-else the whole response where that is one line.  Blanks, commas, dollar signs, quotes and LaTeX text commands don't
-count; anything else than a bracket makes it unreadable.
+after the last ``\boxed{`` without the box's own brace, or what the last statement ("the answer is", "Answer:") says on
+its line, whichever comes last; else the whole response where that is one line.  Blanks, commas, dollar signs, quotes
+and LaTeX text commands don't count; anything else than a bracket makes it unreadable.
 """
 
 from __future__ import annotations
 
 import re
 
+from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_statement
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
-_MAX_TAIL = 4000
 _BOX = re.compile(r"\\boxed[ ]?\{")
-_STATEMENT = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*(\S[^\n]*)", re.IGNORECASE)
 #: What may stand behind a box or a statement: bold marks, the end of LaTeX's mathematics.
 _TRAILING = ("**", "\\)", "\\]")
 _TEXT_COMMAND = re.compile(r"\\(?:text|texttt|textbf|mathtt|mathrm|verb)\s*\{")
@@ -57,16 +56,21 @@ def _boxed(rest: str) -> str | None:
 
 
 def _extract(response: str) -> str | None:
-    tail = response[-_MAX_TAIL:]
-    boxes = list(_BOX.finditer(tail))
-    if boxes:
-        text = _boxed(tail[boxes[-1].end() :])
-    else:
-        statements = _STATEMENT.findall(tail)
-        text = _trimmed(statements[-1]) if statements else response.strip()
+    text = _final(response)
     if text is None or len(text) > MAX_ANSWER_CHARS:
         return None
     return _normal(text.replace("**", ""))
+
+
+def _final(response: str) -> str | None:
+    tail = response[-MAX_TAIL:]
+    statement = last_statement(tail)
+    boxes = list(_BOX.finditer(tail))
+    if statement is not None and (not boxes or statement.start > boxes[-1].start()):
+        return None if statement.refused else _trimmed(statement.text)
+    if boxes:
+        return None if denies_box(statement) else _boxed(tail[boxes[-1].end() :])
+    return response.strip()
 
 
 def _grade(response: str, answer: str) -> Verdict:

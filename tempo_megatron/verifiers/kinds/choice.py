@@ -2,34 +2,53 @@ r"""Multiple choice: one letter (GPQA, BBH) or several (AGIEval's ``ABD``), in a
 
 The last final statement of the response wins: a box (``\boxed{C}``, ``\boxed{\text{(C) 42}}``), a sentence ("the answer
 is (C)", "Answer: C", "correct option: B and D"), a last line that holds nothing but letters, or a response that does.
-A letter anywhere else is prose.
+Where it names no letters there is no answer, whatever was said before.  A letter anywhere else is prose.
 """
 
 from __future__ import annotations
 
 import re
 
-from tempo_megatron.verifiers.boxed import last_boxed
+from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_box, last_statement
 from tempo_megatron.verifiers.verdict import Kind, Verdict
 
-_MAX_TAIL = 4000  # characters of the response that are looked at, beside its last box
-_MAX_BOX = 200
+_MAX_TEXT = 300  # characters of a box or a statement that are looked at
 
-# Atomic and possessive throughout: "A, A, A, ..." would else be matched in 2^n ways
-_ONE = r"(?:\*\*|\$|\\text\{|\(|\s)*+[A-Z](?:\)|\*\*|\$|\})*+"
-_LETTERS = rf"(?>[A-Z]{{2,8}}(?![A-Za-z])|{_ONE}(?:\s*+(?:,\s*+and\b|,|and\b|&){_ONE})*+)"
-# What may follow the letter: else "the answer is A dog" would be the answer A
-_END = r"(?:(?<=\))(?=\s)|(?=\s*(?:$|[.,;:!\]*\n]|\s(?:because|since|as|for|which|with|due|while)\b)))"
-_STATEMENT = re.compile(
-    rf"""\b(?:(?i:answer|choice|option)s?\s*(?i:is|are|:|=|would\s+be|must\s+be|should\s+be)\s*:?
-    |(?i:the\s+)?(?i:correct|right|best|final)\s+(?i:choice|option|answer)s?\s*(?i:is|are|:|=)\s*:?)
-    \s*(?:\*\*|\s)*(?:(?i:option|choice|letter|answer|choices|options)s?\s*)?({_LETTERS}){_END}""",
-    re.VERBOSE | re.MULTILINE,
+_MARKUP = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|up)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bf|it|rm)(?![A-Za-z])|\\[()\[\]]|[{}$*`_\"\u201c\u201d]"
+    r"|(?<![A-Za-z])['\u2018\u2019]|['\u2018\u2019](?![A-Za-z])|</?answer>"
 )
-_NEGATION = re.compile(r"\b(?:not|never|whether|n't)\b|n't\b", re.IGNORECASE)
-_ALONE = re.compile(rf"\s*({_LETTERS})[.)]?\s*")
-_ALONE_SMALL = re.compile(r"\s*\(?([a-z])[.)]{0,2}\s*")
-_OPTION_TEXT = re.compile(r"\s*([A-Z])(?:\)|[.:])\s+\S.*")
+# Possessive throughout: "A, A, A, ..." would else be matched in 2^n ways
+_ONE = r"(?:\([ ]?[A-Z][ ]?\)|\[[ ]?[A-Z][ ]?\]|[A-Z]\)?)(?![A-Za-z0-9])"
+_NOUN = r"(?:(?i:option|choice|letter|answer)(?i:s)?:?[ ])?"
+_JOIN = r"[ ]?(?:[,;&][ ]?and\b|[,;&]|and\b)[ ]?"
+_LETTERS = rf"(?>[A-Z]{{2,8}}(?![A-Za-z0-9])|{_ONE}(?:{_JOIN}{_NOUN}{_ONE})*+)"
+# What may follow the letter: else "the answer is A dog" would be the answer A
+_REASONS = r"(?:because|since|as|for|which|with|due|while)\b"
+_STATED = re.compile(
+    rf"(?i:the |therefore |thus |hence |indeed )?{_NOUN}({_LETTERS})"
+    rf"(?:(?<=[)\]])(?=[ ])|(?=[ ]?(?:$|[.,;:!](?!\w)))|(?=[ ](?:[-\u2013\u2014][ ]|\(|{_REASONS})))"
+)
+_BOXED = re.compile(rf"{_NOUN}({_LETTERS}|[a-z]\))(?:[.:]|(?<=\))|(?=[ ][-\u2013\u2014][ ]|$))")
+_SPACED = re.compile(r"(?:[(\[]?[A-Z][)\]]?[.]?(?:[ ]|$)){2,10}+")
+_ALONE = re.compile(rf"({_LETTERS})[.)]{{0,2}}")
+_ALONE_SMALL = re.compile(r"[(\[]?[ ]?([a-z])[ ]?[)\]]?[.:]?")
+_OPTION = re.compile(r"(?:\([A-Z]\)|[A-Z](?:\)|[.:]))[ ]\S")
+_LISTED = re.compile(r"[^\w\n]{0,8}+(?:[B-HJ-Z] |[A-Z](?:\)|[.:](?!\w)|\]))")
+_OTHER = re.compile(
+    r"(?<![A-Za-z])(?:[(\[]([A-Z])[)\]]|([A-Z])[):]|(?<!not )([A-Z])\.(?=[ ]\S)|\(([A-Z])\b)"
+    r"|(?<=[ ])[-|/+\u2013\u2014][ ]?([A-Z])\b"
+)
+_REASON = re.compile(rf"\b{_REASONS}")
+_HEDGE = re.compile(
+    r"\W*+n?or\b|[^\w.]*+(?:is|are|was|isn|wrong|incorrect|and|but|if|unless|maybe|perhaps|possibly|not)\b"
+    r"|\W*+(?:which|that|this|it)[ ](?:is|was)[ ](?:not|wrong|incorrect|false)\b|:[ ]?false\b"
+    r"|.*\bor\b[ ]?(?:option[ ])?[(\[]?[A-Z]\b",
+    re.IGNORECASE,
+)
+_UNFINISHED = re.compile(
+    r"(?:\b(?:not|never|neither|nor|except|or|and|but|among|of|than)|n['\u2019]t)\W*$", re.IGNORECASE
+)
 
 
 def normal_letters(text: str) -> str | None:
@@ -41,42 +60,83 @@ def normal_letters(text: str) -> str | None:
     return "".join(sorted(letters))
 
 
+def _plain(text: str) -> str:
+    """Without markup, on one line."""
+    return " ".join(_MARKUP.sub("", text).split())
+
+
+def _letters(matched: str) -> str | None:
+    return normal_letters("".join(re.findall(r"(?<![A-Za-z])[A-Z](?![a-z])|(?<=[A-Z])[A-Z]", matched)))
+
+
 def _from_box(box: str) -> str | None:
-    bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*(?=\{)|[{}$*]", "", box).strip()
-    if len(box) > _MAX_BOX:
+    if len(box) > _MAX_TEXT:
         return None
-    if (letters := re.fullmatch(r"[(\[]?\s*([A-Za-z])\s*[)\].:]*", bare)) is not None:
-        return letters[1].upper()
-    if option := re.fullmatch(r"\(?([A-Z])(?:\)|[.:])\s*\S.*", bare, re.DOTALL):
-        rest = re.sub(r"[\s,&()]|\band\b", "", bare)
-        return normal_letters(rest) if re.fullmatch(r"[A-Z]{2,10}", rest) else option[1]
-    joined = re.sub(r"[\s,&()]|\band\b", "", bare)
-    return normal_letters(joined) if re.fullmatch(r"[A-Z]{2,10}", joined) else None
+    plain = _plain(box)
+    if small := _ALONE_SMALL.fullmatch(plain):
+        return small[1].upper()
+    if _SPACED.fullmatch(plain):
+        return _letters(plain)
+    found = _BOXED.match(plain)
+    if found is None:
+        return None
+    letters = _letters(found[1].upper() if found[1].endswith(")") and len(found[1]) == 2 else found[1])
+    return None if letters is None or _takes_back(plain[found.end(1) :], letters) else letters
+
+
+def _from_statement(text: str, below: str) -> str | None:
+    if len(text) > 2 * _MAX_TEXT or _LISTED.match(below.lstrip()):
+        return None  # the first of a list of options
+    plain = _plain(text)
+    found = _STATED.match(plain)
+    letters = _letters(found[1]) if found else None
+    if found is None or letters is None:
+        return None
+    after = plain[found.end(1) :]
+    reason = _REASON.search(after)
+    return (
+        None if _takes_back(after[: reason.start()] if reason else after, letters) or _HEDGE.match(after) else letters
+    )
+
+
+def _takes_back(after: str, letters: str) -> bool:
+    """Does what follows the letters offer others, or say no?"""
+    others = {letter for match in _OTHER.findall(after) for letter in match if letter}
+    return bool(others - set(letters)) or _HEDGE.match(after) is not None
+
+
+def _last_line(tail: str) -> tuple[str | None, int]:
+    """Letters that are the whole last line, and where that starts."""
+    text = tail.rstrip()
+    above, _, line = text.rpartition("\n")
+    alone = _ALONE.fullmatch(_plain(line)) if len(line) <= _MAX_TEXT else None
+    previous = above.rstrip().rpartition("\n")[2][-_MAX_TEXT:]
+    is_listed = _LISTED.match(previous) or _ALONE.fullmatch(_plain(previous)) or _UNFINISHED.search(previous)
+    return (None if alone is None or is_listed else _letters(alone[1])), len(text) - len(line)
 
 
 def _extract(response: str) -> str | None:
-    tail = response[-_MAX_TAIL:]
-    if alone := _ALONE.fullmatch(tail) or _ALONE_SMALL.fullmatch(tail):
-        return normal_letters(alone[1])
-    box = last_boxed(response)
-    box_at = tail.rfind("\\boxed")
-    statements = [s for s in _STATEMENT.finditer(tail) if not _is_negated(tail, s.start())]
-    last_line = tail.rstrip().rpartition("\n")[2]
-    if alone := _ALONE.fullmatch(last_line):
-        return normal_letters(alone[1])
-    if statements and (box is None or statements[-1].start() > box_at):
-        return normal_letters(statements[-1][1])
+    tail = response[-MAX_TAIL:]
+    if len(response) <= _MAX_TEXT:
+        plain = _plain(response)
+        if alone := _ALONE.fullmatch(plain):
+            return _letters(alone[1])
+        if small := _ALONE_SMALL.fullmatch(plain):
+            return small[1].upper()
+    statement = last_statement(tail)
+    box, box_at = last_box(tail)
+    if box is None:
+        box, _ = last_box(response)
+    line, line_at = _last_line(tail)
+    if line is not None and (statement is None or statement.text != tail[line_at:].strip()):
+        return line
+    if statement is not None and statement.start > box_at:
+        return None if statement.refused else _from_statement(statement.text, statement.below)
     if box is not None:
-        return _from_box(box)
-    if option := re.fullmatch(_OPTION_TEXT, response[:_MAX_BOX]):
-        return option[1] if len(response) <= _MAX_BOX else None
+        return None if denies_box(statement) else _from_box(box)
+    if len(response) <= _MAX_TEXT and "\n" not in response.strip() and _OPTION.match(_plain(response)):
+        return _from_box(response)
     return None
-
-
-def _is_negated(text: str, at: int) -> bool:
-    """Does the sentence say no before the statement: "I don't think the answer is C"?"""
-    sentence = re.split(r"[.!?\n]", text[max(0, at - 80) : at])[-1]
-    return _NEGATION.search(sentence) is not None
 
 
 def _grade(response: str, answer: str) -> Verdict:

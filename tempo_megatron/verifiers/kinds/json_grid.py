@@ -1,6 +1,7 @@
 """A filled grid as JSON (ZebraLogic): ``{"House 1": {"Name": "Eric", "Drink": "tea"}, ...}``.
 
-The final answer is the last complete JSON object of the response, or its ``solution`` where it has one.  The whole
+The final answer is the last complete JSON object of the response that has a grid's structure, or its ``solution`` or
+``answer`` where it has one.  A key that is there twice makes it unreadable: which of the two is meant?  The whole
 puzzle must be right; ``cell_accuracy`` is the share of the answer's cells that are.  Case and blanks don't count.  The
 known answer is such an object, too, or ZebraLogic's ``{"header": [...], "rows": [[...], ...]}``.
 """
@@ -17,44 +18,77 @@ Grid = dict[str, dict[str, str]]  # row -> column -> cell
 _MAX_TAIL = 50_000  # characters of the response that are looked at
 _MAX_SCANNED = 10**8  # characters that unsuccessful attempts may read altogether
 _MAX_ROWS, _MAX_COLUMNS, _MAX_CELL = 50, 50, 200
-_DECODER = json.JSONDecoder()
+_WRAPPERS = ("solution", "answer")
+
+
+class _Doubled(dict[str, Any]):
+    """An object with a key that is there twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Doubled(found)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _last_object(text: str) -> dict[str, Any] | None:
-    """The last complete JSON object that is not inside another one."""
-    text, found, at, scanned = text[-_MAX_TAIL:], None, 0, 0
+    """The last complete JSON object that is not inside another one and may be meant as a grid."""
+    text, last, at, scanned = text[-_MAX_TAIL:], None, 0, 0
     while (at := text.find("{", at)) >= 0 and scanned < _MAX_SCANNED:
         try:
             found, at = _DECODER.raw_decode(text, at)
+            last = found if _may_be_grid(found) else last
         except json.JSONDecodeError as error:
             scanned += error.pos  # from the text's start: the error counts lines
             at += 1
         except (RecursionError, ValueError):  # too deep; a number of too many digits
             scanned += 20 * len(text)
             at += 1
-    return found if isinstance(found, dict) else None
+    return last
+
+
+def _may_be_grid(found: dict[str, Any]) -> bool:
+    """Also a malformed one, which takes back the one before; not ``{}`` or ``{"checked": true}``."""
+    named = any(key.casefold() in (*_WRAPPERS, "header", "rows") for key in found)
+    return named or isinstance(found, _Doubled) or any(isinstance(value, dict) for value in found.values())
 
 
 def _grid(found: Any) -> Grid | None:
     """``found`` as a grid in normal form, or None when it has another structure."""
-    if isinstance(found, dict) and isinstance(found.get("solution"), dict):
-        found = found["solution"]
-    if isinstance(found, dict) and isinstance(found.get("header"), list) and isinstance(found.get("rows"), list):
+    found = _unwrapped(found)
+    if _is_object(found) and isinstance(found.get("header"), list) and isinstance(found.get("rows"), list):
         found = _from_table(found["header"], found["rows"])
-    if not isinstance(found, dict) or not 0 < len(found) <= _MAX_ROWS:
+    if not _is_object(found) or not 0 < len(found) <= _MAX_ROWS:
         return None
     grid: Grid = {}
     for row, cells in found.items():
-        if not isinstance(cells, dict) or not 0 < len(cells) <= _MAX_COLUMNS:
+        if not _is_object(cells) or not 0 < len(cells) <= _MAX_COLUMNS:
             return None
         grid[_normal(row)] = {_normal(column): _cell(cell) for column, cell in cells.items()}
-    return grid
+        if len(grid[_normal(row)]) < len(cells):
+            return None
+    return grid if len(grid) == len(found) else None
+
+
+def _is_object(found: Any) -> bool:
+    return isinstance(found, dict) and not isinstance(found, _Doubled)
+
+
+def _unwrapped(found: Any) -> Any:
+    """The ``solution`` or ``answer`` of an object that has one of them; None where it has two."""
+    if not _is_object(found):
+        return None
+    inner = [value for key, value in found.items() if key.casefold() in _WRAPPERS and isinstance(value, dict)]
+    return found if not inner else inner[0] if len(inner) == 1 else None
 
 
 def _from_table(header: list[Any], rows: list[Any]) -> dict[str, Any] | None:
     if not all(isinstance(r, list) and len(r) == len(header) > 1 for r in rows):
         return None
-    return {f"{header[0]} {r[0]}": dict(zip(map(str, header[1:]), r[1:], strict=True)) for r in rows}
+    columns = [str(column) for column in header[1:]]
+    return _object([(f"{header[0]} {r[0]}", _object(list(zip(columns, r[1:], strict=True)))) for r in rows])
 
 
 def _normal(text: str) -> str:
@@ -76,7 +110,7 @@ def _extract(response: str) -> str | None:
 
 def _known(answer: str) -> Grid | None:
     try:
-        return _grid(json.loads(answer))
+        return _grid(json.loads(answer, object_pairs_hook=_object))
     except (ValueError, RecursionError):
         return None
 

@@ -1,8 +1,8 @@
 r"""Short texts up to case, blanks, quotes and the final full stop: yes/no, True/False, names, word lists (BBH).
 
-The final answer is the last complete ``\boxed{}``, else what follows the last "answer is" or "answer:" on its line,
-else the whole response where that is one line.  Articles, accents and inner punctuation count; commas between words
-don't: "a, b, c" is "a b c".
+The final answer is the last complete ``\boxed{}`` or what the last statement ("the answer is", "Answer:") says on its
+line, whichever comes last; else the whole response where that is one line.  Articles, accents and inner punctuation
+count; commas between words don't: "a, b, c" is "a b c".
 """
 
 from __future__ import annotations
@@ -10,32 +10,45 @@ from __future__ import annotations
 import re
 
 from tempo_megatron.verifiers.boxed import last_boxed
+from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_box, last_statement
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
-_MAX_TAIL = 4000
-_STATEMENT = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*(\S[^\n]*)", re.IGNORECASE)
 _WRAPPERS = (("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("$", "$"))
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm)\s*\{([^{}]*)\}")
+_LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt))\s*+\{([^{}]*)\}")
 
 
 def _normal(text: str) -> str:
     text = _LATEX_TEXT.sub(r"\1", text).strip()
     for _ in range(3):
-        text = text.removesuffix(".").strip()
+        text = _bare_end(text.removesuffix(".").strip())
         for start, end in _WRAPPERS:
             if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
                 text = text[len(start) : -len(end)].strip()
     return " ".join(re.sub(r"(?<=[^\W\d_]),\s+(?=[^\W\d_])", " ", text).casefold().split())
 
 
+def _bare_end(text: str) -> str:
+    """Without bold marks that open or close outside of ``text``: ``**Answer: yes**``."""
+    return text.removeprefix("**").removesuffix("**").strip() if text.count("**") == 1 else text
+
+
 def _extract(response: str) -> str | None:
-    text = last_boxed(response)
-    if text is None:
-        statements = _STATEMENT.findall(response[-_MAX_TAIL:])
-        text = statements[-1] if statements else response.strip()
-    if "\n" in text.strip() or len(text) > MAX_ANSWER_CHARS:
+    text = _final(response)
+    if text is None or "\n" in text.strip() or len(text) > MAX_ANSWER_CHARS:
         return None
     return _normal(text) or None
+
+
+def _final(response: str) -> str | None:
+    tail = response[-MAX_TAIL:]
+    statement = last_statement(tail)
+    _, box_at = last_box(tail)
+    if statement is not None and statement.start > box_at:
+        return None if statement.refused else statement.text
+    if denies_box(statement):
+        return None
+    box = last_boxed(response)
+    return response.strip() if box is None else box
 
 
 def _grade(response: str, answer: str) -> Verdict:
