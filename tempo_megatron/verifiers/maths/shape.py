@@ -18,9 +18,7 @@ _GREEK = (
     "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|(?:var)?rho|(?:var)?sigma"
     "|tau|upsilon|(?:var)?phi|chi|psi|omega|ell"
 )
-_NAME = re.compile(
-    rf"(?:[a-zA-Z]|\\(?:{_GREEK}))(?:_\{{?[a-zA-Z0-9]{{1,3}}\}}?)?(?:\([a-zA-Z](?:\s*,\s*[a-zA-Z])*\))?"
-)
+_NAME = re.compile(rf"(?:[a-zA-Z]|\\(?:{_GREEK}))(?:_\{{?[a-zA-Z0-9]{{1,3}}\}}?)?(?:\([a-zA-Z](?:\s*,\s*[a-zA-Z])*\))?")
 _NAMES = re.compile(rf"\((?:[a-zA-Z]|\\(?:{_GREEK}))(?:\s*,\s*(?:[a-zA-Z]|\\(?:{_GREEK}))){{1,3}}\)")
 _OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
 _PAIRS = {"(": ")]", "[": ")]"}

@@ -31,7 +31,10 @@ _REWRITES = [
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\dbinom|\\tbinom"), r"\\binom"),
     (re.compile(r"\\(?:text|math)(?:bf|it)\s*\{\s*([a-zA-Z])\s*\}"), r"{\1}"),
-    (re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox)\s*(?:\{\s*([ei])\s*\}|(?<=rm)\s([ei])(?![a-z]))"), r"{\1\2}"),
+    (
+        re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox)\s*(?:\{\s*([ei])\s*\}|(?<=rm)\s([ei])(?![a-z]))"),
+        r"{\1\2}",
+    ),
     (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname)(?=\s*\{)"), r"\\text"),
     (re.compile(r"\\not\s*="), r"\\ne "),
     (re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"),

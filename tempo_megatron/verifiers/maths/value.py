@@ -29,7 +29,8 @@ _MIN_POINTS = 3
 _PRIME = 131_071  # denominators: no multiple of a round number is an integer at a point
 _MAX_ATOMS = 60  # letters and commands of an expression, which the parser's time grows with
 _MAX_BARS = 8
-_MAX_FUNCTIONS = 8
+_MAX_FUNCTIONS = 6
+_MAX_SLASHES = 2  # beside a function whose argument has no brackets: the grammar tries every end of it
 
 Number = Any  # Fraction where exact, else mpmath's mpf or mpc
 
@@ -47,7 +48,7 @@ _REFUSED = [
     (re.compile(r"(?<![_^0-9c])[0-9]+\s*\{\s*[0-9.\\]"), "two numbers side by side"),
     (re.compile(r"([_^])\s*(?:\\[a-zA-Z]+|[^\s{\\])\s*\1"), "a double superscript or subscript"),
 ]
-_FUNCTION = re.compile(r"\\(?:ln|log|exp|max|min|gcd|lcm|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)(?![a-zA-Z])")
+_FUNCTION = re.compile(r"\\(?:ln|log|exp|max|min|gcd|lcm|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)(?![a-zA-Z])\s*([({]?)")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _COMMANDS = frozenset(
     "frac sqrt binom cdot times div pi infty ln log exp sin cos tan cot sec csc sinh cosh tanh"
@@ -162,7 +163,8 @@ def _refuse(text: str) -> None:
         raise UnreadableError("a command that is not known")
     letters = re.findall("[a-zA-Z]", _COMMAND.sub("", text))
     long = len(commands) + len(letters) > _MAX_ATOMS or text.count("|") > _MAX_BARS
-    if long or len(_FUNCTION.findall(text)) > _MAX_FUNCTIONS:
+    functions = _FUNCTION.findall(text)
+    if long or len(functions) > _MAX_FUNCTIONS or ("" in functions and text.count("/") > _MAX_SLASHES):
         raise TooLargeError("too long to parse")
     mixed = _MIXED_NUMBER.search(text)
     if mixed and int(mixed[1] or mixed[2]) >= int(mixed[3] or mixed[4]):
