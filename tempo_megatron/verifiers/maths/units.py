@@ -14,7 +14,12 @@ _SCALES = re.compile(
     r"|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million|billion)th)s?"
 )
 #: Words that no unit has: the answer says more than a value.
-_NO_UNIT = frozenset("and or not no more less fewer than to if when for except about plus minus squared cubed".split())
+_NO_UNIT = frozenset(
+    (
+        *("and", "or", "not", "no", "more", "less", "fewer", "than", "to", "if", "when", "for", "except", "about"),
+        *("plus", "minus", "squared", "cubed"),
+    )
+)
 
 _SYNONYMS = {
     "centimeter": "cm centimetre", "millimeter": "mm millimetre", "kilometer": "km kilometre", "meter": "m metre",

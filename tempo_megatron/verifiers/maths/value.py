@@ -46,19 +46,21 @@ _REFUSED = [
     (re.compile(r"\\frac\s*[0-9]\s*[0-9]\s*[0-9.]"), "a fraction of three digits"),
     (re.compile(r"/\s*(?:[0-9.]+|\([^()]*\))\s*\("), "a quotient that can be read in two ways"),
     (re.compile(r"(?<![_^0-9c])[0-9]+\s*\{\s*[0-9.\\]"), "two numbers side by side"),
+    (re.compile(r"(?:\A|[-+*/(|0-9)])\s*\{\s*[0-9]+\s*\}\s*[({\\0-9]"), "two numbers side by side"),
     (re.compile(r"([_^])\s*(?:\\[a-zA-Z]+|[^\s{\\])\s*\1"), "a double superscript or subscript"),
 ]
 _FUNCTION = re.compile(r"\\(?:ln|log|exp|max|min|gcd|lcm|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)(?![a-zA-Z])\s*([({]?)")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
-_COMMANDS = frozenset(
+_KNOWN = (
     "frac sqrt binom cdot times div pi infty ln log exp sin cos tan cot sec csc sinh cosh tanh"
     " arcsin arccos arctan arccot max min lfloor rfloor lceil rceil text overline bar vec hat tilde"
     " mathbf mathrm mathbb mathcal ell alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa"
     " lambda mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Delta Theta Lambda Xi Sigma Phi Psi Omega"
-    " gcd lcm".split()
+    " gcd lcm"
 )
+_COMMANDS = frozenset(_KNOWN.split())
 _PRODUCTS = [  # what the parser takes for a mixed number: 2(3) is 6, not 5
-    (re.compile(r"(?<![\\a-zA-Z0-9_^{.])([0-9.]+)\s*\("), r"\1\\cdot ("),
+    (re.compile(r"(?<![\\0-9_^{.])([0-9.]+)\s*\("), r"\1\\cdot ("),
     (re.compile(r"\)\s*(?=\(|[0-9]|\\frac)"), r")\\cdot "),
 ]
 _MIXED_NUMBER = re.compile(
@@ -137,7 +139,7 @@ def read(text: str) -> Any:
     """The sympy tree of one expression.  Raises UnreadableError."""
     text = _INNER_DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     _refuse(text)
-    text = _GAMMA.sub("g_{gamma}", _BINOMIAL.sub(_binomial_value, text))
+    text = _GAMMA.sub(" g_{gamma}", _BINOMIAL.sub(_binomial_value, text))
     for pattern, product in _PRODUCTS:
         text = pattern.sub(product, text)
     if _BIG_COMBINATORICS.search(text) and re.search(r"[0-9]{4}|\^", text):
