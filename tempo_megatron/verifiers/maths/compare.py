@@ -30,6 +30,7 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z'. -]*[A-Za-z.]")
 _LONG_WORD = re.compile(r"[A-Za-z]{3}")  # shorter ones may be products of variables
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*\)?")
 _BLANKS = re.compile(r"(?<![0-9]) | (?![0-9])")  # all but those between two digits
+_RATIO = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")  # compared as a text
 _MAX_ITEMS = 32
 _FLIPPED = {">": "<", ">=": "<="}
 
@@ -77,7 +78,7 @@ def _is_computable(of: Shape) -> bool:
     if isinstance(of, Relation):
         sides = of.sides[1:] if of.name is not None else of.sides
         return all(_is_computable(Expression(side)) for side in sides)
-    if _is_text(of.text) or of.text.lstrip("+-") in (r"\infty", r"\emptyset"):
+    if _is_text(of.text) or of.text.lstrip("+-") in (r"\infty", r"\emptyset") or _RATIO.fullmatch(of.text):
         return True
     try:
         return same(of.text, of.text)
@@ -106,15 +107,15 @@ def _equal(gold: Shape, got: Shape) -> bool:
 
 
 def _pairwise(gold: tuple[Shape, ...], got: tuple[Shape, ...]) -> bool:
-    return len(gold) == len(got) <= _MAX_ITEMS and all(map(_equal, gold, got))
+    return len(gold) == len(got) <= _MAX_ITEMS and all(map(_equal_members, gold, got))
 
 
 def _equal_items(gold: Shape, got: Shape) -> bool:
     """As sets; one expression is the set of itself.  A list is no tuple: ``1, 2`` may be roots, ``(1, 2)`` a range."""
     if any(isinstance(side, Sequence | Matrix) for side in (gold, got)):
         return False
-    unions = {side.union for side in (gold, got) if isinstance(side, Items)}
-    return len(unions) == 1 and _equal_sets(_members(gold), _members(got))
+    kinds = {(side.union, side.either) for side in (gold, got) if isinstance(side, Items)}
+    return len(kinds) == 1 and _equal_sets(_members(gold), _members(got))
 
 
 def _members(of: Shape) -> list[Shape]:
@@ -129,7 +130,7 @@ def _equal_sets(gold: list[Shape], got: list[Shape]) -> bool:
     if len(wanted) != len(left):
         return False
     for member in wanted:
-        found = next((i for i, other in enumerate(left) if _equal(member, other)), None)
+        found = next((i for i, other in enumerate(left) if _equal_members(member, other)), None)
         if found is None:
             return False
         del left[found]
@@ -139,24 +140,48 @@ def _equal_sets(gold: list[Shape], got: list[Shape]) -> bool:
 def _distinct(members: list[Shape]) -> list[Shape]:
     kept: list[Shape] = []
     for member in members:
-        if not any(_equal(other, member) for other in kept):
+        if not any(_equal_members(other, member) for other in kept):
             kept.append(member)
     return kept
 
 
+def _equal_members(gold: Shape, got: Shape) -> bool:
+    """Within a list or a tuple, where names tell which is which and a set of one is no number."""
+    return _is_named(gold) == _is_named(got) and isinstance(gold, Items) == isinstance(got, Items) and _equal(gold, got)
+
+
+def _is_named(of: Shape) -> bool:
+    return isinstance(of, Relation) and of.name is not None
+
+
 def _equal_relations(gold: Shape, got: Shape) -> bool:
     if isinstance(gold, Relation) and isinstance(got, Relation):
-        if gold.name is not None and gold.name == got.name:
-            return _equal(gold.assigned, got.assigned)
+        values = _value(gold), _value(got)
+        if gold.name is not None and gold.name == got.name and values[0] and values[1]:
+            return _equal(values[0], values[1])
         return _same_statement(gold, got)
     relation, other = (gold, got) if isinstance(gold, Relation) else (got, gold)
     assert isinstance(relation, Relation)
     if relation.name is not None:
-        return _equal(relation.assigned, other) if relation is gold else _equal(other, relation.assigned)
+        value = _value(relation) if _is_in_order(relation.name) else None
+        return value is not None and (_equal(value, other) if relation is gold else _equal(other, value))
     if set(relation.operators) == {"="}:
         return relation is got and _is_calculation(relation) and _equal(gold, shape(relation.sides[-1]))
     interval = as_interval(relation)
     return interval is not None and isinstance(other, Sequence) and _equal(interval, other)
+
+
+def _value(relation: Relation) -> Shape | None:
+    """The value of an assignment, where all sides after the name are the same."""
+    first, *others = relation.sides[1:]
+    same_all = relation.name is not None and len(others) < 4 and all(_equal_texts(first, other) for other in others)
+    return relation.assigned if same_all else None
+
+
+def _is_in_order(name: str) -> bool:
+    """Would a bare tuple name its values in this order?"""
+    names = re.findall("[a-zA-Z]+", name) if name.startswith("(") else []
+    return names == sorted(names)
 
 
 def _is_calculation(relation: Relation) -> bool:

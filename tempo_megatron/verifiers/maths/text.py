@@ -23,14 +23,22 @@ _SYMBOLS = {
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 
-_NUMBER_GAP = re.compile(r"(?<=[0-9])(?:,?\\[!,;: ]|\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))")
+_NUMBER_GAP = re.compile(r"(?<=[0-9])(?:\\[!,;: ]|\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))")
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9]|,[0-9])")
 _LISTS = re.compile(r"[(\[]|\\\{|\\langle|\\begin")
 _REWRITES = [
     (re.compile(r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|displaystyle|textstyle|limits|rm)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\dbinom|\\tbinom"), r"\\binom"),
+    (re.compile(r"\\(?:text|math)(?:bf|it)\s*\{\s*([a-zA-Z])\s*\}"), r"{\1}"),
+    (
+        re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox)\s*(?:\{\s*([ei])\s*\}|(?<=rm)\s([ei])(?![a-z]))"),
+        r"{\1\2}",
+    ),
     (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname)(?=\s*\{)"), r"\\text"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"),
+    (re.compile(r"\\text\s*\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}"), r"\1"),
     (re.compile(r"\\leq(?:slant)?(?![a-zA-Z])"), r"\\le "),
     (re.compile(r"\\geq(?:slant)?(?![a-zA-Z])"), r"\\ge "),
     (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne "),
@@ -40,13 +48,16 @@ _REWRITES = [
     (re.compile(r"\\rbrack(?![a-zA-Z])"), "]"),
     (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ"),
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile(r"\\text\s*\{\s*(?:,?\s*(?:and|or)|,)\s*\}"), ", "),
-    (re.compile(r"(?<=[\s0-9})$]),?\s*(?:\band\b|\bor\b)\s*(?=[\s0-9({\\$a-z-])"), ", "),
+    (re.compile(r",?\s*\\text\s*\{\s*,?\s*or\s*\}"), r" \\lor "),
+    (re.compile(r",?\s*\\text\s*\{\s*(?:,?\s*and|,)\s*\}"), ", "),
+    (re.compile(r"(?<=[\s0-9})$]),?\s*\bor\b\s*(?=[\s0-9({\\$a-z-])"), r" \\lor "),
+    (re.compile(r"(?<=[\s0-9})$]),?\s*\band\b\s*(?=[\s0-9({\\$a-z-])"), ", "),
     (re.compile(r"(?<!\\)\\[!,;:]|(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])"), " "),
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ"), r"^\\circ"),
     (re.compile(r"(?<!\\)\*\*(?=\S)(.{1,300}?)(?<=\S)\*\*\Z"), r"\1"),
     (re.compile(r"\s+"), " "),
 ]
+_OPEN_END = re.compile(r"\\[,;]\Z|\.\s*\.[ .,;]*\Z")  # 3.1... is not 3.1
 _WRAPPERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -80,12 +91,15 @@ def _is_refused(character: str) -> bool:
 def _unwrap(text: str) -> str:
     """Without math delimiters around it and the full stop after it."""
     for _ in range(3):
-        text = text.rstrip(" .,;") if not text.endswith(("\\,", "\\;")) else text
+        if not _OPEN_END.search(text):
+            text = text.rstrip(" .,;")
         for start, end in _WRAPPERS:
             inner = text[len(start) : -len(end)]
             if len(text) > len(start + end) and text.startswith(start) and text.endswith(end) and end not in inner:
                 text = inner.strip()
                 break
+        if text.startswith("{") and text.endswith("}") and _is_balanced(text[1:-1]):
+            text = text[1:-1].strip()
     return text.strip().removeprefix("+").strip()
 
 
@@ -126,6 +140,6 @@ def split_top_level(text: str, separator: re.Pattern[str]) -> tuple[list[str], l
 
 
 def words(text: str) -> str:
-    r"""``text`` as plain words: no ``\text``, braces or quotes, lower case, single blanks."""
-    bare = re.sub(r"\\text\s*|[{}\"'`$]|\\(?=[%#&_ ])", "", text)
-    return " ".join(bare.casefold().split()).strip(" .")
+    r"""``text`` as plain words: no ``\text``, braces or quotes, lower case, single blanks; formulas are none."""
+    bare = re.sub(r"\\text\s*|[{}\"'`$]|\\(?=[%#& ])", "", text)
+    return "" if re.search(r"[\\^_]", bare) else " ".join(bare.casefold().split()).strip(" .")

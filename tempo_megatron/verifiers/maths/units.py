@@ -8,36 +8,45 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tempo_megatron.verifiers.maths.text import words
-
 #: Words that change the value; an answer with one of them is compared as a text.
-_SCALES = frozenset(
-    ("hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "third", "quarter", "pair", "score")
+_SCALES = re.compile(
+    r"(?:hundred|thousand|million|billion|trillion|lakh|crore|dozen|gross|half|halve|quarter|pair|couple|score"
+    r"|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|(?:hundred|thousand|million|billion)th)s?"
+)
+#: Words that no unit has: the answer says more than a value.
+_NO_UNIT = frozenset(
+    (
+        *("and", "or", "not", "no", "more", "less", "fewer", "than", "to", "if", "when", "for", "except", "about"),
+        *("plus", "minus", "squared", "cubed"),
+    )
 )
 
 _SYNONYMS = {
     "centimeter": "cm centimetre", "millimeter": "mm millimetre", "kilometer": "km kilometre", "meter": "m metre",
     "inch": "in inches", "foot": "ft feet", "yard": "yd", "mile": "mi",
     "gram": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb lbs", "ounce": "oz", "ton": "tonne",
-    "liter": "l litre", "milliliter": "ml millilitre", "gallon": "gal", "quart": "qt", "pint": "", "cup": "",
+    "liter": "l L litre", "milliliter": "ml mL millilitre", "gallon": "gal", "quart": "qt", "pint": "", "cup": "",
     "second": "s sec", "minute": "min", "hour": "h hr", "day": "", "week": "", "month": "", "year": "yr",
-    "degree": "deg", "radian": "rad", "dollar": "usd", "cent": "", "euro": "", "rupee": "rs", "percent": "pct",
+    "degree": "deg", "radian": "rad", "dollar": "usd USD", "cent": "", "euro": "", "rupee": "rs Rs", "percent": "pct",
     "mph": "", "unit": "", "point": "", "people": "person", "student": "", "way": "", "time": "", "apple": "",
     "coin": "",    "side": "", "edge": "", "page": "", "book": "", "ticket": "", "mark": "", "digit": "", "vote": "",
     "car": "",    "item": "", "piece": "", "game": "", "marble": "", "block": "", "tile": "", "child": "children",
-    "man": "men", "woman": "women", "joule": "j", "newton": "n", "watt": "w", "volt": "v", "kelvin": "k", "hertz": "hz",
-    "celsius": "", "fahrenheit": "", "am": "a.m.", "pm": "p.m.",
+    "man": "men", "woman": "women", "joule": "J", "newton": "N", "watt": "W", "volt": "V", "kelvin": "K", "hertz": "Hz",
+    "celsius": "", "fahrenheit": "", "am": "a.m. AM A.M.", "pm": "p.m. PM P.M.",
 }  # fmt: skip
 _CANONICAL = {name: unit for unit, others in _SYNONYMS.items() for name in (unit, *others.split())}
-_FILLER = frozenset({"per", "of", "a", "an", "the", "/"})
+_FILLER = frozenset({"of", "a", "an", "the"})
 
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:\\?%|percent|pct)\s*\}|(?<![a-z])percent)\Z")
 _DEGREE = re.compile(r"\s*\^\\circ\s*(?:\\text\s*\{\s*([CF])\s*\}|([CF]))?\Z")
-_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|[a-z]*alpha|beta|gamma|delta|theta|phi|omega)(?![a-z])")
+_BASE_DIGITS = re.compile(r"[0-9A-F]*[0-9][0-9A-F]*")
 _BASE = re.compile(r"(?<=[0-9A-F])_\s*\{?\s*(?:\\text\s*\{\s*)?([a-z]+|[0-9]{1,2})\s*\}{0,2}\Z")
 _TEXT = re.compile(r"\s*\\text\s*\{([^{}]{1,60})\}\s*(?:\^\s*\{?\s*([23])\s*\}?)?\Z")
-_BARE = re.compile(r"(?<=[0-9})\s])\s*([A-Za-z][A-Za-z. /]{1,40}?)(?:\^\s*\{?\s*([23])\s*\}?)?\Z")
+_BARE = re.compile(r"(?<=[0-9})])\s+([A-Za-z][A-Za-z. /]{1,40}?)(?:\^\s*\{?\s*([23])\s*\}?)?\Z")
 _CURRENCY = re.compile(r"\A(-?)\s*(?:\\\$|\$|\\text\s*\{\s*\\?\$\s*\})\s*(?=[-0-9.\\])")
+_NAME = re.compile(r"([A-Za-z][A-Za-z'-]*\.?(?:[a-z]\.)?)(?:\^\(?([23])\)?)?|/")
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]|'")
 _NUMBERS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 
 
@@ -55,39 +64,51 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         return currency[1] + text[currency.end() :], Unit("dollar", True)
     if percent := _PERCENT.search(text):
         return text[: percent.start()], Unit("percent", True)
-    if (degree := _DEGREE.search(text)) and not _ANGLE_FUNCTION.search(text):
+    if (degree := _DEGREE.search(text)) and not _is_formula(text[: degree.start()]):
         scale = degree[1] or degree[2]
         return text[: degree.start()], Unit(f"degree {scale}" if scale else "degree", True)
-    if (base := _BASE.search(text)) and re.fullmatch(r"[0-9A-F]+", text[: base.start()].strip()):
+    if (base := _BASE.search(text)) and _BASE_DIGITS.fullmatch(text[: base.start()].strip()):
         return text[: base.start()], Unit(f"base {_NUMBERS.get(base[1], base[1])}", False)
     for pattern in (_TEXT, _BARE):
         tail = pattern.search(text)
         if tail and re.search(r"[0-9})i]\s*\Z", text[: tail.start()] + " ") and (unit := _unit(tail[1], tail[2])):
-            if pattern is _BARE and not unit.known:
+            if pattern is _BARE and (not unit.known or _is_formula(text[: tail.start()])):
                 continue
             return text[: tail.start()], unit
     return text, None
 
 
+def _is_formula(text: str) -> bool:
+    """Has ``text`` variables or functions of an angle?"""
+    return _VARIABLE.search(re.sub(r"\\[a-zA-Z]+", " ", text)) is not None or _FUNCTION.search(text) is not None
+
+
 def _unit(raw: str, power: str | None) -> Unit | None:
-    names = [n for n in re.split(r"[\s]+|(?=/)|(?<=/)", words(raw)) if n]
-    if not names or _SCALES & set(names) or any(c.isdigit() or c in "=<>()" for c in raw):
+    found = [(m[1] or m[0], m[2]) for m in _NAME.finditer(raw)]
+    rest = _NAME.sub("", raw).replace(r"\%", "")
+    names = ["/" if name == "per" else name for name, _ in found if name.lower() not in _FILLER]
+    powers = [own for name, own in found if name.lower() not in _FILLER]
+    if rest.strip(" .,") or any(_SCALES.fullmatch(n.lower()) or n.lower() in _NO_UNIT for n in names):
         return None
-    if names[0] in ("square", "sq", "sq.", "cubic", "cu", "cu."):
-        power = power or ("2" if names[0].startswith("s") else "3")
-        names = names[1:]
-    canonical = [_canonical(n) for n in names if n not in _FILLER]
-    if not canonical:
-        return None
-    name = " ".join(n or o for n, o in zip(canonical, (n for n in names if n not in _FILLER), strict=True))
-    return Unit(f"{name}^{power}" if power else name, all(canonical))
+    if names and names[0].lower() in ("square", "sq", "sq.", "cubic", "cu", "cu."):
+        power = power or ("2" if names[0].lower().startswith("s") else "3")
+        names, powers = names[1:], powers[1:]
+        powers[:1] = [power]
+    elif names:
+        powers[-1] = power or powers[-1]
+    if not any(n != "/" for n in names) or (len(names) == 1 and len(names[0]) == 1 and not _canonical(names[0])):
+        return None  # \text{x} is a variable
+    known = [n if n == "/" else _canonical(n) for n in names]
+    parts = [(k or n.casefold() if len(n) > 3 else k or n) for k, n in zip(known, names, strict=True)]
+    name = " ".join(f"{part}^{own}" if own else part for part, own in zip(parts, powers, strict=True))
+    return Unit(name, all(known))
 
 
 def _canonical(name: str) -> str | None:
-    for candidate in (name, name.rstrip("."), name.removesuffix("s"), name.removesuffix("es")):
-        if candidate in _CANONICAL:
-            return _CANONICAL[candidate]
-    return None
+    """Symbols such as mW and MW differ in case only."""
+    spelled = name if len(name) <= 3 else name.lower()
+    singulars = [spelled.removesuffix(ending) for ending in (".", "s", "es") if len(spelled) - len(ending) > 1]
+    return next((_CANONICAL[n] for n in (spelled, *singulars) if n in _CANONICAL), None)
 
 
 def units_agree(gold: Unit | None, got: Unit | None) -> bool:
