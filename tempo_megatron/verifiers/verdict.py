@@ -68,6 +68,7 @@ class Kind:
         extract: the final answer of a response in normal form, without knowing the right one; None when there is none.
         equal: are two extracted texts the same answer?  ``grade`` decides by the same code.  May raise
             CheckFailedError.
+        compute: what ``equal`` has to do with one text, to find out whether it can be compared at all; may raise.
         warm_up: slow imports, done before a time limit runs.
     """
 
@@ -77,6 +78,7 @@ class Kind:
     extract: Callable[[str], str | None]
     equal: Callable[[str, str], bool] = _same_text
     warm_up: Callable[[], object] = _nothing
+    compute: Callable[[str], object] = len
 
     @property
     def equal_is_identity(self) -> bool:

@@ -43,4 +43,5 @@ def _bare(answer: str) -> str:
     return answer if boxed is None else boxed
 
 
-KIND = Kind("math", _grade, _answer_problem, _extract, equal, warm_up)
+# a text equals itself uncomputed
+KIND = Kind("math", _grade, _answer_problem, _extract, equal, warm_up, is_computable)
