@@ -116,7 +116,7 @@ def state(folder: Path, vocabulary: int) -> dict[str, Tensor]:
 
 def refused(checkpoint: Path, role: Role, config: RoleConfig) -> str:
     try:
-        check_resumable(checkpoint, {role: config})
+        check_resumable(checkpoint, {role: config}, "tempo")
     except TempoError as error:
         return str(error).removeprefix(f"{checkpoint}: ")
     return "accepted"
@@ -151,7 +151,7 @@ def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
     for at, (source, target) in enumerate(pairwise(chain.layouts), 1):
         with engine_under(chain, target, folder) as engine:
             engine.start_optimizer()
-            check_resumable(checkpoint, {role: engine.config})
+            check_resumable(checkpoint, {role: engine.config}, "tempo")
             resume_checkpoint(checkpoint, {role: engine})
             last, checkpoint = checkpoint, keep(engine, at)
             result = step(engine)

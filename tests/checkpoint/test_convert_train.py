@@ -57,7 +57,7 @@ def test_converted_checkpoints_are_not_resumed(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", "llama-tied")
     assert hf_to_megatron(["--hf", str(source), "--megatron", str(there)]) == 0
     with pytest.raises(TempoError, match=r"there: holds weights only .* give it as actor\.init instead"):
-        check_resumable(there, ["actor"])
+        check_resumable(there, ["actor"], "tempo")
     manifest = read_manifest(there)
     assert (manifest["roles"], manifest["weights_only"]) == (["actor"], True)
     assert json.loads((there / "actor" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
