@@ -25,8 +25,8 @@ from tempo_megatron.verifiers.service import VerifierService
 
 ROOT = Path(__file__).parents[2]
 BOXED = r"\boxed{1}"
-LONG = "+".join(f"x^{{{i}}}" for i in range(42))  # a second of the parser's time
-SLOW, SHORT_S = rf"\boxed{{{LONG}}}", 0.3
+LONG = "-".join(f"x^{{-x^{{-{i}}}}}" for i in range(10, 32))  # 0.8 s of the parser's time
+SLOW, SHORT_S = rf"\boxed{{{LONG}}}", 0.2
 
 
 def write_eval(path: Path, kind: str = "int") -> Path:
@@ -107,7 +107,7 @@ def test_a_check_out_of_time_leaves_one_response_unverified() -> None:
         verdicts = service.score(items)
         assert [v.correct for v in verdicts] == [True, False, False, True, True]
         assert [v.verified for v in verdicts] == [True, True, False, True, True]
-        assert verdicts[2].reason == "timeout: took more than 0.3 s"
+        assert verdicts[2].reason == "timeout: took more than 0.2 s"
         assert service.failures == {"timeout": 1}
         assert service.restarts == 1
 
