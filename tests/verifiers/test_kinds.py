@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers import Verdict, answer_problem, cluster_answers, kind_names, registry, verify
 from tempo_megatron.verifiers.boxed import last_boxed
+from tempo_megatron.verifiers.maths import value
 from tempo_megatron.verifiers.registry import kind_named
-from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, CheckFailedError
 
 
 def test_kinds_are_found_by_their_files() -> None:
@@ -196,12 +197,34 @@ def test_a_failed_comparison_costs_one_text(
 ) -> None:
     def equal(a: str, b: str) -> bool:
         if "bad" in a + b:
-            raise ValueError("bad")
+            raise CheckFailedError("bad")
         return a.lower() == b.lower() or a == "once"  # not symmetric
 
     kind = dataclasses.replace(kind_named("exact"), equal=equal)
     monkeypatch.setattr(registry, "kind_named", lambda _: kind)
     assert cluster_answers(texts, "exact") == clusters
+
+
+@pytest.mark.parametrize("error", [MemoryError, ZeroDivisionError])
+def test_a_bound_of_the_worker_or_a_bug_is_no_property_of_a_text(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def equal(a: str, b: str) -> bool:
+        raise error
+
+    kind = dataclasses.replace(kind_named("exact"), equal=equal)
+    monkeypatch.setattr(registry, "kind_named", lambda _: kind)
+    with pytest.raises(error):
+        cluster_answers(["a", "b"], "exact")
+
+
+def test_a_parser_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("latex2sympy2_extended.latex2sympy", parse)
+    with pytest.raises(MemoryError):
+        value.warm_up.__wrapped__()
 
 
 def test_an_answer_beyond_computing_leaves_other_texts_unverified() -> None:
