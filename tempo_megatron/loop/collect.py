@@ -81,6 +81,7 @@ class Collector:
         data, settings = self.session.config.data, self.session.config.algorithm.filter
         drawn: Counter[str] = Counter()
         self._counts.clear()
+        self._drawn_unlabeled = []
         if self.verifier is not None:
             self._told = self.verifier.failures.copy()  # an evaluation's are its own
         labeled_draws = self._draw(self.labeled, data.labeled_prompts_per_step, step, drawn)
@@ -116,8 +117,6 @@ class Collector:
         self._drawn_unlabeled = []
 
     def _draw(self, pool: Pool | None, count: int, index: int, drawn: Counter[str]) -> list[PromptDraw]:
-        if pool is self.unlabeled:
-            self._drawn_unlabeled = []
         if pool is None or count == 0:
             return []
         draws = []
