@@ -208,9 +208,9 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
-    from tempo_megatron.checkpoint.locate import resolve_init
     from tempo_megatron.config.check import check_evaluation
     from tempo_megatron.config.evaluation import EvaluationRequest, evaluation_config
+    from tempo_megatron.locate import resolve_init
 
     config = evaluation_config(
         EvaluationRequest(
@@ -279,7 +279,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace, place: RankInfo | None) -> int:
-    from tempo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_to_hf
 
     if place is not None and place.world_size > 1:
         raise TempoError(f"convert: runs as one process, not as one of {place.world_size} ranks")

@@ -18,12 +18,12 @@ from tempo_megatron.checkpoint.critic_format import (
 )
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
-from tempo_megatron.checkpoint.locate import InitSource
 from tempo_megatron.checkpoint.store import load_weights
 from tempo_megatron.config.schema import CriticConfig
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import InitSource
 from tempo_megatron.model.weights import load_hf_weights
-from tempo_megatron.parallel.distributed import on_rank0, rank, together
+from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0, rank
 from tempo_megatron.training.engine import MegatronEngine
 
 
@@ -47,7 +47,7 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
         keep_head = on_rank0(check)
         if not keep_head:
             _check_head(engine, source.path)
-        together(load)
+        on_all_ranks(load)
     except TempoError as error:
         raise TempoError(f"{engine.role}.init: {error}") from error
 

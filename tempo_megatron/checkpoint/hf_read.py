@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from tempo_megatron.checkpoint.locate import no_weights_reason
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import no_weights_reason
 from tempo_megatron.model.families import family_of
 
 WEIGHTS = "model.safetensors"

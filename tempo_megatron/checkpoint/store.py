@@ -48,12 +48,12 @@ from tempo_megatron import __version__
 from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.critic_format import ACTIVATION, activation_change, carry_lm_head, check_activation
 from tempo_megatron.checkpoint.hf_write import copy_side_files
-from tempo_megatron.checkpoint.locate import CHECKPOINTS, hf_name
 from tempo_megatron.config.schema import CriticConfig, RoleConfig
 from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.locate import CHECKPOINTS, hf_name
 from tempo_megatron.model.build import Role
 from tempo_megatron.parallel.device import use_cuda
-from tempo_megatron.parallel.distributed import on_rank0, rank, together, world_size
+from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0, rank, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
 FORMAT = 2
@@ -139,7 +139,7 @@ def _load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_he
         if skip_head:
             for i in range(len(engine.models)):
                 wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}
-        together(lambda: _check_complete(folder, wanted, stored))
+        on_all_ranks(lambda: _check_complete(folder, wanted, stored))
         with one_line(TempoError, f"{folder}: {UNREADABLE}"):
             loaded = dist_checkpointing.load(wanted, str(folder), strategy)
         for i, model in enumerate(engine.models):
@@ -227,7 +227,7 @@ def save_checkpoint(
     try:
         on_rank0(lambda: guarded(begin))
         guarded(save_roles)
-        together(lambda: guarded(save_random_state))
+        on_all_ranks(lambda: guarded(save_random_state))
         on_rank0(lambda: guarded(finish))
     except RunError:
         if rank() == 0:

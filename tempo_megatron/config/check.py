@@ -9,11 +9,11 @@ import importlib.util
 import math
 from pathlib import Path
 
-from tempo_megatron.checkpoint.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
 from tempo_megatron.config.layout import ModelShape, check_layout, divisors, nearest, read_model_shape
 from tempo_megatron.config.methods import METHODS, Method, estimator
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
 
 
 def check_config(config: Config, world_size: int) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempo_megatron.checkpoint.locate import CHECKPOINTS, MANIFEST, InitSource, resolve_init
 from tempo_megatron.config.load import COMMAND_LINE, load_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import CHECKPOINTS, MANIFEST, InitSource, resolve_init
 
 NO_CRITIC = "none"
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from tempo_megatron.checkpoint.locate import CHECKPOINTS
 from tempo_megatron.errors import TempoError
 from tempo_megatron.evaluation.bootstrap import LEVEL, RESAMPLES, Estimate, PromptBootstrap, paired_differences
 from tempo_megatron.evaluation.critic import calibration_curve, critic_figures
 from tempo_megatron.evaluation.metrics import curve_ks, prompt_scores
 from tempo_megatron.evaluation.samples import Floats, Samples
+from tempo_megatron.locate import CHECKPOINTS
 from tempo_megatron.telemetry.metrics import json_safe
 
 FORMAT = 1

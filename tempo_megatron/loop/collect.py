@@ -16,7 +16,7 @@ from tempo_megatron.config.methods import METHODS
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
-from tempo_megatron.loop.models import ORACLE_SOURCE, Models
+from tempo_megatron.loop.runtime import ORACLE_SOURCE, Runtime
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
@@ -274,7 +274,7 @@ def _outcomes(verdicts: list[Verdict]) -> list[float]:
     return [float(v.correct) if v.verified else math.nan for v in verdicts]
 
 
-def decoder(models: Models) -> Callable[[list[list[int]]], list[str]]:
+def decoder(runtime: Runtime) -> Callable[[list[list[int]]], list[str]]:
     """Response token ids -> texts without special tokens."""
     # transformers takes no sequences at all, which a replica without prompts has, for one empty sequence
-    return lambda ids: models.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
+    return lambda ids: runtime.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []

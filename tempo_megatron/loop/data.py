@@ -12,7 +12,7 @@ from tempo_megatron.data.prompts import PromptRecord, read_eval_prompts, read_pr
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.data.sft import read_sft
 from tempo_megatron.errors import TempoError
-from tempo_megatron.parallel.distributed import on_rank0, together
+from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> PromptData 
     """The data of the config's stage. Collective; TempoError on every rank for files or rows that cannot be used."""
     data = config.data
     if config.stage == "sft":
-        demonstrations = together(lambda: read_sft(data.train_files))
+        demonstrations = on_all_ranks(lambda: read_sft(data.train_files))
         return SftData(*encode_sft(tokenizer, demonstrations, data.max_prompt_tokens + data.max_response_tokens))
     records = on_rank0(lambda: read_prompts_isolated(data.train_files))
     token_ids = encode_prompts(tokenizer, records, data.max_prompt_tokens)

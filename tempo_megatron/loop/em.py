@@ -18,15 +18,15 @@ from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import GateConfig
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError
+from tempo_megatron.loop.batching import critic_values
 from tempo_megatron.loop.collect import Collected, Collector
 from tempo_megatron.loop.estep import recalibrate_critic
 from tempo_megatron.loop.evaluate import Evaluator
 from tempo_megatron.loop.guard import CONFIRM_STEPS, GuardedRun
-from tempo_megatron.loop.models import start_rollout, start_verifier
 from tempo_megatron.loop.mstep import refine_policy
-from tempo_megatron.loop.rows import critic_values
+from tempo_megatron.loop.runtime import start_rollout, start_verifier
 from tempo_megatron.loop.session import Session
-from tempo_megatron.parallel.distributed import together
+from tempo_megatron.parallel.distributed import on_all_ranks
 
 
 class EMLoop:
@@ -48,7 +48,7 @@ class EMLoop:
         self.last_change = 0  # step after which the policy was last another one
         self.entropy = math.nan  # of the policy, last measured
         self._closing = ExitStack()
-        self.verifier = together(lambda: start_verifier(session, self._closing))
+        self.verifier = on_all_ranks(lambda: start_verifier(session, self._closing))
         self.rollout = start_rollout(session)
         self._closing.callback(self.rollout.close)
         self.collector = Collector(session, self.rollout, self.verifier)

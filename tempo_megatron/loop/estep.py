@@ -14,7 +14,7 @@ from tempo_megatron.algorithm.policy_loss import loss_denominator
 from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
 from tempo_megatron.config.schema import EStepConfig
 from tempo_megatron.data.rollout import RolloutBatch
-from tempo_megatron.loop.rows import (
+from tempo_megatron.loop.batching import (
     at_batch_width,
     at_microbatch,
     critic_values,

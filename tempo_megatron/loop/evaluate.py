@@ -16,7 +16,7 @@ from tempo_megatron.evaluation.metrics import prompt_scores
 from tempo_megatron.evaluation.samples import Floats, Ints, Samples, number_answers
 from tempo_megatron.loop.collect import decoder
 from tempo_megatron.loop.data import EvalPrompts, PromptData
-from tempo_megatron.loop.models import Models
+from tempo_megatron.loop.runtime import Runtime
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
@@ -48,18 +48,18 @@ class EvaluatedSet:
 class Evaluator:
     """Evaluates the current policy and critic; the answers stay in the verifier's process."""
 
-    def __init__(self, models: Models, engine: RolloutEngine, verifier: VerifierService | None) -> None:
-        self.models, self.engine, self.verifier = models, engine, verifier
-        assert isinstance(models.data, PromptData)
-        self.sets = models.data.eval_sets
+    def __init__(self, runtime: Runtime, engine: RolloutEngine, verifier: VerifierService | None) -> None:
+        self.runtime, self.engine, self.verifier = runtime, engine, verifier
+        assert isinstance(runtime.data, PromptData)
+        self.sets = runtime.data.eval_sets
 
     def run(self, step: int, updates: int, version: int) -> dict[str, float]:
         """Metrics ``eval/<set>/<name>`` of every set, for the record of ``step``."""
         metrics: dict[str, float] = {}
-        with self.models.ledger.phase("evaluate"):
+        with self.runtime.ledger.phase("evaluate"):
             for prompts in self.sets:
                 result = self.evaluate(prompts, updates, version)
-                name, config = prompts.settings.name, self.models.config
+                name, config = prompts.settings.name, self.runtime.config
                 figures = training_metrics(result.samples, config.evaluation.pass_k, config.seed)
                 metrics |= {f"eval/{name}/{k}": v for k, v in figures.items()}
                 self._log(prompts, step, result)
@@ -67,24 +67,24 @@ class Evaluator:
 
     def evaluate(self, prompts: EvalPrompts, updates: int, version: int) -> EvaluatedSet:
         """Sample, verify and value one set; collective. Samples are seeded by the policy updates so far."""
-        models, settings = self.models, prompts.settings
+        runtime, settings = self.runtime, prompts.settings
         draws = [
-            PromptDraw(r.id, ids, False, sample_seed(models.config.seed, f"eval:{settings.name}", updates, r.id, 0))
+            PromptDraw(r.id, ids, False, sample_seed(runtime.config.seed, f"eval:{settings.name}", updates, r.id, 0))
             for r, ids in zip(prompts.records, prompts.token_ids, strict=True)
         ]
         batch = rollout(
             self.engine,
             draws,
             samples_per_prompt=settings.samples_per_prompt,
-            max_response_tokens=models.config.data.max_response_tokens,
+            max_response_tokens=runtime.config.data.max_response_tokens,
             version=version,
-            decode=decoder(models),
+            decode=decoder(runtime),
         )
         verdicts, answers = on_rank0(lambda: self._score(prompts, batch))
         values = None
-        if "critic" in models.engines:
+        if "critic" in runtime.engines:
             sequences = Sequences(batch.prompt_token_ids, batch.response_token_ids)
-            values = models.engines["critic"].forward(sequences)["values"]
+            values = runtime.engines["critic"].forward(sequences)["values"]
         terminal = None if values is None else self._terminal_values(values, batch.response_lengths)
         return EvaluatedSet(batch, verdicts, values, _samples(prompts, batch, verdicts, answers, terminal))
 
@@ -105,7 +105,7 @@ class Evaluator:
 
     def _terminal_values(self, values: Tensor, lengths: Tensor) -> Floats:
         """``[N]`` of token values ``[N, L + 1]``: the one that is the reward in training."""
-        before = self.models.config.algorithm.mstep.terminal_value == "pre_last"
+        before = self.runtime.config.algorithm.mstep.terminal_value == "pre_last"
         terminal = values.gather(1, (lengths - int(before))[:, None]).squeeze(1)
         if not terminal.isfinite().all():
             bad = int((~terminal.isfinite()).sum())
@@ -115,10 +115,10 @@ class Evaluator:
 
     def _log(self, prompts: EvalPrompts, step: int, result: EvaluatedSet) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
-        if self.models.rollout_log is None or result.values is None:
+        if self.runtime.rollout_log is None or result.values is None:
             return
-        tokenizer, n, batch = self.models.tokenizer, prompts.settings.samples_per_prompt, result.batch
-        for i in range(min(self.models.config.telemetry.logged_rollouts, len(prompts.records))):
+        tokenizer, n, batch = self.runtime.tokenizer, prompts.settings.samples_per_prompt, result.batch
+        for i in range(min(self.runtime.config.telemetry.logged_rollouts, len(prompts.records))):
             row = i * n
             ids = batch.response_token_ids[row]
             rollout_ = LoggedRollout(
@@ -130,7 +130,7 @@ class Evaluator:
                 values=result.values[row, : len(ids) + 1].tolist(),
                 outcome=int(result.verdicts[row].correct),
             )
-            self.models.rollout_log.write(rollout_.to_json())
+            self.runtime.rollout_log.write(rollout_.to_json())
 
 
 def training_metrics(samples: Samples, pass_k: int, seed: int) -> dict[str, float]:

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 
 from tempo_megatron.checkpoint.hf_engine import load_initial_weights
-from tempo_megatron.checkpoint.locate import InitSource
 from tempo_megatron.checkpoint.store import read_manifest, read_trainer_state
 from tempo_megatron.config.schema import Config
 from tempo_megatron.evaluation.plots import write_plots
@@ -26,10 +25,11 @@ from tempo_megatron.evaluation.record import (
     write_evaluation,
 )
 from tempo_megatron.evaluation.table import comparison_table, results_table
+from tempo_megatron.locate import InitSource
 from tempo_megatron.loop.data import PromptData, read_eval_sets
 from tempo_megatron.loop.evaluate import EvaluatedSet, Evaluator
-from tempo_megatron.loop.models import Models, start_rollout, start_verifier
-from tempo_megatron.parallel.distributed import on_rank0, start, together, world_size
+from tempo_megatron.loop.runtime import Runtime, start_rollout, start_verifier
+from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import json_safe
 
@@ -39,8 +39,8 @@ TABLE_WIDTH = 140  # where there is no terminal to ask
 _VERSION = 0  # of the weights: there is no other
 
 
-class EvaluationModels(Models):
-    """Models with their weights and evaluation sets, and nothing that trains."""
+class EvaluationRuntime(Runtime):
+    """Runtime with their weights and evaluation sets, and nothing that trains."""
 
     def __init__(self, config: Config) -> None:
         start(config.launch.threads_per_rank, config.launch.timeout_s)
@@ -63,33 +63,33 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         TempoError: a set, the model or ``compare_with`` cannot be used.
         RunError: sampling or verifying failed, or the folder cannot be written.
     """
-    models = EvaluationModels(config)
+    runtime = EvaluationRuntime(config)
     with ExitStack() as closing:
-        closing.callback(models.progress.close)
-        other = on_rank0(partial(_comparison, models, compare_with))
-        step, updates = on_rank0(partial(_progress, models.sources["actor"]))
-        verifier = together(lambda: start_verifier(models, closing))
-        engine = start_rollout(models)
+        closing.callback(runtime.progress.close)
+        other = on_rank0(partial(_comparison, runtime, compare_with))
+        step, updates = on_rank0(partial(_progress, runtime.sources["actor"]))
+        verifier = on_all_ranks(lambda: start_verifier(runtime, closing))
+        engine = start_rollout(runtime)
         closing.callback(engine.close)
-        engine.update_weights(models.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
-        evaluator = Evaluator(models, engine, verifier)
-        models.progress.start()
-        record = _header(models, step, updates)
-        on_rank0(lambda: _samples_file(models.output).unlink(missing_ok=True))
+        engine.update_weights(runtime.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
+        evaluator = Evaluator(runtime, engine, verifier)
+        runtime.progress.start()
+        record = _header(runtime, step, updates)
+        on_rank0(lambda: _samples_file(runtime.output).unlink(missing_ok=True))
         for done, prompts in enumerate(evaluator.sets, start=1):
-            with models.ledger.phase(f"evaluate {prompts.settings.name}"):
+            with runtime.ledger.phase(f"evaluate {prompts.settings.name}"):
                 result = evaluator.evaluate(prompts, updates, _VERSION)
-            record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, models, result, done - 1))
-            models.progress.advance(done, {})
-    on_rank0(lambda: _publish(models, record, other, compare_with))
+            record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, runtime, result, done - 1))
+            runtime.progress.advance(done, {})
+    on_rank0(lambda: _publish(runtime, record, other, compare_with))
 
 
-def _comparison(models: Models, file: Path | None) -> dict[str, Any] | None:
+def _comparison(runtime: Runtime, file: Path | None) -> dict[str, Any] | None:
     if file is None:
         return None
-    assert isinstance(models.data, PromptData)
+    assert isinstance(runtime.data, PromptData)
     other = read_evaluation(file)
-    require_common_prompts({p.settings.name: [r.id for r in p.records] for p in models.data.eval_sets}, other)
+    require_common_prompts({p.settings.name: [r.id for r in p.records] for p in runtime.data.eval_sets}, other)
     return other
 
 
@@ -100,11 +100,11 @@ def _progress(source: InitSource) -> tuple[int, int]:
     return read_manifest(source.path)["step"], read_trainer_state(source.path).get("updates", 0)
 
 
-def _header(models: Models, step: int, updates: int) -> dict[str, Any]:
-    config = models.config
+def _header(runtime: Runtime, step: int, updates: int) -> dict[str, Any]:
+    config = runtime.config
     return {
         "format": FORMAT,
-        "models": {role: {"path": str(source.path), "kind": source.kind} for role, source in models.sources.items()},
+        "models": {role: {"path": str(source.path), "kind": source.kind} for role, source in runtime.sources.items()},
         "step": step,
         "policy_updates": updates,
         "seed": config.seed,
@@ -121,17 +121,17 @@ def _samples_file(output: Path) -> Path:
     return output / f"{SAMPLES_FILE}.tmp"
 
 
-def _finish_set(models: Models, result: EvaluatedSet, index: int) -> dict[str, Any]:
+def _finish_set(runtime: Runtime, result: EvaluatedSet, index: int) -> dict[str, Any]:
     """Rank 0: the set's samples to the file, its figures as the return value."""
-    settings = models.config.evaluation.sets[index]
-    with _samples_file(models.output).open("a", encoding="utf-8") as file:
+    settings = runtime.config.evaluation.sets[index]
+    with _samples_file(runtime.output).open("a", encoding="utf-8") as file:
         for line in _sample_lines(settings.name, result):
             file.write(json.dumps(json_safe(line), ensure_ascii=False, allow_nan=False) + "\n")
     return set_record(
         result.samples,
         trained_on=settings.trained_on,
-        pass_k=models.config.evaluation.pass_k,
-        seed=models.config.seed,
+        pass_k=runtime.config.evaluation.pass_k,
+        seed=runtime.config.seed,
     )
 
 
@@ -158,17 +158,17 @@ def _sample_lines(name: str, result: EvaluatedSet) -> list[dict[str, Any]]:
     ]
 
 
-def _publish(models: Models, record: dict[str, Any], other: dict[str, Any] | None, compare_with: Path | None) -> None:
+def _publish(runtime: Runtime, record: dict[str, Any], other: dict[str, Any] | None, compare_with: Path | None) -> None:
     """Rank 0: the files, then the table."""
-    pass_k, output = models.config.evaluation.pass_k, models.output
+    pass_k, output = runtime.config.evaluation.pass_k, runtime.output
     if other is not None:
-        record["comparison"] = {"with": str(compare_with), "sets": compare(record, other, models.config.seed)}
+        record["comparison"] = {"with": str(compare_with), "sets": compare(record, other, runtime.config.seed)}
     os.replace(_samples_file(output), output / SAMPLES_FILE)
     written = [write_evaluation(output, record), output / SAMPLES_FILE, *write_plots(record["sets"], output)]
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    title = f"{models.config.actor.init}, intervals: 95 % over prompts"
+    title = f"{runtime.config.actor.init}, intervals: 95 % over prompts"
     console.print(results_table(record["sets"], pass_k, title))
     if other is not None:
         console.print(comparison_table(record["comparison"]["sets"], pass_k, str(compare_with)))

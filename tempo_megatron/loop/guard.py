@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tempo_megatron.algorithm.guard import CollapseGuard, Violation
-from tempo_megatron.checkpoint.locate import is_complete
 from tempo_megatron.checkpoint.store import checkpoint_folder, resume_checkpoint
 from tempo_megatron.config.schema import GuardConfig
+from tempo_megatron.locate import is_complete
 from tempo_megatron.loop.session import Session
 from tempo_megatron.parallel.distributed import on_rank0
 

@@ -19,7 +19,7 @@ from tempo_megatron.algorithm.rewards import TerminalReward
 from tempo_megatron.config.methods import estimator
 from tempo_megatron.config.schema import MStepConfig
 from tempo_megatron.data.rollout import RolloutBatch
-from tempo_megatron.loop.rows import (
+from tempo_megatron.loop.batching import (
     at_batch_width,
     at_microbatch,
     critic_values,

@@ -14,20 +14,20 @@ from typing import Any
 import yaml
 
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights
-from tempo_megatron.checkpoint.locate import newest_checkpoint, resolve_checkpoint
 from tempo_megatron.checkpoint.store import check_resumable, resume_checkpoint, save_checkpoint
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import newest_checkpoint, resolve_checkpoint
 from tempo_megatron.loop.data import read_data
-from tempo_megatron.loop.models import Models, roles_of
+from tempo_megatron.loop.runtime import Runtime, roles_of
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import MetricsWriter, StepLog
 from tempo_megatron.telemetry.run_folder import CONFIG_FILE, ROLLOUTS_FILE, write_run_info
 
 
-class Session(Models):
+class Session(Runtime):
     """A run's models and sinks on this rank.
 
     Attributes:

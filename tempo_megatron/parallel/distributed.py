@@ -65,7 +65,7 @@ def on_rank0(fn: Callable[[], T]) -> T:
     return box[0]
 
 
-def together(fn: Callable[[], T]) -> T:
+def on_all_ranks(fn: Callable[[], T]) -> T:
     """Run ``fn`` on every rank; if it raised a TempoError anywhere, the lowest such rank's error is raised on all.
 
     ``fn`` must not use collectives itself.

@@ -40,7 +40,7 @@ class ModelParallelGroups:
             mpu.initialize_model_parallel(
                 **layout.megatron_sizes(),
                 distributed_timeout_minutes=max(1, timeout_s // 60),
-                # the one process that plays every rank of a layout (checkpoint/convert_plan.py) cannot meet the others
+                # the one process that plays every rank of a layout (checkpoint/convert/plan.py) cannot meet the others
                 create_gloo_process_groups=dist.get_backend() != "fake",
             )
             self._globals = _layout_globals()
@@ -101,7 +101,7 @@ class ModelParallelGroups:
         return (self.etp_rank, self.etp_size) if per_expert else (self.tp_rank, self.tp_size)
 
     @property
-    def reports(self) -> bool:
+    def owns_outputs(self) -> bool:
         """True on the one rank per data-parallel replica whose outputs count (last stage, first TP and CP rank)."""
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 

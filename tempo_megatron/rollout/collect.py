@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.parallel.distributed import sum_over_world, together
+from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SampledResponse
 
 #: Turns lists of response token ids into texts, special tokens skipped.
@@ -81,7 +81,7 @@ def rollout(
         except Exception as error:  # whatever vLLM or the tokenizer died of, the other ranks must hear of it
             raise RunError(f"rollout: rank {dist.get_rank()} failed: {type(error).__name__}: {error}") from error
 
-    responses, texts = together(sample_and_decode)
+    responses, texts = on_all_ranks(sample_and_decode)
     _require_equal_replicas(engine, responses)
     prompt_of_row = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
     own = (prompt_of_row % engine.num_replicas == engine.replica_index) & engine.is_replica_leader

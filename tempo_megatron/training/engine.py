@@ -159,7 +159,7 @@ class MegatronEngine:
         for _, _, sums in results:
             for key, value in sums.items():
                 mine[key] = mine.get(key, 0.0) + float(value)
-        totals = sum_dicts(mine if self.groups.reports else None)
+        totals = sum_dicts(mine if self.groups.owns_outputs else None)
         total_loss = totals.pop("_loss")
         if not math.isfinite(total_loss):
             raise RunError(f"{self.role} loss is {total_loss}: the step was not taken, no checkpoint was touched")
@@ -251,7 +251,7 @@ class MegatronEngine:
         names = ("values",) if self.role == "critic" else ("log_probs", "entropy")
         width = sequences.longest_response + (1 if self.role == "critic" else 0)
         full = torch.zeros(len(names), len(sequences), width)
-        if self.groups.reports:
+        if self.groups.owns_outputs:
             for rows, tables, _ in results:
                 for k, name in enumerate(names):
                     if rows:

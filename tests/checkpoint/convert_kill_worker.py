@@ -15,13 +15,13 @@ import signal
 import sys
 from pathlib import Path
 
-from tempo_megatron.checkpoint import convert
+from tempo_megatron.checkpoint.convert import command as convert
 from tempo_megatron.parallel import cpu_shim
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 cpu_shim.install()
 
-from tempo_megatron.checkpoint import convert_verify  # noqa: E402, F401  (imported once, for every child)
+from tempo_megatron.checkpoint.convert import verify  # noqa: E402, F401  (imported once, for every child)
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from tempo_megatron.checkpoint import convert
+from tempo_megatron.checkpoint.convert import command as convert
 from tempo_megatron.parallel import cpu_shim
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -21,7 +21,7 @@ cpu_shim.install()
 import rich.progress  # noqa: E402, F401
 from transformers import Olmo3ForCausalLM  # noqa: E402, F401
 
-from tempo_megatron.checkpoint import convert_verify  # noqa: E402, F401
+from tempo_megatron.checkpoint.convert import verify  # noqa: E402, F401
 
 
 def peak_gib() -> float:

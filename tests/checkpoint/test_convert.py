@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tempo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from tempo_megatron.checkpoint.locate import resolve_init
+from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_to_hf
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import resolve_init
 from tests.checkpoint.convert_models import FAMILIES, write_folder
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -187,7 +187,7 @@ def test_verify_tells_what_it_compared(
 def test_verify_finds_a_flipped_bit_of_a_checkpoint(
     folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import tempo_megatron.checkpoint.convert_to_megatron as module
+    import tempo_megatron.checkpoint.convert.to_megatron as module
 
     original = module.write_checkpoint
 
@@ -211,7 +211,7 @@ def test_verify_finds_a_flipped_bit_of_a_checkpoint(
 def test_verify_finds_a_flipped_bit_of_an_hf_folder(
     folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import tempo_megatron.checkpoint.convert_verify as module
+    import tempo_megatron.checkpoint.convert.verify as module
 
     there = tmp_path / "there"
     assert hf_to_megatron(["--hf", str(folder("qwen3")), "--megatron", str(there)]) == 0
@@ -234,7 +234,7 @@ def test_verify_finds_a_flipped_bit_of_an_hf_folder(
 def test_verify_finds_outputs_that_differ(
     folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import tempo_megatron.checkpoint.convert_verify as module
+    import tempo_megatron.checkpoint.convert.verify as module
 
     original = module.build_model
 

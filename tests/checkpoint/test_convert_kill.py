@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import transformers as hf
 
-from tempo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from tempo_megatron.checkpoint.locate import resolve_init
+from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_to_hf
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import resolve_init
 from tests.checkpoint.convert_models import write_folder
 from tests.launching import launch
 

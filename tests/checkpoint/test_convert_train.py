@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tempo_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_to_hf
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.convert_models import write_folder
 from tests.launching import launch

@@ -16,7 +16,7 @@ from transformers import AutoModelForTokenClassification
 
 from tempo_megatron.algorithm.rewards import RandomReward
 from tempo_megatron.config.load import load_config
-from tempo_megatron.loop.rows import minibatches
+from tempo_megatron.loop.batching import minibatches
 from tests.launching import ROOT
 from tests.loop.cases import Case, make_inputs, run_cases, small_tempo
 from tests.loop.plain_oracle import Replay

@@ -32,10 +32,10 @@ from tempo_megatron.algorithm.policy_loss import loss_denominator  # noqa: E402
 from tempo_megatron.algorithm.value_loss import value_loss  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
-from tempo_megatron.checkpoint.locate import resolve_init  # noqa: E402
 from tempo_megatron.checkpoint.store import resume_checkpoint, save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
+from tempo_megatron.locate import resolve_init  # noqa: E402
 from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import LossFunction, MegatronEngine, StepResult  # noqa: E402

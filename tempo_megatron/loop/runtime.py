@@ -9,13 +9,13 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tempo_megatron.checkpoint.hf_read import load_hf_config
-from tempo_megatron.checkpoint.locate import resolve_init
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.encode import check_tokenizer
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import resolve_init
 from tempo_megatron.loop.data import PromptData, SftData
 from tempo_megatron.model.build import Role
-from tempo_megatron.parallel.distributed import rank, together
+from tempo_megatron.parallel.distributed import on_all_ranks, rank
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.telemetry.metrics import StepLog
@@ -28,7 +28,7 @@ from tempo_megatron.verifiers.service import VerifierService
 ORACLE_SOURCE = "data.oracle_files"
 
 
-class Models:
+class Runtime:
     """Tokenizer and engines; the world is joined before.
 
     Attributes:
@@ -45,10 +45,10 @@ class Models:
         self.output = Path(config.output_dir)
         self.is_main = rank() == 0
         roles = roles_of(config).items()
-        self.sources = together(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
+        self.sources = on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
         self.hf_dir = self.sources["actor"].hf_dir
-        self.hf_config = together(lambda: load_hf_config(self.hf_dir))
-        self.tokenizer = together(lambda: load_tokenizer(self.hf_dir, self.hf_config.vocab_size))
+        self.hf_config = on_all_ranks(lambda: load_hf_config(self.hf_dir))
+        self.tokenizer = on_all_ranks(lambda: load_tokenizer(self.hf_dir, self.hf_config.vocab_size))
         self.progress = Progress(title, total, enabled=self.is_main)
         self.ledger = PhaseLedger(on_phase=self.progress.phase)
         self.engines: dict[str, MegatronEngine] = {}
@@ -67,7 +67,7 @@ class Models:
             self.engines[role] = MegatronEngine(
                 role,
                 role_config,
-                together(partial(load_hf_config, hf_dir)),
+                on_all_ranks(partial(load_hf_config, hf_dir)),
                 groups[layout],
                 seed=self.config.seed,
                 temperature=self.config.rollout.temperature if self.config.stage != "sft" else 1.0,
@@ -84,27 +84,27 @@ class Models:
         return sorted(i for i in ids if i is not None)
 
 
-def start_rollout(models: Models) -> RolloutEngine:
+def start_rollout(runtime: Runtime) -> RolloutEngine:
     """vLLM for the actor, without its weights yet."""
-    data = models.config.data
-    with models.ledger.phase("load"):
+    data = runtime.config.data
+    with runtime.ledger.phase("load"):
         return RolloutEngine(
-            models.hf_dir,
-            models.config.rollout,
+            runtime.hf_dir,
+            runtime.config.rollout,
             max_model_len=data.max_prompt_tokens + data.max_response_tokens,
-            seed=models.config.seed,
-            stop_token_ids=models.stop_token_ids(),
+            seed=runtime.config.seed,
+            stop_token_ids=runtime.stop_token_ids(),
         )
 
 
-def start_verifier(models: Models, closing: ExitStack) -> VerifierService | None:
+def start_verifier(runtime: Runtime, closing: ExitStack) -> VerifierService | None:
     """The verifier's processes beside rank 0, with the answers of the evaluation sets; ``closing`` ends them."""
-    if not models.is_main:
+    if not runtime.is_main:
         return None
-    sources = {s.name: s.files for s in models.config.evaluation.sets}
-    if models.config.data.oracle_files:
-        sources[ORACLE_SOURCE] = models.config.data.oracle_files
-    return closing.enter_context(VerifierService(sources, models.config.verifier))
+    sources = {s.name: s.files for s in runtime.config.evaluation.sets}
+    if runtime.config.data.oracle_files:
+        sources[ORACLE_SOURCE] = runtime.config.data.oracle_files
+    return closing.enter_context(VerifierService(sources, runtime.config.verifier))
 
 
 def roles_of(config: Config) -> dict[Role, RoleConfig]:

@@ -15,9 +15,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from tempo_megatron.checkpoint.convert_plan import process_group
-from tempo_megatron.checkpoint.convert_to_hf import MegatronSource
-from tempo_megatron.checkpoint.convert_to_megatron import HFSource, OnBytes
+from tempo_megatron.checkpoint.convert.plan import process_group
+from tempo_megatron.checkpoint.convert.to_hf import MegatronSource
+from tempo_megatron.checkpoint.convert.to_megatron import HFSource, OnBytes
 from tempo_megatron.checkpoint.critic_format import BIAS, WEIGHT, open_hf_folder
 from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.errors import RunError

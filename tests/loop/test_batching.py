@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tempo_megatron.loop.rows import minibatches
+from tempo_megatron.loop.batching import minibatches
 
 
 class _Batch(SimpleNamespace):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tempo_megatron.checkpoint.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
 
 
 def hf_folder(path: Path) -> Path:
@@ -96,5 +96,5 @@ def test_resume_takes_checkpoints_only(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_needed() -> None:
-    code = "import sys, tempo_megatron.checkpoint.locate; sys.exit('torch' in sys.modules)"
+    code = "import sys, tempo_megatron.locate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

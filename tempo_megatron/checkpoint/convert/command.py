@@ -17,15 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tempo_megatron.checkpoint.locate import hf_name, resolve_checkpoint
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.locate import hf_name, resolve_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
-    from tempo_megatron.checkpoint.convert_to_megatron import OnBytes
-    from tempo_megatron.checkpoint.convert_verify import Verification
+    from tempo_megatron.checkpoint.convert.to_megatron import OnBytes
+    from tempo_megatron.checkpoint.convert.verify import Verification
     from tempo_megatron.model.build import Role
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -128,9 +128,9 @@ def _stay_on_cpu() -> None:
 
 
 def _convert_to_megatron(arguments: argparse.Namespace) -> None:
-    from tempo_megatron.checkpoint.convert_plan import world_size_of
-    from tempo_megatron.checkpoint.convert_to_megatron import HFSource, write_checkpoint, write_manifest
-    from tempo_megatron.checkpoint.convert_verify import verify_megatron
+    from tempo_megatron.checkpoint.convert.plan import world_size_of
+    from tempo_megatron.checkpoint.convert.to_megatron import HFSource, write_checkpoint, write_manifest
+    from tempo_megatron.checkpoint.convert.verify import verify_megatron
     from tempo_megatron.checkpoint.hf_read import load_hf_config
     from tempo_megatron.config.layout import check_layout, read_model_shape
     from tempo_megatron.config.schema import CriticConfig
@@ -170,8 +170,8 @@ def _layout(arguments: argparse.Namespace) -> ParallelConfig:
 
 
 def _convert_to_hf(arguments: argparse.Namespace) -> None:
-    from tempo_megatron.checkpoint.convert_to_hf import MegatronSource, write_hf
-    from tempo_megatron.checkpoint.convert_verify import verify_hf
+    from tempo_megatron.checkpoint.convert.to_hf import MegatronSource, write_hf
+    from tempo_megatron.checkpoint.convert.verify import verify_hf
     from tempo_megatron.checkpoint.hf_read import load_hf_config
     from tempo_megatron.checkpoint.store import read_manifest
 
@@ -251,7 +251,7 @@ def _report(target: Path, size: int, seconds: float, verified: Verification | No
         from rich.console import Console
         from rich.table import Table
 
-        from tempo_megatron.checkpoint.convert_verify import TOLERANCE
+        from tempo_megatron.checkpoint.convert.verify import TOLERANCE
 
         table = Table("verified", "result")
         table.add_row("tensors with equal SHA-256", str(verified.tensors))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from tempo_megatron.checkpoint.convert_plan import Part, simulated_rank
-from tempo_megatron.checkpoint.convert_to_megatron import OnBytes, config_dtype
+from tempo_megatron.checkpoint.convert.distcp import DistCheckpointReader
+from tempo_megatron.checkpoint.convert.plan import Part, simulated_rank
+from tempo_megatron.checkpoint.convert.to_megatron import OnBytes, config_dtype
 from tempo_megatron.checkpoint.critic_format import HeadFormat, critic_folder
-from tempo_megatron.checkpoint.distcp import DistCheckpointReader
 from tempo_megatron.checkpoint.hf_write import HFWriter
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError

@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tempo_megatron import __version__
-from tempo_megatron.checkpoint.convert_plan import Part, RankPlan, simulated_rank, world_size_of
+from tempo_megatron.checkpoint.convert.distcp import DistCheckpointWriter
+from tempo_megatron.checkpoint.convert.plan import Part, RankPlan, simulated_rank, world_size_of
 from tempo_megatron.checkpoint.critic_format import WEIGHT, CriticTensors, carry_lm_head, open_hf_folder
-from tempo_megatron.checkpoint.distcp import DistCheckpointWriter
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import CONFIG, changed_config, copy_side_files, dtype_change
-from tempo_megatron.checkpoint.locate import MANIFEST, hf_name
 from tempo_megatron.checkpoint.store import FORMAT, sync_write
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
+from tempo_megatron.locate import MANIFEST, hf_name
 from tempo_megatron.model.build import Role
 from tempo_megatron.model.families.base import VALUE_HEAD_RULES
 from tempo_megatron.model.weights import entry_shard, expected_hf_names
