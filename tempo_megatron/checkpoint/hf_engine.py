@@ -18,7 +18,7 @@ from tempo_megatron.checkpoint.critic_format import (
 )
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
-from tempo_megatron.checkpoint.store import load_weights
+from tempo_megatron.checkpoint.load import load_weights
 from tempo_megatron.config.schema import CriticConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import InitSource

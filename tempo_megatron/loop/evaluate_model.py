@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from tempo_megatron.checkpoint.hf_engine import load_initial_weights
-from tempo_megatron.checkpoint.store import read_manifest, read_trainer_state
+from tempo_megatron.checkpoint.load import read_trainer_state
+from tempo_megatron.checkpoint.manifest import read_manifest
 from tempo_megatron.config.schema import Config
 from tempo_megatron.evaluation.plots import write_plots
 from tempo_megatron.evaluation.record import (

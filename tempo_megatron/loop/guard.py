@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tempo_megatron.algorithm.guard import CollapseGuard, Violation
-from tempo_megatron.checkpoint.store import checkpoint_folder, resume_checkpoint
+from tempo_megatron.checkpoint.load import resume_checkpoint
+from tempo_megatron.checkpoint.manifest import checkpoint_folder
 from tempo_megatron.config.schema import GuardConfig
 from tempo_megatron.locate import is_complete
 from tempo_megatron.loop.session import Session

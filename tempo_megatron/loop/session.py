@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights
-from tempo_megatron.checkpoint.store import check_resumable, resume_checkpoint, save_checkpoint
+from tempo_megatron.checkpoint.load import check_resumable, resume_checkpoint
+from tempo_megatron.checkpoint.save import save_checkpoint
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError

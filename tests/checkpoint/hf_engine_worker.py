@@ -20,7 +20,7 @@ cpu_shim.install()
 
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
-from tempo_megatron.checkpoint.store import save_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, ParallelConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import InitSource  # noqa: E402

@@ -28,7 +28,8 @@ from megatron.core import dist_checkpointing  # noqa: E402
 
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
-from tempo_megatron.checkpoint.store import check_resumable, resume_checkpoint, save_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.load import check_resumable, resume_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import InitSource  # noqa: E402

@@ -51,7 +51,8 @@ def test_train_loads_any_layout_and_its_checkpoints_convert_back(tmp_path: Path)
 
 
 def test_converted_checkpoints_are_not_resumed(tmp_path: Path) -> None:
-    from tempo_megatron.checkpoint.store import check_resumable, read_manifest
+    from tempo_megatron.checkpoint.load import check_resumable
+    from tempo_megatron.checkpoint.manifest import read_manifest
 
     there = tmp_path / "there"
     source = write_folder(tmp_path / "hf", "llama-tied")

@@ -32,7 +32,8 @@ from tempo_megatron.algorithm.policy_loss import loss_denominator  # noqa: E402
 from tempo_megatron.algorithm.value_loss import value_loss  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
-from tempo_megatron.checkpoint.store import resume_checkpoint, save_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.load import resume_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import resolve_init  # noqa: E402

@@ -173,7 +173,7 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
     from tempo_megatron.checkpoint.convert.to_hf import MegatronSource, write_hf
     from tempo_megatron.checkpoint.convert.verify import verify_hf
     from tempo_megatron.checkpoint.hf_read import load_hf_config
-    from tempo_megatron.checkpoint.store import read_manifest
+    from tempo_megatron.checkpoint.manifest import read_manifest
 
     role: Role = "critic" if arguments.critic else "actor"
     if not arguments.shard_gib > 0:
@@ -209,7 +209,7 @@ def _target(folder: Path) -> Iterator[Path]:
 
     Raises TempoError if the target is there and not empty, RunError if it cannot be written.
     """
-    from tempo_megatron.checkpoint.store import one_line
+    from tempo_megatron.checkpoint.faults import one_line
 
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise TempoError(f"{folder}: exists and is {'not empty' if folder.is_dir() else 'a file'}; give a new folder")

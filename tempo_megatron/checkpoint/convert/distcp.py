@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.inprocess_writer import write_bucket
-from tempo_megatron.checkpoint.store import UNREADABLE, one_line
 from tempo_megatron.errors import TempoError
 
 

@@ -24,7 +24,7 @@ from tempo_megatron.checkpoint.convert.plan import Part, RankPlan, simulated_ran
 from tempo_megatron.checkpoint.critic_format import WEIGHT, CriticTensors, carry_lm_head, open_hf_folder
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import CONFIG, changed_config, copy_side_files, dtype_change
-from tempo_megatron.checkpoint.store import FORMAT, sync_write
+from tempo_megatron.checkpoint.manifest import FORMAT, sync_write
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import MANIFEST, hf_name
