@@ -23,7 +23,7 @@ cpu_shim.install()
 
 from tempo_megatron.config.load import load_config  # noqa: E402
 from tempo_megatron.data.prompts import PromptRecord, read_prompts_isolated  # noqa: E402
-from tempo_megatron.loop import data, models  # noqa: E402
+from tempo_megatron.loop import data, runtime  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
@@ -82,8 +82,8 @@ def read_once(files: tuple[str, ...]) -> list[PromptRecord]:
 
 
 data.read_prompts_isolated = lambda files: read_once(tuple(files))
-models.VerifierService = shared_verifier  # type: ignore[assignment,misc]
-models.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
+runtime.VerifierService = shared_verifier  # type: ignore[assignment,misc]
+runtime.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
 
 
 def watch(engine: MegatronEngine, seen: list[dict[str, Any]]) -> None:
