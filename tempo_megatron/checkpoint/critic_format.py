@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
 from tempo_megatron.checkpoint.hf_read import HFTensors, StoredTensor, read_header
+from tempo_megatron.config.architectures import TOKEN_CLASSIFIER
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
 
@@ -114,7 +115,7 @@ def head_format_for(config: PretrainedConfig, wanted: HeadFormat | None = None) 
     Raises:
         TempoError: ``score`` is wanted of a family without a token-classification class, and did not come as such.
     """
-    came_so = any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+    came_so = any(name.endswith(TOKEN_CLASSIFIER) for name in config.architectures or ())
     readable = came_so or config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     if wanted == "score" and not readable:
         raise TempoError(
@@ -142,7 +143,7 @@ def critic_folder(
     form = head_format_for(config, head_format)
     changes: dict[str, Any] = {}
     if form == "score":
-        changes["architectures"] = [family_of(config).architecture.replace("ForCausalLM", "ForTokenClassification")]
+        changes["architectures"] = [family_of(config).architecture.replace("ForCausalLM", TOKEN_CLASSIFIER)]
         if config.num_labels != 1:
             changes |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": None}
         with_bias = getattr(config, "token_classification_bias", True)

@@ -17,7 +17,7 @@ from tempo_megatron.checkpoint.megatron_state import load_role
 from tempo_megatron.config.schema import CriticConfig, RoleConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import hf_name
-from tempo_megatron.model.build import Role
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import rank, world_size
 from tempo_megatron.training.engine import MegatronEngine

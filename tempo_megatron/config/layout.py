@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tempo_megatron.config.architectures import ARCHITECTURES, is_critic, policy_name
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Olmo3ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
     """Read and judge one ``config.json``; ``key`` is the config key that led to it.
 
     Args:
-        critic: take a token classification model (a critic) of a supported architecture too.
+        critic: take a critic (a token or sequence classification model) of a supported architecture too.
 
     Raises:
         TempoError: not JSON, an architecture that is not supported, a number that is missing.
@@ -51,11 +50,11 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         raise TempoError(f"{key}: {config_json} holds a {type(values).__name__}; a JSON object is needed")
     architectures = values.get("architectures")
     named = ", ".join(map(str, architectures)) if isinstance(architectures, list) and architectures else "none"
-    causal = named.replace("ForTokenClassification", "ForCausalLM") if critic else named
-    if causal not in SUPPORTED_ARCHITECTURES:
-        valid = ", ".join(SUPPORTED_ARCHITECTURES)
-        if not critic and named.endswith("ForTokenClassification"):
-            valid += " (a token classification model is a critic, not a policy)"
+    family = ARCHITECTURES.get(policy_name(named) if critic else named)
+    if family is None:
+        valid = ", ".join(ARCHITECTURES)
+        if not critic and is_critic(named):
+            valid += " (a model with a score head is a critic, not a policy)"
         raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
 
     def number(name: str) -> int:
@@ -65,7 +64,6 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         return value
 
     heads = number("num_attention_heads")
-    moe = causal == "Qwen3MoeForCausalLM"
     # transformers 5 saves the number of experts under a name of its own
     experts = "num_local_experts" if "num_local_experts" in values else "num_experts"
     return ModelShape(
@@ -77,8 +75,8 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         layers=number("num_hidden_layers"),
         vocab_size=number("vocab_size"),
         max_positions=number("max_position_embeddings"),
-        experts=number(experts) if moe else 0,
-        expert_intermediate_size=number("moe_intermediate_size") if moe else 0,
+        experts=number(experts) if family.experts else 0,
+        expert_intermediate_size=number("moe_intermediate_size") if family.experts else 0,
     )
 
 

@@ -14,7 +14,7 @@ from tempo_megatron.data.encode import check_tokenizer
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import resolve_init
 from tempo_megatron.loop.data import PromptData, SftData
-from tempo_megatron.model.build import Role
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import on_all_ranks, rank
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.rollout.engine import RolloutEngine

@@ -32,6 +32,7 @@ from tempo_megatron.config.schema import RoleConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import Family
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.layers import (
     PackedAttention,
     PostNormAdd,
@@ -45,7 +46,6 @@ from tempo_megatron.model.weight_map import ModelDims, padded_vocab_size
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.groups import ModelParallelGroups
 
-Role = Literal["actor", "critic"]
 #: Transformer Engine keeps the weight of a norm with the linear layer that follows it.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

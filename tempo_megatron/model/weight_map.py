@@ -7,7 +7,7 @@ from all ranks' parts.  Both only move bytes, so a round trip is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,12 +124,14 @@ class WeightRule:
     """``megatron`` parameter name and the ``hf`` tensor names it is made of.
 
     ``{layer}`` is the global layer index.  ``{expert}`` is the global expert index in HF names, that among the
-    rank's own experts in the Megatron name.
+    rank's own experts in the Megatron name.  ``shapes`` are those of the HF tensors, each the names of its sizes
+    (``hf_tensors.tensor_sizes``): ``"kv hidden"``.
     """
 
     megatron: str
     hf: tuple[str, ...]
     transform: Transform
+    shapes: tuple[str, ...]
 
     @property
     def per_layer(self) -> bool:
@@ -145,3 +147,7 @@ class WeightRule:
 
     def hf_names(self, layer: int | None, expert: int | None) -> tuple[str, ...]:
         return tuple(name.replace(LAYER, str(layer)).replace(EXPERT, str(expert)) for name in self.hf)
+
+    def hf_shapes(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the full HF tensors, in the rule's order."""
+        return tuple(tuple(sizes[name] for name in shape.split()) for shape in self.shapes)

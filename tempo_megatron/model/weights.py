@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.model.build import FUSED_NORMS, Role, model_dims
+from tempo_megatron.model.build import FUSED_NORMS, model_dims
 from tempo_megatron.model.families import family_of
-from tempo_megatron.model.families.base import LM_HEAD_RULES, VALUE_HEAD_RULES
+from tempo_megatron.model.families.base import VALUE_HEAD_RULES
+from tempo_megatron.model.hf_tensors import Role, rules_for, tensor_sizes
 from tempo_megatron.model.weight_map import WeightRule
 from tempo_megatron.parallel.groups import ModelParallelGroups
 
@@ -41,14 +42,6 @@ class Entry:
         if self.expert is not None:
             expert = groups.ep_rank * (config.num_experts // groups.ep_size) + self.expert
         return self.rule.hf_names(self.layer, expert)
-
-
-def rules_for(config: PretrainedConfig, role: Role) -> tuple[WeightRule, ...]:
-    """All rules of a model in this role. A tied actor reads its output layer from the embedding."""
-    backbone = family_of(config).rules
-    if role == "critic":
-        return backbone + VALUE_HEAD_RULES
-    return backbone if config.tie_word_embeddings else backbone + LM_HEAD_RULES
 
 
 def local_entries(
@@ -101,28 +94,25 @@ def entry_shard(entry: Entry, config: PretrainedConfig, groups: ModelParallelGro
     Raises:
         TempoError: a tensor has another shape than config.json asks for.
     """
-    return _shard(entry.parameter, entry.rule, entry.hf_names(config, groups), config, groups, read)
+    return _shard(entry.rule, entry.hf_names(config, groups), config, groups, read)
 
 
 def _shard(
-    parameter: Tensor,
     rule: WeightRule,
     names: tuple[str, ...],
     config: PretrainedConfig,
     groups: ModelParallelGroups,
     read: TensorReader,
 ) -> Tensor:
-    dims = model_dims(config)
     rank, size = groups.part(rule.per_expert)
     tensors = [read(n) for n in names]
-    wholes = rule.transform.unshard([torch.empty(parameter.shape, device="meta")] * size, dims)
-    for name, tensor, whole in zip(names, tensors, wholes, strict=True):
-        if tensor.shape != whole.shape:
+    for name, tensor, shape in zip(names, tensors, rule.hf_shapes(tensor_sizes(config)), strict=True):
+        if tensor.shape != shape:
             raise TempoError(
                 f"{config.name_or_path or 'the model'}: tensor {name} has the shape {list(tensor.shape)}, "
-                f"config.json asks for {list(whole.shape)}"
+                f"config.json asks for {list(shape)}"
             )
-    return rule.transform.shard(tensors, dims, rank, size)
+    return rule.transform.shard(tensors, model_dims(config), rank, size)
 
 
 @torch.no_grad()
@@ -145,7 +135,7 @@ def load_hf_weights(
             entry.parameter.copy_(entry_shard(entry, config, groups, read))
     for copy in _tied_output_copies(models, config, role):
         embedding = next(r for r in rules_for(config, role) if r.megatron.startswith("embedding."))
-        copy.copy_(_shard(copy, embedding, embedding.hf, config, groups, read))
+        copy.copy_(_shard(embedding, embedding.hf, config, groups, read))
 
 
 def _tied_output_copies(models: Sequence[GPTModel], config: PretrainedConfig, role: Role) -> list[torch.nn.Parameter]:
@@ -153,30 +143,6 @@ def _tied_output_copies(models: Sequence[GPTModel], config: PretrainedConfig, ro
     if role == "actor" and config.tie_word_embeddings:
         return [m.output_layer.weight for m in models if m.post_process and not m.pre_process]
     return []
-
-
-def expected_hf_names(config: PretrainedConfig, role: Role) -> set[str]:
-    """Every HF tensor name that a complete checkpoint of this role holds."""
-    names: set[str] = set()
-    for rule in rules_for(config, role):
-        layers: range | tuple[None] = range(config.num_hidden_layers) if rule.per_layer else (None,)
-        experts: range | tuple[None] = range(config.num_experts) if rule.per_expert else (None,)
-        for layer in layers:
-            for expert in experts:
-                names.update(rule.hf_names(layer, expert))
-    return names
-
-
-def unexpected_hf_names(names: set[str], config: PretrainedConfig, role: Role, *, skip_head: bool) -> set[str]:
-    """Tensors that a checkpoint holds and this role has no place for.
-
-    Ignored because other tensors determine them: rotary buffers, and ``lm_head`` when embeddings are tied.
-    A critic that starts from a policy ignores its ``lm_head``.
-    """
-    extra = {n for n in names - expected_hf_names(config, role) if not re.search(r"rotary_emb\.inv_freq$", n)}
-    if skip_head or config.tie_word_embeddings:
-        extra.discard("lm_head.weight")
-    return extra
 
 
 @dataclass(frozen=True)

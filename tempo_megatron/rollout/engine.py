@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.rollout import patches
 
@@ -96,7 +97,7 @@ class RolloutEngine:
         self.is_replica_leader = within == 0
         hf_config = _read_hf_config(hf_dir)
         self._tied = bool(hf_config.tie_word_embeddings)
-        self._expected = _expected_weights(hf_config)
+        self._expected = expected_tensors(hf_config, "actor")
         self._llm = _build_engine(str(hf_dir), hf_config, config, max_model_len, seed)
 
     @property
@@ -242,23 +243,8 @@ def _read_hf_config(hf_dir: str | Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(str(hf_dir), local_files_only=True)
 
 
-def _expected_weights(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of the model's HF checkpoint, shared ones once (built on the meta device).
-
-    transformers keeps the experts of a layer in one parameter; its own tables, which ``save_pretrained`` uses too,
-    say which tensors of a checkpoint those are (``...experts.3.gate_proj.weight``).
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    tensors = revert_weight_conversion(model, dict(model.named_parameters()))
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
 def _checked(
-    weights: Iterable[tuple[str, Tensor]], expected: dict[str, torch.Size], version: int
+    weights: Iterable[tuple[str, Tensor]], expected: dict[str, tuple[int, ...]], version: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Pass the stream on; vLLM would ignore unknown names and keep old values for missing ones."""
     missing = dict(expected)

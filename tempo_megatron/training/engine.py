@@ -27,7 +27,8 @@ from transformers import PretrainedConfig
 
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig
 from tempo_megatron.errors import RunError
-from tempo_megatron.model.build import DTYPES, Role, build_model
+from tempo_megatron.model.build import DTYPES, build_model
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.log_probs import vocab_parallel_log_probs
 from tempo_megatron.model.weights import HFWeightStream
 from tempo_megatron.parallel.distributed import sum_dicts, sum_over_world

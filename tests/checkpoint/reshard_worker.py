@@ -33,7 +33,7 @@ from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import InitSource  # noqa: E402
-from tempo_megatron.model.build import Role  # noqa: E402
+from tempo_megatron.model.hf_tensors import Role  # noqa: E402
 from tempo_megatron.parallel.distributed import start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tempo_megatron.checkpoint.hf_read import load_hf_config
-from tempo_megatron.config.layout import SUPPORTED_ARCHITECTURES, read_model_shape
+from tempo_megatron.config.architectures import ARCHITECTURES
+from tempo_megatron.config.layout import read_model_shape
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import FAMILIES, family_of
 from tests.model.published import PUBLISHED, write_config
@@ -49,8 +52,14 @@ def test_configs_saved_again_by_transformers_pass_and_say_the_same(tmp_path: Pat
     assert read_model_shape(tmp_path / "config.json", "actor.init") == shape
 
 
-def test_both_doors_know_the_same_architectures() -> None:
-    assert set(FAMILIES) == set(SUPPORTED_ARCHITECTURES)
+def test_every_listed_family_is_the_one_of_its_module() -> None:
+    assert {name: family.architecture for name, family in FAMILIES.items()} == {name: name for name in ARCHITECTURES}
+    assert {values["architectures"][0] for values in PUBLISHED.values()} == set(ARCHITECTURES)
+
+
+def test_the_list_of_families_needs_no_torch() -> None:
+    code = "import sys, tempo_megatron.config.layout; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # ---------------------------------------------------------------- architectures
@@ -61,7 +70,7 @@ def test_both_doors_know_the_same_architectures() -> None:
     [
         ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "GemmaForCausalLM"),
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": ["LlamaForProcessRewardModel"]}, "LlamaForProcessRewardModel"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
         ({"architectures": ["LlamaForCausalLM", "GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"architectures": []}, ""),
@@ -70,7 +79,7 @@ def test_both_doors_know_the_same_architectures() -> None:
 )
 def test_architectures(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     write_config(tmp_path, "llama", **changes)
-    supported = f"is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+    supported = f"is not supported; supported: {', '.join(ARCHITECTURES)}"
     told = refusal(tmp_path)
     assert told.startswith("architectures: [")
     assert named in told

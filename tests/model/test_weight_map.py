@@ -15,6 +15,7 @@ from tempo_megatron.checkpoint.hf_read import HFTensors, load_hf_config
 from tempo_megatron.model.build import model_dims
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import VALUE_HEAD_RULES
+from tempo_megatron.model.hf_tensors import expected_tensors, rules_for
 from tempo_megatron.model.weight_map import (
     QKV,
     GateUp,
@@ -26,7 +27,6 @@ from tempo_megatron.model.weight_map import (
     WeightRule,
     padded_vocab_size,
 )
-from tempo_megatron.model.weights import expected_hf_names, rules_for
 from tests.model.published import PUBLISHED, write_config
 
 TP = (1, 2, 4)
@@ -132,21 +132,22 @@ def saved(path: Path, family: str, critic: bool = False, tied: bool = False) -> 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_names_are_those_of_transformers_checkpoints(tmp_path: Path, family: str, tied: bool) -> None:
+def test_tensors_are_those_of_transformers_checkpoints(tmp_path: Path, family: str, tied: bool) -> None:
     config, tensors = saved(tmp_path, family, tied=tied)
-    assert expected_hf_names(config, "actor") == tensors.names
+    assert expected_tensors(config, "actor") == {name: tensors.shape_of(name) for name in tensors.names}
     assert ("lm_head.weight" in tensors.names) is not tied
     per_expert = {f"model.layers.3.mlp.experts.{e}.{n}_proj.weight" for e in range(8) for n in ("gate", "up", "down")}
     assert (per_expert <= tensors.names) is (family == "qwen3-moe")
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "family", [family for family in PUBLISHED if family != "olmo3"]
 )  # transformers has no such class
-def test_names_of_critics_are_those_of_token_classifiers(tmp_path: Path, family: str) -> None:
-    config, tensors = saved(tmp_path, family, critic=True)
+def test_tensors_of_critics_are_those_of_token_classifiers(tmp_path: Path, family: str, tied: bool) -> None:
+    config, tensors = saved(tmp_path, family, critic=True, tied=tied)
     assert config.architectures == [PUBLISHED[family]["architectures"][0].replace("CausalLM", "TokenClassification")]
-    assert expected_hf_names(config, "critic") == tensors.names
+    assert expected_tensors(config, "critic") == {name: tensors.shape_of(name) for name in tensors.names}
     assert {name for rule in VALUE_HEAD_RULES for name in rule.hf} <= tensors.names
 
 
@@ -175,7 +176,10 @@ def test_rules_do_not_share_a_megatron_parameter(tmp_path: Path, family: str) ->
 
 
 def test_names_of_a_layer_and_an_expert() -> None:
-    rule = WeightRule("l.{layer}.e.{expert}.w", ("m.{layer}.x.{expert}.a", "m.{layer}.x.{expert}.b"), GateUp())
+    rule = WeightRule(
+        "l.{layer}.e.{expert}.w", ("m.{layer}.x.{expert}.a", "m.{layer}.x.{expert}.b"), GateUp(), ("a", "b a")
+    )
     assert rule.per_layer and rule.per_expert
     assert rule.megatron_name(3, 1) == "l.3.e.1.w"
     assert rule.hf_names(11, 5) == ("m.11.x.5.a", "m.11.x.5.b")
+    assert rule.hf_shapes({"a": 2, "b": 3, "c": 4}) == ((2,), (3, 2))

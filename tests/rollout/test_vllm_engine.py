@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.rollout.engine import (
     GenerationRequest,
     RolloutEngine,
     SampledResponse,
     _check_model,
     _checked,
-    _expected_weights,
     _read_hf_config,
 )
 from tests.rollout.tiny_models import (
@@ -246,12 +246,12 @@ def test_an_update_that_lacks_a_tensor_fails(no_engine: None, qwen3: TinyModel) 
 def test_an_update_speaks_the_names_of_the_checkpoint(family: str, request: pytest.FixtureRequest) -> None:
     tiny: TinyModel = request.getfixturevalue(family)
     saved = {name: tensor.shape for name, tensor in load_file(tiny.folder / "model.safetensors").items()}
-    assert _expected_weights(_read_hf_config(tiny.folder)) == saved
+    assert expected_tensors(_read_hf_config(tiny.folder), "actor") == saved
     assert {name: tensor.shape for name, tensor in stream(tiny.first)} == saved
 
 
 def test_an_update_names_the_expert_that_is_wrong(qwen3_moe: TinyModel) -> None:
-    expected = _expected_weights(qwen3_moe.first.config)
+    expected = expected_tensors(qwen3_moe.first.config, "actor")
     whole = dict(stream(qwen3_moe.first))
     down = "model.layers.2.mlp.experts.5.down_proj.weight"
     fused = dict(qwen3_moe.first.named_parameters())
@@ -269,7 +269,7 @@ def test_an_update_names_the_expert_that_is_wrong(qwen3_moe: TinyModel) -> None:
 
 
 def test_an_update_names_the_tensor_that_is_wrong() -> None:
-    expected = {"a": torch.Size([2]), "b": torch.Size([3, 2])}
+    expected = {"a": (2,), "b": (3, 2)}
     a, b = ("a", torch.zeros(2)), ("b", torch.zeros(3, 2))
     assert [name for name, _ in _checked([a, b], expected, 4)] == ["a", "b"]
     for stream_of, message in (

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tempo_megatron.checkpoint.convert.to_megatron import OnBytes
     from tempo_megatron.checkpoint.convert.verify import Verification
-    from tempo_megatron.model.build import Role
+    from tempo_megatron.model.hf_tensors import Role
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_GIB = 5.0

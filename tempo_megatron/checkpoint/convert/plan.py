@@ -29,7 +29,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from tempo_megatron.config.schema import ParallelConfig, RoleConfig
-from tempo_megatron.model.build import Role, build_model
+from tempo_megatron.model.build import build_model
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.weights import Entry, local_entries
 from tempo_megatron.parallel.groups import ModelParallelGroups
 

@@ -16,7 +16,8 @@ from tempo_megatron.checkpoint.critic_format import HeadFormat, critic_folder
 from tempo_megatron.checkpoint.hf_write import HFWriter
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
-from tempo_megatron.model.build import Role, model_dims
+from tempo_megatron.model.build import model_dims
+from tempo_megatron.model.hf_tensors import Role
 
 
 class MegatronSource:

@@ -28,9 +28,9 @@ from tempo_megatron.checkpoint.manifest import FORMAT, sync_write
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import MANIFEST, hf_name
-from tempo_megatron.model.build import Role
 from tempo_megatron.model.families.base import VALUE_HEAD_RULES
-from tempo_megatron.model.weights import entry_shard, expected_hf_names
+from tempo_megatron.model.hf_tensors import Role, expected_tensors
+from tempo_megatron.model.weights import entry_shard
 
 #: called with the bytes that were written since the last call
 OnBytes = Callable[[int], object]
@@ -66,7 +66,7 @@ class HFSource:
             raise TempoError(f"{folder} has no value head ({WEIGHT}); --init-head makes a fresh one")
         self.fresh_head = check_hf_folder(self.tensors, config, role, init_head=init_head)
         self.head_format = self.tensors.head_format if isinstance(self.tensors, CriticTensors) else None
-        self.names = sorted(self.tensors.names & expected_hf_names(config, role))
+        self.names = sorted(self.tensors.names & expected_tensors(config, role).keys())
         self.dtypes = self._megatron_dtypes()
 
     def _megatron_dtypes(self) -> dict[str, torch.dtype]:

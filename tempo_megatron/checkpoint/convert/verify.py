@@ -21,7 +21,8 @@ from tempo_megatron.checkpoint.convert.to_megatron import HFSource, OnBytes
 from tempo_megatron.checkpoint.critic_format import BIAS, WEIGHT, open_hf_folder
 from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.errors import RunError
-from tempo_megatron.model.build import Role, build_model
+from tempo_megatron.model.build import build_model
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.weights import TensorReader
 from tempo_megatron.parallel.groups import ModelParallelGroups
 

@@ -1,15 +1,19 @@
-"""One file per model family; adding a family is writing that file and naming it here."""
+"""One module per model family, each with a ``FAMILY``; their list is ``config.architectures``."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tempo_megatron.config.architectures import ARCHITECTURES, policy_name
 from tempo_megatron.errors import TempoError
-from tempo_megatron.model.families import llama, olmo3, qwen3, qwen3_moe
 from tempo_megatron.model.families.base import Family
 
-FAMILIES: dict[str, Family] = {f.architecture: f for f in (qwen3.FAMILY, qwen3_moe.FAMILY, olmo3.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    name: import_module(f"{__name__}.{listed.module}").FAMILY for name, listed in ARCHITECTURES.items()
+}
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -20,8 +24,7 @@ def family_of(config: PretrainedConfig) -> Family:
             model_type does not go with, or a feature that would be loaded only approximately.
     """
     names = getattr(config, "architectures", None) or []
-    # critics saved by AutoModelForTokenClassification are the same backbone with a `score` head
-    name = names[0].replace("ForTokenClassification", "ForCausalLM") if len(names) == 1 else None
+    name = policy_name(names[0]) if len(names) == 1 else None
     if name not in FAMILIES:
         raise TempoError(f"architectures: {names} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)

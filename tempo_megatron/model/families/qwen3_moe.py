@@ -34,7 +34,6 @@ FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     layer_rules=PRE_NORM_RULES + ATTENTION_RULES + HEAD_NORM_RULES + MOE_RULES,
     qk_norm="head",
-    moe=True,
     transformer_config=_transformer_config,
     refuse=_refuse,
 )
