@@ -7,7 +7,7 @@ accepts.
 
 from __future__ import annotations
 
-from tempo_megatron.verifiers.registry import answer_problem, cluster_answers, kind_names, verify
+from tempo_megatron.verifiers.registry import answer_problem, cluster_answers, kind_names, self_problem, verify
 from tempo_megatron.verifiers.verdict import Clustered, Verdict
 
-__all__ = ["Clustered", "Verdict", "answer_problem", "cluster_answers", "kind_names", "verify"]
+__all__ = ["Clustered", "Verdict", "answer_problem", "cluster_answers", "kind_names", "self_problem", "verify"]

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers import kinds
+from tempo_megatron.verifiers.reasoning import answer_part
 from tempo_megatron.verifiers.verdict import CheckFailedError, Kind, Verdict
 
 
@@ -43,8 +44,33 @@ def answer_problem(answer: str, kind: str) -> str | None:
     return kind_named(kind).answer_problem(answer)
 
 
+def self_problem(answer: str, kind: str) -> str | None:
+    """Why ``answer`` can't serve as the known answer of a prompt, or None: it is malformed, a response that gives just
+    this answer would not be right, or no other response could be told wrong.
+
+    Slower than ``answer_problem``, by the check of one response.  Raises TempoError for an unknown kind.
+    """
+    of = kind_named(kind)
+    if problem := of.answer_problem(answer):
+        return problem
+    response = of.state(answer)
+    if response is None:
+        return None
+    verdict = verify(response, answer, kind)
+    if not verdict.correct:
+        return f"a response that gives this very answer would not be right: {verdict.reason}"
+    if verdict.extracted is not None and not of.compute(verdict.extracted):
+        return "can't be computed: only the same text would be right, and any other response unverified"
+    return None
+
+
+def extract(response: str, kind: str) -> str | None:
+    """The final answer of ``response`` in normal form, or None.  Raises TempoError for an unknown kind."""
+    return kind_named(kind).extract(answer_part(response))
+
+
 def verify(response: str, answer: str, kind: str) -> Verdict:
-    """Checks ``response`` against the known ``answer``.
+    """Checks ``response``, or what it says after its reasoning, against the known ``answer``.
 
     Bounded text is parsed, but without a limit on time: hostile responses go through ``verifiers.service``.
 
@@ -54,7 +80,7 @@ def verify(response: str, answer: str, kind: str) -> Verdict:
     if problem := answer_problem(answer, kind):
         raise TempoError(f"answer {answer[:80]!r} of kind {kind!r}: {problem}")
     try:
-        return kind_named(kind).grade(response, answer)
+        return kind_named(kind).grade(answer_part(response), answer)
     except CheckFailedError as failed:
         return Verdict(False, None, str(failed), verified=False)
 

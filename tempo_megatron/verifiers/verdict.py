@@ -56,6 +56,20 @@ def _nothing() -> None:
     return None
 
 
+def _always(text: str) -> bool:
+    return True
+
+
+def itself(answer: str) -> str | None:
+    """``answer`` as the whole response."""
+    return answer
+
+
+def boxed(answer: str) -> str | None:
+    """``answer`` in a box."""
+    return rf"\boxed{{{answer}}}"
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of answer.
@@ -69,7 +83,9 @@ class Kind:
         equal: are two extracted texts the same answer?  ``grade`` decides by the same code.  May raise
             CheckFailedError.
         compute: what ``equal`` has to do with one text, to find out whether it can be compared at all; may raise.
+            False: it equals the same text only, so that a known answer like this leaves other responses unverified.
         warm_up: slow imports, done before a time limit runs.
+        state: a response that gives this known answer; None where there is nothing to try.
     """
 
     name: str
@@ -78,7 +94,8 @@ class Kind:
     extract: Callable[[str], str | None]
     equal: Callable[[str, str], bool] = _same_text
     warm_up: Callable[[], object] = _nothing
-    compute: Callable[[str], object] = len
+    compute: Callable[[str], bool] = _always
+    state: Callable[[str], str | None] = boxed
 
     @property
     def equal_is_identity(self) -> bool:

@@ -16,7 +16,7 @@ from tempo_megatron.data.prompts import read_eval_answers
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.kinds import judge
 from tempo_megatron.verifiers.process import recv_json, send_json
-from tempo_megatron.verifiers.registry import answer_problem, answered, kind_named, verify
+from tempo_megatron.verifiers.registry import answer_problem, answered, extract, kind_named, verify
 from tempo_megatron.verifiers.verdict import CheckFailedError
 
 Answers = Mapping[str, Mapping[str, tuple[str, str]]]  # source -> record id -> (answer, kind)
@@ -98,7 +98,7 @@ def _reply(operation: str, item: list[str], answers: Answers, settings: Verifier
 def _work(operation: str, item: list[str], answers: Answers) -> tuple[Callable[[], Any], str]:
     if operation == "extract":
         kind, response = item
-        return lambda: kind_named(kind).extract(response), kind
+        return lambda: extract(response, kind), kind
     if operation == "equal":
         kind, *question = item
         return lambda: answered(question, kind), kind

@@ -6,7 +6,7 @@ The final answer is the last complete ``\boxed{}``, else the whole response.
 from __future__ import annotations
 
 from tempo_megatron.verifiers.boxed import final_answer
-from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
+from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict, itself
 
 
 def _normal(text: str) -> str:
@@ -35,4 +35,4 @@ def _extract(response: str) -> str | None:
     return got if 0 < len(got) <= MAX_ANSWER_CHARS else None
 
 
-KIND = Kind("exact", _grade, _answer_problem, _extract)
+KIND = Kind("exact", _grade, _answer_problem, _extract, state=itself)

@@ -54,4 +54,9 @@ def _extract(response: str) -> str | None:
     return match[1] if match is not None and len(match[1]) == len(match[2]) else None
 
 
-KIND = Kind("guess_check", _grade, _answer_problem, _extract)
+def _state(answer: str) -> str:
+    x, c = answer.partition("|")[0], answer.partition("=")[2]
+    return f"{x};{c}+"
+
+
+KIND = Kind("guess_check", _grade, _answer_problem, _extract, state=_state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tempo_megatron.verifiers.verdict import Kind, Verdict
+from tempo_megatron.verifiers.verdict import Kind, Verdict, itself
 
 Grid = dict[str, dict[str, str]]  # row -> column -> cell
 
@@ -135,4 +135,4 @@ def _answer_problem(answer: str) -> str | None:
     return "a cell is not a short string or an integer" if "\0" in cells else None
 
 
-KIND = Kind("json_grid", _grade, _answer_problem, _extract)
+KIND = Kind("json_grid", _grade, _answer_problem, _extract, state=itself)

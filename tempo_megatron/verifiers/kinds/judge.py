@@ -135,4 +135,5 @@ def _answer_problem(answer: str) -> str | None:
     return f"longer than {_MAX_RESPONSE} characters" if len(answer) > _MAX_RESPONSE else None
 
 
-KIND = Kind("judge", _grade, _answer_problem, _extract, _ask)
+# preparing data does not ask the judge
+KIND = Kind("judge", _grade, _answer_problem, _extract, _ask, state=lambda answer: None)

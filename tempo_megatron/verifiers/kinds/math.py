@@ -10,7 +10,7 @@ from tempo_megatron.verifiers.boxed import last_boxed
 from tempo_megatron.verifiers.maths.compare import equal, is_computable, normal_form
 from tempo_megatron.verifiers.maths.text import MAX_CHARS, clean
 from tempo_megatron.verifiers.maths.value import warm_up
-from tempo_megatron.verifiers.verdict import CheckFailedError, Kind, Verdict
+from tempo_megatron.verifiers.verdict import CheckFailedError, Kind, Verdict, boxed
 
 
 def _extract(response: str) -> str | None:
@@ -44,4 +44,6 @@ def _bare(answer: str) -> str:
 
 
 # a text equals itself uncomputed
-KIND = Kind("math", _grade, _answer_problem, _extract, equal, warm_up, is_computable)
+KIND = Kind(
+    "math", _grade, _answer_problem, _extract, equal, warm_up, is_computable, lambda answer: boxed(_bare(answer))
+)

@@ -123,4 +123,10 @@ def _answer_problem(answer: str) -> str | None:
     return None
 
 
-KIND = Kind("reasoning_gym", _grade, _answer_problem, _extract, warm_up=_factory)
+def _state(answer: str) -> str | None:
+    """The entry's own answer, where it is a text."""
+    own = json.loads(answer)["entry"]["answer"]
+    return own if isinstance(own, str) else None
+
+
+KIND = Kind("reasoning_gym", _grade, _answer_problem, _extract, warm_up=_factory, state=_state)
