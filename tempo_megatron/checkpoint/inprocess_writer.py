@@ -10,18 +10,25 @@ save (dist_checkpointing/strategies/filesystem_async.py: ``_get_write_results_qu
 from __future__ import annotations
 
 import queue
+from types import NoneType
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tempo_megatron.errors import TempoError
+from tempo_megatron.patching import replace_function, replace_value
 
 
 def install() -> None:
     """Replace the two functions named above; again is fine."""
-    filesystem_async._results_queue = queue.Queue()
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+    replace_value(filesystem_async, "_results_queue", queue.Queue(), (NoneType, queue.Queue))
+    replace_function(
+        filesystem_async.FileSystemWriterAsync,
+        "write_preloaded_data_multiproc",
+        _write_buckets,
+        ("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue"),
+    )
 
 
 def _write_buckets(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -45,6 +46,7 @@ from tempo_megatron.model.rope import ModelRope, head_dim, rope_of_layer, ropes
 from tempo_megatron.model.weight_map import ModelDims, padded_vocab_size
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.patching import replace_value
 
 #: Transformer Engine keeps the weight of a norm with the linear layer that follows it.
 FUSED_NORMS = {
@@ -283,13 +285,13 @@ def _build_chunk(
         position_embedding_type="rope",
         vp_stage=chunk,
     )
-    model.rotary_pos_emb = ModelRope(config, groups.cp_group)
+    replace_value(model, "rotary_pos_emb", ModelRope(config, groups.cp_group), RotaryEmbedding)
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             # Megatron gives experts their own gradient and optimizer groups only when EP > 1.  Where expert-tensor and
             # tensor parallelism differ they need them too, or their gradients are silently not summed; and always
             # having them keeps the optimizer's checkpoint the same for every EP.
-            parameter.allreduce = False
+            replace_value(parameter, "allreduce", False, bool, package="megatron")
     if role_name == "critic" and last:
-        model.output_layer = ValueHead(megatron_config, head_bias)
+        replace_value(model, "output_layer", ValueHead(megatron_config, head_bias), torch.nn.Module)
     return model

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import groupby
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from tempo_megatron.patching import replace_value
 
 
 class RMSNorm(torch.nn.Module):
@@ -105,7 +108,7 @@ class RopedSelfAttention(SelfAttention):
         self, config: TransformerConfig, *args: Any, rope: int | None, softmax_scale: float, **kwargs: Any
     ) -> None:
         config = copy.copy(config)
-        config.softmax_scale = softmax_scale
+        replace_value(config, "softmax_scale", softmax_scale, (float, NoneType))
         super().__init__(config, *args, **kwargs)
         self.rope = rope
 

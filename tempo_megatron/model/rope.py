@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tempo_megatron.patching import replace_value
+
 #: Rope types whose frequencies do not depend on the length of the input.
 SUPPORTED_ROPES = ("default", "linear", "llama3", "yarn")
 
@@ -92,7 +94,7 @@ class ModelRope(torch.nn.Module):
         self.embeddings: list[RotaryEmbedding] = []
         for rope in ropes(config):
             embedding = RotaryEmbedding(head_dim(config), 1.0, use_cpu_initialization=True, cp_group=cp_group)
-            embedding.inv_freq = rope.inv_freq  # moves to the device at its first use
+            replace_value(embedding, "inv_freq", rope.inv_freq, Tensor)  # moves to the device at its first use
             self.embeddings.append(embedding)
         self.get_rotary_seq_len = self.embeddings[0].get_rotary_seq_len
 

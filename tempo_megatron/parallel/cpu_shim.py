@@ -11,13 +11,13 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils._device
 
 from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.patching import replace_function, replace_value, set_global
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -71,50 +71,59 @@ class _NoStream:
 
 
 def _patch_torch_cuda() -> None:
-    cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU  # p2p buffers, DDP buffers, rope tables: device=torch.cuda.current_device()
-    cuda.set_device = lambda *_, **__: None
-    cuda.synchronize = lambda *_, **__: None  # batched p2p (p2p_communication.py), timers
-    cuda.empty_cache = lambda: None
-    cuda.Stream = cuda.Event = _NoStream  # all-to-all dispatcher, DDP overlap
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: _NoStream()
-    cuda.stream = lambda *_, **__: contextlib.nullcontext()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
-    tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *_, **__: self  # clip_grads.py, tensor_parallel/data.py
+    nothing: dict[str, tuple[str, ...]] = {
+        "set_device": ("device",),
+        "synchronize": ("device",),  # batched p2p (p2p_communication.py), timers
+        "empty_cache": (),
+    }
+    for name, parameters in nothing.items():
+        replace_function(torch.cuda, name, lambda *_, **__: None, parameters)
+    for name, parameters in {"range_push": ("msg",), "range_pop": ()}.items():
+        replace_function(torch.cuda.nvtx, name, lambda *_, **__: None, parameters)
+    # p2p buffers, DDP buffers, rope tables: device=torch.cuda.current_device()
+    replace_function(torch.cuda, "current_device", lambda: _CPU, ())
+    for name in ("Stream", "Event"):  # all-to-all dispatcher, DDP overlap
+        replace_value(torch.cuda, name, _NoStream, type)
+    for name in ("current_stream", "default_stream"):
+        replace_function(torch.cuda, name, lambda *_, **__: _NoStream(), ("device",))
+    replace_function(torch.cuda, "stream", lambda *_, **__: contextlib.nullcontext(), ("stream",))
+    # clip_grads.py, tensor_parallel/data.py
+    replace_function(torch.Tensor, "cuda", lambda self, *_, **__: self, None)
 
 
 def _patch_factories() -> None:
     """device="cuda" literals in schedules.py (total_num_tokens), clip_grads.py, FullyParallel checkpoint strategies."""
 
-    def redirect(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(fn)
+    def redirect(name: str) -> None:
         def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
             where = kwargs.get("device")
             if where is not None and torch.device(where).type == "cuda":
                 kwargs["device"] = _CPU
-            return fn(*args, **kwargs)
+            tensor: torch.Tensor = original(*args, **kwargs)
+            return tensor
 
-        return wrapped
+        original = replace_function(torch, name, wrapped, None)
+        functools.update_wrapper(wrapped, original)
 
     # fill the cache that `with torch.device(...)` uses before wrapping: it must hold the original factories
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
-        setattr(torch, name, redirect(getattr(torch, name)))
+        redirect(name)
 
 
 def _patch_rng() -> None:
     """tensor_parallel/random.py keeps CUDA generator states: here the CPU generator is that generator."""
-    cuda: Any = torch.cuda
     # not torch.manual_seed, which calls cuda.manual_seed_all and so would recurse
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    replace_function(torch.cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed)), ("seed",))
+    for module in (torch.cuda, torch.cuda.random):
+        replace_function(module, "get_rng_state", lambda *_, **__: torch.get_rng_state(), ("device",))
+        replace_function(
+            module, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state), ("new_state", "device")
+        )
 
 
 def _patch_tensor_type() -> None:
     """optimizer.py, distrib_optimizer.py and clip_grads.py compare tensor.type() with 'torch.cuda.FloatTensor'."""
-    original: Any = torch.Tensor.type
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
@@ -122,8 +131,7 @@ def _patch_tensor_type() -> None:
         name = original(self)
         return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
 
-    cast: Any = torch.Tensor
-    cast.type = tensor_type
+    original = replace_function(torch.Tensor, "type", tensor_type, None)
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
@@ -180,27 +188,38 @@ def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
 
     # these two go to torch.cuda.default_generators directly
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    replace_function(
+        random,
+        "_get_cuda_rng_state",
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        ("device", "clone", "graph_safe"),
+    )
+    replace_function(
+        random,
+        "_set_cuda_rng_state",
+        lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        ("new_state", "device", "graph_safe"),
+    )
 
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     for module in (optimizer, distrib_optimizer):
-        module.Adam = CpuFusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+        replace_value(module, "Adam", CpuFusedAdam, type)
+    replace_value(optimizer, "USING_PYTORCH_OPTIMIZER", False, bool)
+    replace_value(distrib_optimizer, "HAVE_APEX_OR_TE", True, bool)
+    replace_value(distrib_optimizer, "USING_APEX_OPTIMIZER", True, bool)
 
     _patch_moe()
+    _patch_uneven_collectives()
 
 
 def _patch_moe() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    moe_utils.te_general_gemm = None  # router_gating_linear reads it, but without TE 0.16.1 does not define it
-    original = moe_utils.maybe_move_tensor_to_cpu
+    # without TE 0.16.1 does not define it
+    set_global(moe_utils, "te_general_gemm", None, moe_utils.RouterGatingLinearFunction.forward)
 
     # moves only CUDA tensors, so that the split sizes of the all-to-all stay tensors: gloo wants numbers
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -208,15 +227,14 @@ def _patch_moe() -> None:
             return tensor.numpy()
         return original(tensor, as_numpy, record_stream)
 
-    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
-    _patch_uneven_collectives()
+    parameters = ("tensor", "as_numpy", "record_stream")
+    original = replace_function(moe_utils, "maybe_move_tensor_to_cpu", move, parameters)
+    replace_function(token_dispatcher, "maybe_move_tensor_to_cpu", move, parameters)
 
 
 def _patch_uneven_collectives() -> None:
     """Expert-tensor parallel ranks exchange unequal numbers of tokens (token_dispatcher.py): gloo wants equal ones."""
     import megatron.core.tensor_parallel.mappings as mappings
-
-    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_uneven(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> torch.Tensor:
         if sizes is None or group.size() == 1:
@@ -236,5 +254,15 @@ def _patch_uneven_collectives() -> None:
         torch.distributed.all_reduce(total, group=group)
         return total.split(sizes)[group.rank()].contiguous()
 
-    mappings._gather_along_first_dim = gather_uneven
-    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+    gather = replace_function(
+        mappings,
+        "_gather_along_first_dim",
+        gather_uneven,
+        ("input_", "group", "output_split_sizes", "use_global_buffer"),
+    )
+    reduce_scatter = replace_function(
+        mappings,
+        "_reduce_scatter_along_first_dim",
+        reduce_scatter_uneven,
+        ("input_", "group", "input_split_sizes", "use_global_buffer"),
+    )

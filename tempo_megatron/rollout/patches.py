@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.patching import kept, replace_function, replace_value
 
 
 def prepare_process() -> None:
@@ -41,7 +42,7 @@ def prepare_process() -> None:
 
         # torch/_library/triton.py says once per rank that there is no Triton
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-        torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        replace_value(torch._dynamo.config, "disable", os.environ["TORCHDYNAMO_DISABLE"] == "1", bool)
 
 
 @contextmanager
@@ -80,30 +81,36 @@ def _preserved_environment() -> Iterator[None]:
 
 
 @contextmanager
+def _preserved_threads() -> Iterator[None]:
+    """v1/worker/cpu_worker.py, init_device, binds threads and makes ``torch.set_num_threads`` do nothing."""
+    threads = torch.get_num_threads()
+    with kept(torch, "set_num_threads"):
+        set_num_threads = torch.set_num_threads
+        try:
+            yield
+        finally:
+            set_num_threads(threads)
+
+
+@contextmanager
 def shielded(shm_token: str) -> Iterator[None]:
     """Around the import of vLLM and the construction of an engine: keep the trainer's process state.
 
     Args:
         shm_token: unique to this engine on its hosts and the same on all its ranks.
     """
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     with preserved_rng():
         if use_cuda():
             _guard_process_group()
             yield
             return
-        with _preserved_environment():
+        with _preserved_environment(), _preserved_threads():
             _guard_process_group()
             _keep_memory_policy()
             _name_shared_memory(shm_token)
             _repack_experts_on_reload()
             _leave_hf_classes_alone()
-            try:
-                yield
-            finally:
-                # v1/worker/cpu_worker.py, init_device: torch.set_num_threads = skip_set_num_threads
-                torch.set_num_threads = set_num_threads
-                torch.set_num_threads(threads)
+            yield
 
 
 def _guard_process_group() -> None:
@@ -117,7 +124,7 @@ def _guard_process_group() -> None:
     def keep_process_group() -> None:
         """vLLM's own groups go in ``RolloutEngine.close``, the trainer's when the trainer ends."""
 
-    core.cleanup_dist_env_and_memory = keep_process_group
+    replace_function(core, "cleanup_dist_env_and_memory", keep_process_group, ("shutdown_ray",))
 
 
 def _keep_memory_policy() -> None:
@@ -126,7 +133,9 @@ def _keep_memory_policy() -> None:
     v1/worker/cpu_worker.py, CPUWorker.__init__, calls ``torch.ops._C.init_cpu_memory_env``, which binds all later
     allocations of the process, the trainer's too, strictly to the NUMA node of its first CPU.
     """
-    setattr(torch.ops._C, "init_cpu_memory_env", lambda nodes: None)  # noqa: B010  (mypy knows no such op)
+    import vllm._custom_ops  # noqa: F401  (registers the operator)
+
+    replace_function(torch.ops._C, "init_cpu_memory_env", lambda nodes: None, ("node_ids",), package="vllm")
 
 
 def _name_shared_memory(token: str) -> None:
@@ -142,7 +151,7 @@ def _name_shared_memory(token: str) -> None:
         ranks = "-".join(str(rank) for rank in communicator.ranks)
         return f"tempo-{token}-{communicator.unique_name}-[{ranks}]-cpushm"
 
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    replace_function(_CPUSHMDistributed, "make_group_name", make_group_name, ("communicator",))
 
 
 def _repack_experts_on_reload() -> None:
@@ -160,7 +169,7 @@ def _repack_experts_on_reload() -> None:
             method._init_moe_kernel(layer)
         method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
-    UnquantizedFusedMoEMethod._setup_kernel = set_up_kernel
+    replace_function(UnquantizedFusedMoEMethod, "_setup_kernel", set_up_kernel, ("self", "layer", "w13", "w2"))
 
 
 def _leave_hf_classes_alone() -> None:
@@ -177,7 +186,12 @@ def _leave_hf_classes_alone() -> None:
     def leave_undecorated(model: Base, cls: type, *args: object, **kwargs: object) -> None:
         """vLLM reads nothing of what the decorator would have added when the engine is eager."""
 
-    Base._decorate_cls_for_torch_compile = leave_undecorated
+    replace_function(
+        Base,
+        "_decorate_cls_for_torch_compile",
+        leave_undecorated,
+        ("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder"),
+    )
 
 
 def repack_tied_lm_head(model: torch.nn.Module) -> None:

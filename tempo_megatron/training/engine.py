@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from tempo_megatron.model.log_probs import vocab_parallel_log_probs
 from tempo_megatron.model.weights import HFWeightStream
 from tempo_megatron.parallel.distributed import sum_dicts, sum_over_world
 from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.patching import replace_value
 from tempo_megatron.training import mixed_dtypes
 from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
 
@@ -93,7 +95,8 @@ class MegatronEngine:
             if trainable:  # gradient buffers: as much memory as float32 weights
                 self.ddp = [DistributedDataParallel(self.megatron_config, ddp_config, m) for m in self.ddp]
             self.optimizer: Any = None
-            self.megatron_config.finalize_model_grads_func = _finalize_without_scaling
+            finalize: Any = _finalize_without_scaling
+            replace_value(self.megatron_config, "finalize_model_grads_func", finalize, NoneType)
 
     def start_optimizer(self) -> None:
         """Make optimizer and schedule; call it after the weights are loaded (fp32 masters are copied from them)."""
@@ -113,7 +116,7 @@ class MegatronEngine:
         )
         with self.groups.active():
             self.optimizer = get_megatron_optimizer(megatron_settings, self.ddp)
-            self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+            replace_value(self.megatron_config, "grad_scale_func", self.optimizer.scale_loss, NoneType)
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if part.optimizer is not None:
                 mixed_dtypes.repair(part)

@@ -6,11 +6,12 @@ optimizer state belongs to which parameter when it saves and loads it; ``repair`
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from tempo_megatron.patching import replace_function
 
 
 def repair(optimizer: Any) -> None:
@@ -18,7 +19,7 @@ def repair(optimizer: Any) -> None:
     if isinstance(optimizer, DistributedOptimizer):
         _number_as_in_groups(optimizer)
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        optimizer.sharded_state_dict = partial(_sharded_state_dict, optimizer)
+        _save_float32_parameters_too()
 
 
 def _number_as_in_groups(optimizer: DistributedOptimizer) -> None:
@@ -28,13 +29,22 @@ def _number_as_in_groups(optimizer: DistributedOptimizer) -> None:
             optimizer.model_param_group_index_map[parameter] = group, place
 
 
-def _sharded_state_dict(optimizer: Float16OptimizerWithFloat16Params, *args: Any, **kwargs: Any) -> Any:
-    # numbers the parameters by ``float16_groups`` alone; the float32 ones come last in their groups
-    held = optimizer.float16_groups
-    optimizer.float16_groups = [
-        [*half, *single] for half, single in zip(held, optimizer.fp32_from_fp32_groups, strict=True)
-    ]
-    try:
-        return Float16OptimizerWithFloat16Params.sharded_state_dict(optimizer, *args, **kwargs)
-    finally:
-        optimizer.float16_groups = held
+def _save_float32_parameters_too() -> None:
+    # ``sharded_state_dict`` numbers the parameters by ``float16_groups`` alone; the float32 ones come last in their
+    # groups, and where there are none nothing changes
+    def sharded_state_dict(optimizer: Float16OptimizerWithFloat16Params, *args: Any, **kwargs: Any) -> Any:
+        held = optimizer.float16_groups
+        optimizer.float16_groups = [
+            [*half, *single] for half, single in zip(held, optimizer.fp32_from_fp32_groups, strict=True)
+        ]
+        try:
+            return original(optimizer, *args, **kwargs)
+        finally:
+            optimizer.float16_groups = held
+
+    original = replace_function(
+        Float16OptimizerWithFloat16Params,
+        "sharded_state_dict",
+        sharded_state_dict,
+        ("self", "model_sharded_state_dict", "is_loading", "metadata"),
+    )
