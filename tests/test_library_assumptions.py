@@ -62,7 +62,7 @@ REPLACED = {
 
 #: (function of a library, a global, attribute or string that it must read for a patch or a mark of ours to count).
 READ = [
-    (f"{MEGATRON}.tensor_parallel.random:_fork_rng", "_set_cuda_rng_state"),
+    (f"{MEGATRON}.tensor_parallel.random:CudaRNGStatesTracker.fork", "_set_cuda_rng_state"),
     (f"{MEGATRON}.tensor_parallel.mappings:_GatherFromSequenceParallelRegion.forward", "_gather_along_first_dim"),
     (
         f"{MEGATRON}.tensor_parallel.mappings:_ReduceScatterToSequenceParallelRegion.forward",
@@ -72,7 +72,7 @@ READ = [
     (f"{MEGATRON}.optimizer:_get_megatron_optimizer_based_on_param_groups", "USING_PYTORCH_OPTIMIZER"),
     (f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.__init__", "Adam"),
     (f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.state_dict", "HAVE_APEX_OR_TE"),
-    (f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict", "USING_APEX_OPTIMIZER"),
+    (f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.state_dict", "USING_APEX_OPTIMIZER"),
     (f"{MEGATRON}.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__", "torch.cuda.FloatTensor"),
     (f"{MEGATRON}.optimizer:_get_param_groups", "allreduce"),
     (f"{MEGATRON}.distributed.distributed_data_parallel:DistributedDataParallel.__init__", "allreduce"),
@@ -98,7 +98,10 @@ READ = [
         "UnquantizedFusedMoEMethod.process_weights_after_loading",
         "_setup_kernel",
     ),
-    ("vllm.model_executor.models.transformers.base:Base._create_hf_model", "_decorate_cls_for_torch_compile"),
+    (
+        "vllm.model_executor.models.transformers.base:Base._decorate_for_torch_compile",
+        "_decorate_cls_for_torch_compile",
+    ),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "cpu_linear"),
     ("vllm.usage.usage_lib:is_usage_stats_enabled", "VLLM_NO_USAGE_STATS"),
     ("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", "VLLM_ENABLE_V1_MULTIPROCESSING"),
