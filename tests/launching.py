@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -91,6 +94,81 @@ def launch(
         return LaunchResult(returncode, _read(stdout), _read(stderr), time.monotonic() - start)
 
 
+def launch_ranks(
+    module: str, *argv: str | Path, nproc: int, timeout_s: float, env: Mapping[str, str] | None = None
+) -> LaunchResult:
+    """As ``launch(["-m", module, *argv], ...)``, but the ranks are forked from a process that has the imports done.
+
+    For the tests' own workers. What is about starting a process (the command line, a launcher, the memory of a
+    process) is tested by ``launch``.
+    """
+    token, server = uuid.uuid4().hex, _PreforkServer.get()
+    with tempfile.NamedTemporaryFile("w+b") as stdout, tempfile.NamedTemporaryFile("w+b") as stderr:
+        start = time.monotonic()
+        job = {"module": module, "argv": [*map(str, argv)], "nproc": nproc, "env": {**(env or {}), TOKEN: token}}
+        pids = server.ask({**job, "stdout": stdout.name, "stderr": stderr.name})
+        try:
+            returncode = server.answer("returncode", timeout_s)
+        except TimeoutError:
+            server.process.suspend()  # it would end the other ranks as soon as one is gone
+            stacks = _stacks_of([(str(rank), psutil.Process(pid)) for rank, pid in enumerate(pids)], stderr)
+            raise LaunchTimeout(
+                f"still running after {timeout_s:g} s: {module}\n{_read(stdout)[-2000:]}\n{stacks}"
+            ) from None
+        finally:
+            _kill(token, server.process)
+            server.process.resume()
+        return LaunchResult(returncode, _read(stdout), _read(stderr), time.monotonic() - start)
+
+
+class _PreforkServer:
+    """The one ``tests.prefork`` of this process; it ends with it, for its stdin does."""
+
+    _running: _PreforkServer | None = None
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (open as long as the server)
+        self.process = psutil.Popen(
+            [sys.executable, "-m", "tests.prefork"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=_environment(None, ""),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        resource.prlimit(self.process.pid, resource.RLIMIT_CORE, (0, 0))
+        self._left = b""
+        self.answer("ready", 120)
+
+    @classmethod
+    def get(cls) -> _PreforkServer:
+        if cls._running is None or not cls._running.process.is_running():
+            cls._running = cls()
+            atexit.register(cls._running.process.kill)
+        return cls._running
+
+    def ask(self, job: dict[str, Any]) -> list[int]:
+        """Start a job; the process ids of its ranks."""
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        self.process.stdin.flush()
+        return self.answer("pids", 60)
+
+    def answer(self, key: str, timeout_s: float) -> Any:
+        """The next answer; one to a job that was given up is skipped. TimeoutError when the time is up."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            while b"\n" not in self._left:
+                if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    raise TimeoutError
+                new = os.read(self.process.stdout.fileno(), 65536)
+                assert new, f"tests.prefork has ended\n{_read(self._log)[-4000:]}"
+                self._left += new
+            line, self._left = self._left.split(b"\n", 1)
+            if key in (answer := json.loads(line)):
+                return answer[key]
+
+
 def _environment(extra: Mapping[str, str] | None, token: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
@@ -122,8 +200,13 @@ def _stacks(token: str, stderr: IO[bytes]) -> str:
     for process, environment in processes:
         if ranks and "RANK" not in environment:
             process.suspend()  # the launcher: it would end the other ranks as soon as one is gone
+    ranks = sorted(ranks, key=lambda pair: int(pair[0])) or [("0", process) for process, _ in processes]
+    return _stacks_of(ranks, stderr)
+
+
+def _stacks_of(ranks: list[tuple[str, psutil.Process]], stderr: IO[bytes]) -> str:
     texts = []
-    for rank, process in sorted(ranks, key=lambda pair: int(pair[0])) or [("0", process) for process, _ in processes]:
+    for rank, process in ranks:
         start = stderr.seek(0, os.SEEK_END)
         try:
             process.send_signal(signal.SIGABRT)
@@ -134,12 +217,29 @@ def _stacks(token: str, stderr: IO[bytes]) -> str:
     return "\n".join(texts)
 
 
-def _kill(token: str) -> None:
-    """SIGKILL to everything of one launch, until nothing is left (a process may be starting another)."""
-    while processes := _processes(token):
-        for process, _ in processes:
+def _kill(token: str, server: psutil.Process | None = None) -> None:
+    """SIGKILL to everything of one launch, until nothing is left (a process may be starting another).
+
+    Args:
+        server: whose forks the ranks are. /proc has the environment with which a process was started, so that the
+            token finds only the programs that forked ranks have started.
+    """
+    while processes := [process for process, _ in _processes(token)] + _forks(server):
+        for process in processes:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs([process for process, _ in processes], timeout=5)
+        psutil.wait_procs(processes, timeout=5 if server is None else 0.2)
+
+
+def _forks(server: psutil.Process | None) -> list[psutil.Process]:
+    """The ranks that run, and what they have started."""
+    found = []
+    for process in server.children(recursive=True) if server is not None else []:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import LaunchTimeout, launch
+from tests.launching import LaunchTimeout, launch, launch_ranks
 
 HANGING = """
 import os, pathlib, subprocess, sys, time
@@ -69,3 +69,28 @@ def test_a_hang_names_the_line_of_every_rank_and_leaves_nothing(hanging: Path, n
         after = message.split(f"--- rank {rank}, process {pid}\n")[1].split("--- rank")[0]
         assert f'File "{hanging}", line 6 in waits_for_ever' in after
     assert not [pid for rank in pids for pid in rank if _alive(pid)]
+
+
+def test_forked_ranks_are_programs_of_their_own_with_the_imports_done() -> None:
+    result = launch_ranks("tests.launching_worker", "tell", nproc=2, timeout_s=60, env={"COLOR": "red"}).check()
+    assert sorted(result.stdout.splitlines()) == ["rank 0/2 red torch", "rank 1/2 red torch"]
+    alone = launch_ranks("tests.launching_worker", "tell", nproc=1, timeout_s=60, env={"COLOR": "blue"}).check()
+    assert alone.stdout == "rank None/None blue torch\n"
+
+
+def test_a_failing_forked_rank_ends_the_others_and_is_told() -> None:
+    result = launch_ranks("tests.launching_worker", "fail", nproc=2, timeout_s=60)
+    assert result.returncode == 5
+    assert "rank 1 says why" in result.stderr
+    assert result.seconds < 30
+
+
+def test_a_hang_of_forked_ranks_names_the_lines_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(LaunchTimeout) as caught:
+        launch_ranks("tests.launching_worker", "hang", tmp_path, nproc=2, timeout_s=5)
+    for rank in range(2):
+        pid, child = map(int, (tmp_path / str(rank)).read_text().split())
+        after = str(caught.value).split(f"--- rank {rank}, process {pid}\n")[1].split("--- rank")[0]
+        assert "in waits_for_ever" in after
+        assert not _alive(pid) and not _alive(child)
+    assert launch_ranks("tests.launching_worker", "tell", nproc=1, timeout_s=60, env={"COLOR": ""}).returncode == 0

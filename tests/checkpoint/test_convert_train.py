@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_to_hf
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.convert_models import write_folder
-from tests.launching import launch
+from tests.launching import launch_ranks
 
 #: family, role, layout of the conversion, layout of the training ranks
 CASES = [
@@ -35,8 +35,7 @@ def test_train_loads_any_layout_and_its_checkpoints_convert_back(tmp_path: Path)
         paths = ["--hf", str(tmp_path / "hf" / family), "--megatron", str(tmp_path / "there" / family)]
         assert hf_to_megatron([*paths, *flags]) == 0
     names = [f"{family}:{role}:{layout}" for family, role, _, layout in CASES]
-    worker = Path(__file__).with_name("convert_worker.py")
-    result = launch([worker, tmp_path, *names], nproc=2, timeout_s=120).check()
+    result = launch_ranks("tests.checkpoint.convert_worker", tmp_path, *names, nproc=2, timeout_s=120).check()
     assert result.stdout.split() == [word for family, *_ in CASES for word in ("loaded", family)]
     for family, role, *_ in CASES:
         back = tmp_path / "back" / family

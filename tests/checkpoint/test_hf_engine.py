@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.hf_models import FAMILIES, same_tensors, score_values, stored, token_ids, v_head_values
-from tests.launching import LaunchResult, launch
+from tests.launching import LaunchResult, launch_ranks
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResult]:
     """Two pipeline stages, so that weights travel and the head is not where the embedding is."""
     folder = tmp_path_factory.mktemp("hf-engine")
-    return folder, launch(["-m", "tests.checkpoint.hf_engine_worker", folder], 2, 150).check()
+    return folder, launch_ranks("tests.checkpoint.hf_engine_worker", folder, nproc=2, timeout_s=150).check()
 
 
 @pytest.mark.timeout(200)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch
+from tests.launching import launch_ranks
 
 TOLERANCE = 1e-6
 #: of how far a weight moves in one step
@@ -19,7 +19,7 @@ MOVED = 5e-4
 @pytest.mark.timeout(300)
 def test_any_layout_to_any(tmp_path: Path) -> None:
     """A critic, with a float32 head when it is bfloat16, and a mixture of experts."""
-    result = launch(["-m", "tests.checkpoint.reshard_worker", tmp_path], 2, 280).check()
+    result = launch_ranks("tests.checkpoint.reshard_worker", tmp_path, nproc=2, timeout_s=280).check()
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 17
     for line in lines:

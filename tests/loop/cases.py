@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch_ranks
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,6 @@ def run_cases(cases: list[Case], nproc: int, folder: Path, timeout_s: float) -> 
     ]
     file = folder / f"cases-{cases[0].name}.json"
     file.write_text(json.dumps(listing))
-    launch(["-m", "tests.loop.em_worker", file], nproc, timeout_s).check()
+    launch_ranks("tests.loop.em_worker", file, nproc=nproc, timeout_s=timeout_s).check()
     # written by this test's own ranks a moment ago
     return {case.name: torch.load(folder / f"{case.name}.pt", weights_only=True) for case in cases}

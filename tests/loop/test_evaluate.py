@@ -15,7 +15,7 @@ import pytest
 from tempo_megatron.evaluation.record import read_evaluation
 from tempo_megatron.evaluation.samples import Samples
 from tempo_megatron.telemetry.metrics import read_metrics
-from tests.launching import ROOT, LaunchResult, launch
+from tests.launching import ROOT, LaunchResult, launch_ranks
 from tests.loop.cases import Inputs, make_inputs, small_tempo
 
 # ---------------------------------------------------------------- records of a training run
@@ -108,7 +108,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResu
     second = ["evaluate", str(inputs.folder / "model"), *config, *chosen, *compare, "rollout.temperature=0.9"]
     commands = folder / "commands.json"
     commands.write_text(json.dumps([train, first, second]))
-    return folder, launch(["-m", "tests.loop.evaluate_worker", commands], 1, 150).check()
+    return folder, launch_ranks("tests.loop.evaluate_worker", commands, nproc=1, timeout_s=150).check()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

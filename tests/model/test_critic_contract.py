@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch
+from tests.launching import launch_ranks
 
 TOLERANCE = 1e-5
 #: of how far a weight has moved in three steps, which is 1e-3 of its size: float32 leaves five digits of that less
@@ -26,7 +26,7 @@ CASES = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("nproc", CASES)
 def test_contract(tmp_path: Path, nproc: int) -> None:
-    result = launch(["-m", "tests.model.critic_contract_worker", tmp_path], nproc, 280).check()
+    result = launch_ranks("tests.model.critic_contract_worker", tmp_path, nproc=nproc, timeout_s=280).check()
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     kinds = [line["kind"] for line in lines]
     assert {kind: kinds.count(kind) for kind in kinds} == CASES[nproc]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tempo_megatron.rollout.collect import PromptDraw, rollout
-from tests.launching import launch
+from tests.launching import launch_ranks
 from tests.rollout.tiny_models import MAX_MODEL_LEN, STOP_TOKEN_IDS, Engines, random_prompt, stream
 
 SIZES = {"samples_per_prompt": 3, "max_response_tokens": 12}
@@ -36,8 +36,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         **SIZES,
     }
     (folder / "settings.json").write_text(json.dumps(settings))
-    worker = ["-m", "tests.rollout.replicas_worker", folder / "settings.json", folder]
-    launch(worker, nproc=2, timeout_s=250, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}).check()
+    launch_ranks("tests.rollout.replicas_worker", folder / "settings.json", folder, nproc=2, timeout_s=250).check()
     return folder
 
 
