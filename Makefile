@@ -36,8 +36,8 @@ demo-real: $(REAL_STAMP) ## a few EM steps on a real model, SmolLM2-135M-Instruc
 study: $(STAMP) ## the paper's claims on several seeds, resumable [PART=all] [SEEDS=11,12] [JOBS=2]; results in runs/study
 	$(BIN)/tempo-megatron demo --study --part $(PART) --jobs $(JOBS) $(if $(SEEDS),--seeds $(SEEDS))
 
-test: $(STAMP) ## all tests but those that need Slurm [PYTEST_ARGS="-k name"]
-	$(BIN)/python -m pytest -m "not slurm" $(PYTEST_ARGS)
+test: $(STAMP) ## all tests but those that need Slurm, in JOBS processes [JOBS=2] [PYTEST_ARGS="-k name"]
+	$(BIN)/python -m pytest -m "not slurm" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slurm: $(STAMP) ## tests on a real two-node Slurm cluster on loopback; as root, installs Slurm if missing
 	tests/slurm/cluster/install.sh

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -44,7 +45,17 @@ def _why_no_slurm() -> str | None:
     return None if os.geteuid() == 0 else "a cluster on loopback needs root"
 
 
+def _longest_files_first(items: list[pytest.Item]) -> None:
+    """Files are dealt to several processes (make test): none should be left alone with a long one at the end."""
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("slow"):
+            seconds[item.path] += marker.args[0] if marker.args else 10
+    items.sort(key=lambda item: -seconds[item.path])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _longest_files_first(items)
     for marker, why_not in (("gpu", _why_no_gpu), ("slurm", _why_no_slurm)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None

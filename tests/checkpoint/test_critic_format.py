@@ -62,13 +62,17 @@ def written(source: Path, target: Path, form: HeadFormat | None = None) -> Path:
     return target
 
 
+#: Two forward passes with the same weights: where tensors lie in memory may change a matrix product's last bits.
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_score_returns_the_same_bytes(tmp_path: Path, family: str) -> None:
     source = score_folder(family, tmp_path / "source")
     target = written(source, tmp_path / "target")
     assert same_tensors(stored(target), stored(source))
     assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert torch.equal(score_values(target, token_ids()), score_values(source, token_ids()))
+    torch.testing.assert_close(score_values(target, token_ids()), score_values(source, token_ids()), **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +83,7 @@ def test_v_head_returns_the_same_bytes(tmp_path: Path, family: str) -> None:
     target = written(source, tmp_path / "target", "v_head")
     assert same_tensors(stored(target), stored(source))
     assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert torch.equal(v_head_values(target, token_ids()), v_head_values(source, token_ids()))
+    torch.testing.assert_close(v_head_values(target, token_ids()), v_head_values(source, token_ids()), **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +96,7 @@ def test_one_form_becomes_the_other_with_equal_values(tmp_path: Path, family: st
     assert torch.allclose(score_values(as_score, ids), values, atol=1e-5)
     assert json.loads((as_score / "config.json").read_text())["architectures"][0].endswith("ForTokenClassification")
     back = written(as_score, tmp_path / "back", "v_head")
-    assert torch.equal(v_head_values(back, ids), values)
+    torch.testing.assert_close(v_head_values(back, ids), values, **CLOSE)
     assert json.loads((back / "config.json").read_text())["architectures"] == [type(policy(family)).__name__]
 
 
@@ -150,7 +154,7 @@ def test_head_without_bias_has_bias_zero(tmp_path: Path, with_bias_key: bool) ->
     if with_bias_key:
         assert same_tensors(stored(target), stored(source))
         assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-        assert torch.equal(score_values(target, token_ids()), score_values(source, token_ids()))
+        torch.testing.assert_close(score_values(target, token_ids()), score_values(source, token_ids()), **CLOSE)
     else:
         assert same_tensors(stored(target), {**stored(source), "score.bias": torch.zeros(1)})
 
@@ -188,7 +192,7 @@ def test_policy_config_gets_one_label(tmp_path: Path) -> None:
     HFWriter(tmp_path / "critic").write(tensors, tmp_path / "policy", changes)
     assert load_hf_config(tmp_path / "critic").num_labels == 1
     wanted = score_values(score_folder("llama-tied", tmp_path / "reference"), token_ids())
-    assert torch.equal(score_values(tmp_path / "critic", token_ids()), wanted)
+    torch.testing.assert_close(score_values(tmp_path / "critic", token_ids()), wanted, **CLOSE)
 
 
 def test_form_that_nothing_could_read_is_not_written() -> None:
