@@ -8,6 +8,10 @@ PART ?= claims
 SEEDS ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+FAMILY ?=
+ROLE ?=
+LAYOUT ?=
+CHECK ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,8 +47,9 @@ test-slurm: $(STAMP) ## tests on a real two-node Slurm cluster on loopback; as r
 	tests/slurm/cluster/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
-parity: $(STAMP) ## compare every family, role and layout with transformers; writes docs/parity.md
-	$(BIN)/python -m tests.model.parity_table
+parity: $(STAMP) ## compare all models with transformers, write docs/parity.md [CHECK=1: don't] [FAMILY=qwen2 ROLE=critic LAYOUT="tp2 sp"]
+	$(BIN)/python -m tests.model.parity_table $(if $(FAMILY),--family $(FAMILY)) $(if $(ROLE),--role $(ROLE)) \
+		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(CHECK),--check)
 
 lint: $(STAMP) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .

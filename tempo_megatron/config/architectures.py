@@ -25,6 +25,7 @@ class Architecture:
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
     "Olmo3ForCausalLM": Architecture("olmo3"),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen3ForCausalLM": Architecture("qwen3"),
     "Qwen3MoeForCausalLM": Architecture("qwen3_moe", experts=True),
 }

@@ -83,7 +83,7 @@ def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(config: PretrainedConfig, role: RoleConfig) -> TransformerConfig:
-    """Megatron's config for this HF model, layout and dtype; no dropout, no biases."""
+    """Megatron's config for this HF model, layout and dtype; no dropout, no biases but for what the family adds."""
     dtype, layout = DTYPES[role.dtype], role.parallel
     te = layer_spec_name(role.layer_spec) == "te"
     recompute: dict[str, Any] = (

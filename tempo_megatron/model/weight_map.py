@@ -83,22 +83,26 @@ class Vocab:
 
 
 class QKV:
-    """q, k and v weights; Megatron interleaves them by KV group: [q of group 0, k 0, v 0, q of group 1, ...]."""
+    """q, k and v weights or biases, interleaved by KV group: [q of group 0, k 0, v 0, q of group 1, ...].
+
+    The rows are cut evenly whether or not the ranks divide the groups: where there are more ranks than KV heads,
+    Megatron's attention gathers what the ranks computed and each takes its heads of it, so no row is held twice.
+    """
 
     tp_sharded = True
 
     def shard(self, tensors: Sequence[Tensor], dims: ModelDims, rank: int, size: int) -> Tensor:
-        groups = dims.num_kv_heads // size
-        q, k, v = (t.chunk(size, 0)[rank] for t in tensors)
-        parts = [t.reshape(groups, -1, t.shape[-1]) for t in (q, k, v)]
-        return torch.cat(parts, 1).reshape(-1, q.shape[-1])
+        groups = dims.num_kv_heads
+        first, end = rank * groups // size, -(-(rank + 1) * groups // size)
+        own = torch.cat([t.unflatten(0, (groups, -1))[first:end] for t in tensors], 1)
+        rows = groups * own.shape[1] // size
+        start = rank * rows - first * own.shape[1]
+        return own.flatten(0, 1)[start : start + rows]
 
     def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
-        full = torch.cat(list(shards), 0)
-        width = full.shape[-1]
-        per_group = dims.num_heads // dims.num_kv_heads * dims.head_dim
-        grouped = full.reshape(dims.num_kv_heads, per_group + 2 * dims.head_dim, width)
-        return [t.reshape(-1, width) for t in grouped.split([per_group, dims.head_dim, dims.head_dim], 1)]
+        grouped = torch.cat(list(shards), 0).unflatten(0, (dims.num_kv_heads, -1))
+        queries = dims.num_heads // dims.num_kv_heads * dims.head_dim
+        return [t.flatten(0, 1) for t in grouped.split([queries, dims.head_dim, dims.head_dim], 1)]
 
 
 class GateUp:

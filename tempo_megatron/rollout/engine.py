@@ -323,12 +323,18 @@ def _check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size:
     experts_width = getattr(hf_config, "moe_intermediate_size", None)
     if experts_width is not None and experts_width % tensor_parallel_size:
         raise TempoError(f"{split} does not divide moe_intermediate_size {experts_width} ({file})")
+    head_dim, heads = getattr(hf_config, "head_dim", None), hf_config.num_attention_heads
+    if hf_config.model_type == "qwen2" and head_dim not in (None, hf_config.hidden_size // heads):
+        raise TempoError(
+            f"{file}: head_dim {head_dim} is not hidden_size {hf_config.hidden_size} / num_attention_heads {heads}, "
+            "which vLLM's Qwen2 takes for it"
+        )
     if use_cuda():
         return
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    head_dim = head_dim or hf_config.hidden_size // heads
     supported = CPUAttentionBackend.get_supported_head_sizes()
     if head_dim not in supported:
         raise TempoError(f"{file}: head_dim {head_dim} is not one that vLLM runs on the CPU: {supported}")

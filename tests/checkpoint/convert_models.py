@@ -9,7 +9,7 @@ import transformers as hf
 
 from tempo_megatron.demo.model import make_tokenizer
 
-FAMILIES = ("qwen3", "llama-tied", "olmo3", "qwen3-moe")
+FAMILIES = ("qwen3", "qwen2", "llama-tied", "olmo3", "qwen3-moe")
 
 
 def config_of(family: str) -> hf.PretrainedConfig:
@@ -32,6 +32,8 @@ def config_of(family: str) -> hf.PretrainedConfig:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **rope}
     if family == "qwen3":
         return hf.Qwen3Config(**shape, tie_word_embeddings=False)
+    if family == "qwen2":
+        return hf.Qwen2Config(**shape, tie_word_embeddings=False)
     if family == "llama-tied":
         return hf.LlamaConfig(**shape, tie_word_embeddings=True)
     if family == "olmo3":
@@ -55,7 +57,7 @@ def write_folder(folder: Path, family: str, role: str = "actor", dtype: torch.dt
     model = auto.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name == "score.bias":
+            if "norm" in name or name.endswith(".bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = dict(model.to(dtype).state_dict())
     if v_head:

@@ -38,7 +38,9 @@ from tempo_megatron.parallel.distributed import start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
 from tests.checkpoint.hf_models import same_tensors, stored  # noqa: E402
-from tests.model.parity_worker import Layout, configs, data, relative, save_reference, weight_of  # noqa: E402
+from tests.model.hf_reference import data, save_reference, weight_of  # noqa: E402
+from tests.model.parity_cases import Layout, config_of  # noqa: E402
+from tests.model.parity_worker import relative  # noqa: E402
 
 BUCKET_MIB = 1
 
@@ -133,7 +135,7 @@ def other_kinds(checkpoint: Path, role: Role, config: RoleConfig) -> dict[str, s
 
 def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
     folder, run, role = root / chain.model, root / chain.name.replace(" ", "-"), chain.role
-    vocabulary = configs()[chain.family].vocab_size
+    vocabulary = config_of(chain.family).vocab_size
 
     def keep(engine: MegatronEngine, at: int) -> Path:
         export_hf(engine, folder, run / f"hf-{at}", BUCKET_MIB)
@@ -183,7 +185,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     gc.freeze()  # Megatron collects garbage whenever it saves or loads
     for chain in CHAINS:
-        save_reference(configs()[chain.family], chain.role, root / chain.model)
+        save_reference(config_of(chain.family), chain.role, root / chain.model)
     for chain in CHAINS:
         for line in hops(root, chain):
             if dist.get_rank() == 0:

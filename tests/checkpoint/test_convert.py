@@ -21,7 +21,13 @@ SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 LAYOUTS = ["", "--tp 2", "--pp 4", "--tp 2 --pp 2", "--tp 2 --pp 2 --vpp 2"]
 MOE_LAYOUTS = ["", "--ep 4", "--tp 2 --ep 2", "--pp 2 --vpp 2 --ep 2"]
 CASES = [(family, layout) for family in FAMILIES for layout in (MOE_LAYOUTS if family == "qwen3-moe" else LAYOUTS)]
-CRITIC_CASES = [("qwen3", "--tp 2"), ("llama-tied", "--pp 2"), ("olmo3", "--tp 2 --pp 2"), ("qwen3-moe", "--ep 2")]
+CRITIC_CASES = [
+    ("qwen3", "--tp 2"),
+    ("qwen2", "--tp 2 --pp 2"),
+    ("llama-tied", "--pp 2"),
+    ("olmo3", "--tp 2 --pp 2"),
+    ("qwen3-moe", "--ep 2"),
+]
 
 
 @pytest.fixture(autouse=True)

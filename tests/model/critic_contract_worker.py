@@ -42,15 +42,9 @@ from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import LossFunction, MegatronEngine, StepResult  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
 from tests.model import critic_oracle as oracle  # noqa: E402
-from tests.model.parity_worker import (  # noqa: E402
-    TEMPERATURE,
-    Layout,
-    configs,
-    data,
-    relative,
-    save_reference,
-    wanted,
-)
+from tests.model.hf_reference import TEMPERATURE, data, save_reference, wanted  # noqa: E402
+from tests.model.parity_cases import Layout, config_of  # noqa: E402
+from tests.model.parity_worker import relative  # noqa: E402
 
 LOSS_AGG = "seq-mean-token-mean"
 #: (family, layout, token budget of a micro-batch), per world size
@@ -391,7 +385,7 @@ def main() -> None:
     gc.freeze()  # Megatron collects garbage whenever it saves or loads
     root = Path(sys.argv[1])
     for family, role in (("llama-tied", "actor"), ("llama-tied", "critic"), ("olmo3", "critic")):
-        save_reference(configs()[family], role, root / f"{family}-{role}")
+        save_reference(config_of(family), role, root / f"{family}-{role}")
     for kind, name, result in cases(root):
         if dist.get_rank() == 0:
             print(json.dumps({"kind": kind, "case": name, **result}), flush=True)

@@ -10,7 +10,8 @@ import transformers as hf
 from torch import Tensor
 
 from tempo_megatron.config.schema import OptimizerConfig
-from tests.model.parity_worker import configs, data, hf_outputs, reference
+from tests.model.hf_reference import data, hf_outputs, reference
+from tests.model.parity_cases import config_of
 
 OPTIMIZER = OptimizerConfig(
     lr=0.004,
@@ -58,7 +59,7 @@ def weights_of(model: hf.PreTrainedModel) -> dict[str, Tensor]:
 
 @cache
 def trained(family: str) -> Trained:
-    model = reference(configs()[family], "critic")
+    model = reference(config_of(family), "critic")
     before = weights_of(model)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(

@@ -22,6 +22,15 @@ _SHAPE = {
 #: config.json as the families were published, in the form of transformers 4.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama": {**_SHAPE, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False},
+    "qwen2": {
+        **_SHAPE,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "sliding_window": 16,
+        "use_sliding_window": False,
+        "max_window_layers": 3,
+        "use_mrope": False,
+    },
     "qwen3": {
         **_SHAPE,
         "architectures": ["Qwen3ForCausalLM"],

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.parity_table import MEASURES, RANKS, TABLE, render, run
-from tests.model.parity_worker import LAYOUTS, MOE_LAYOUTS, Layout, configs
-
-TOLERANCE = 1e-4
+from tests.model.hf_reference import is_constant, reference
+from tests.model.parity_cases import FAMILIES, LAYOUTS, RANKS, ROLES, Layout, all_cases, config_of, rotation
+from tests.model.parity_table import MEASURES, TABLE, chosen, is_wrong, main, render, run
 
 
 @pytest.fixture(scope="module")
@@ -19,39 +18,68 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(960)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_models_equal_transformers(folder: Path, ranks: int) -> None:
-    cases = run(folder, ranks)
-    expected = [
-        (name, role, layout.name.replace("distopt", "").strip(), layout.distributed)
-        for layout in map(Layout, LAYOUTS[ranks] + MOE_LAYOUTS[ranks])
-        for name in configs()
-        for role in ("actor", "critic")
-        if layout.fits(name)
-    ]
-    assert [(c["family"], c["role"], c["layout"].strip(), c["distopt"]) for c in cases] == expected
-    wrong = [c for c in cases if max(c[m] for m in MEASURES) >= TOLERANCE or not c["roundtrip"]]
+    """On some cases of every layout; ``make parity`` runs all."""
+    cases = [case for case in rotation() if case.ranks == ranks]
+    results = run(folder, cases)
+    assert [(r["layout"], r["family"], r["role"]) for r in results] == [(c.layout, c.family, c.role) for c in cases]
+    wrong = [result for result in results if is_wrong(result)]
     assert not wrong, wrong
-    assert all(c["parameters"] >= 38 for c in cases)
+    assert all(r["parameters"] >= 38 for r in results)
+
+
+def test_the_rotation_has_every_layout_and_every_model_in_turn() -> None:
+    cases = list(rotation())
+    assert len(cases) == len(set(cases))
+    assert set(cases) <= set(all_cases())
+    assert {(c.ranks, c.layout) for c in cases} == {(ranks, name) for ranks in RANKS for name in LAYOUTS[ranks]}
+    for ranks in RANKS:
+        seen = [(c.family, c.role) for c in cases if c.ranks == ranks]
+        counts = {(family, role): seen.count((family, role)) for family in FAMILIES for role in ROLES}
+        if ranks > 1:
+            assert min(counts.values()) >= 1, counts
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_parameter_is_at_a_constant(family: str, role: str) -> None:
+    """A bias of zero or a norm of one would hide where it is put."""
+    several = {n: p for n, p in reference(config_of(family), role).named_parameters() if p.numel() > 1}
+    assert several
+    assert not [name for name, p in several.items() if is_constant(p)]
+
+
+def test_parts_of_the_table_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {(c.ranks, c.role) for c in chosen("qwen2", "critic", "sp tp2")} == {(2, "critic"), (4, "critic")}
+    assert [(c.ranks, c.layout) for c in chosen("llama", "actor", "tp2 distopt")] == [(4, "tp2 distopt")]
+    assert [(c.ranks, c.layout) for c in chosen("llama", "actor", "tp8 sp")] == [(8, "tp8 sp")]
+    for arguments, told in (
+        (["--layout", "tp2 xx"], "'xx' is none of sp, distopt, tpN"),
+        (["--layout", "sp"], "sequence_parallel: true needs tensor_model_parallel_size > 1"),
+        (["--family", "llama", "--layout", "ep2"], "--layout 'ep2' is not one of --family llama"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert told in capsys.readouterr().err
 
 
 def test_table_in_the_docs_is_of_these_cases() -> None:
     """Its rows and columns; the numbers are those of the machine that ran ``make parity``."""
-    zero = dict.fromkeys(MEASURES, 0.0)
-    cases = [
-        {"family": name, "ranks": ranks, "layout": layout.name.replace("distopt", "").strip(), "roundtrip": True}
-        | {"dp": ranks // layout.parallel.model_parallel_size, "distopt": layout.distributed}
-        | zero
-        for ranks in RANKS
-        for layout in map(Layout, LAYOUTS[ranks] + MOE_LAYOUTS[ranks])
-        for name in configs()
-        for _ in ("actor", "critic")
-        if layout.fits(name)
+    results = [
+        {
+            **vars(case),
+            **dict.fromkeys(MEASURES, 0.0),
+            "dp": case.ranks // Layout(case.layout).parallel.model_parallel_size,
+            "roundtrip": True,
+        }
+        for case in all_cases()
     ]
 
     def outline(text: str) -> list[list[bool | str]]:
-        rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and "ranks" not in line]
+        rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
         return [[*(cell.strip() for cell in row[:3]), *(cell.strip() != "-" for cell in row[3:])] for row in rows]
 
-    assert outline(TABLE.read_text()) == outline(render(cases))
+    assert outline(TABLE.read_text()) == outline(render(results))
+    assert TABLE.read_text().partition("| ranks |")[0] == render(results).partition("| ranks |")[0]

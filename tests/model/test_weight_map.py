@@ -67,7 +67,29 @@ def test_qkv(tp: int, groups: int, per_group: int, head_dim: int, width: int) ->
         0.5 + numbered(kv * head_dim, width),
     )
     parts = assert_round_trip(QKV(), [q, k, v], dims, tp)
-    # Megatron's order: of each group its queries, its key, its value
+    assert_qkv_order(parts, (q, k, v), dims)
+
+
+@given(
+    kv=SIZE, copies=st.sampled_from([2, 3, 4]), per_rank=st.integers(1, 2), half=st.integers(1, 3), bias=st.booleans()
+)
+def test_qkv_on_more_ranks_than_kv_heads(kv: int, copies: int, per_rank: int, half: int, bias: bool) -> None:
+    """The rows are cut evenly, in the middle of heads too; no row is on two ranks."""
+    tp, head_dim = kv * copies, copies * half
+    dims = ModelDims(tp * per_rank, kv, head_dim, vocab_size=1)
+    width = () if bias else (3,)
+    q = numbered(dims.num_heads * head_dim, *width)
+    k, v = -1 - numbered(kv * head_dim, *width), 0.5 + numbered(kv * head_dim, *width)
+    parts = assert_round_trip(QKV(), [q, k, v], dims, tp)
+    assert sum(part.numel() for part in parts) == q.numel() + k.numel() + v.numel()
+    assert_qkv_order(parts, (q, k, v), dims)
+
+
+def assert_qkv_order(parts: list[Tensor], qkv: tuple[Tensor, Tensor, Tensor], dims: ModelDims) -> None:
+    """Megatron's: of each group its queries, its key, its value."""
+    q, k, v = (t.reshape(len(t), -1) for t in qkv)
+    kv, head_dim, width = dims.num_kv_heads, dims.head_dim, q.shape[1]
+    per_group = dims.num_heads // kv
     rows = torch.cat(parts).reshape(kv, -1, width)
     for group, block in enumerate(rows):
         own = slice(group * head_dim, (group + 1) * head_dim)

@@ -13,6 +13,7 @@ from tests.rollout.tiny_models import (
     Engines,
     TinyModel,
     tiny_olmo3,
+    tiny_qwen2,
     tiny_qwen3,
     tiny_qwen3_moe,
     tiny_tied_llama,
@@ -33,6 +34,11 @@ def world_of_one() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_qwen2(tmp_path_factory.mktemp("qwen2"))
 
 
 @pytest.fixture(scope="session")

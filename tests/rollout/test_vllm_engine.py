@@ -282,6 +282,14 @@ def test_an_update_names_the_tensor_that_is_wrong() -> None:
             list(_checked(stream_of, expected, 4))
 
 
+def test_a_head_size_that_vllm_takes_otherwise_is_named(qwen2: TinyModel) -> None:
+    with pytest.raises(
+        TempoError,
+        match=r"config\.json: head_dim 64 is not hidden_size 64 / num_attention_heads 2, which vLLM's Qwen2 takes",
+    ):
+        _check_model("hf", type(qwen2.first.config)(**(qwen2.first.config.to_dict() | {"head_dim": 64})), 1)
+
+
 def test_sizes_that_vllm_cannot_split_are_named(qwen3_moe: TinyModel, olmo3: TinyModel) -> None:
     _check_model("hf", olmo3.first.config, 2)
     with pytest.raises(TempoError, match=r"tensor_parallel_size: 4 does not divide num_key_value_heads 2 \(hf/config"):

@@ -15,6 +15,8 @@ from transformers import (
     Olmo3Config,
     Olmo3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -29,7 +31,13 @@ MAX_MODEL_LEN = 192
 STOP_TOKEN_IDS = (0, 1, 2, 3)
 
 #: Temperature and top-p of each model's engine.
-SAMPLING = {"qwen3": (1.0, 1.0), "tied_llama": (0.7, 0.9), "qwen3_moe": (1.0, 1.0), "olmo3": (1.0, 1.0)}
+SAMPLING = {
+    "qwen3": (1.0, 1.0),
+    "qwen2": (1.0, 1.0),
+    "tied_llama": (0.7, 0.9),
+    "qwen3_moe": (1.0, 1.0),
+    "olmo3": (1.0, 1.0),
+}
 
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -94,7 +102,7 @@ def _tiny(folder: Path, make: Callable[[], PreTrainedModel]) -> TinyModel:
         second = make().eval()
         for model in (first, second):
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # transformers starts every norm at one, where a misplaced norm goes unnoticed
+                if parameter.ndim == 1:  # norms start at one and biases at zero, where a misplaced one goes unnoticed
                     parameter.uniform_(0.5, 1.5)
     first.save_pretrained(folder)
     return TinyModel(folder, first, second)
@@ -103,6 +111,13 @@ def _tiny(folder: Path, make: Callable[[], PreTrainedModel]) -> TinyModel:
 def tiny_qwen3(folder: Path) -> TinyModel:
     config = Qwen3Config(**_SHAPE, tie_word_embeddings=False)
     return _tiny(folder, lambda: Qwen3ForCausalLM(config))
+
+
+def tiny_qwen2(folder: Path) -> TinyModel:
+    """Tied, as the small ones are published; the window is switched off."""
+    shape = _SHAPE | {"num_key_value_heads": 1, "sliding_window": 16, "use_sliding_window": False}
+    config = Qwen2Config(**shape, max_window_layers=1, tie_word_embeddings=True)
+    return _tiny(folder, lambda: Qwen2ForCausalLM(config))
 
 
 def tiny_tied_llama(folder: Path) -> TinyModel:

@@ -19,7 +19,7 @@ EMBEDDING_RULES = (
     WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocab(), ("vocab hidden",)),
 )
 
-#: Grouped-query attention without biases.
+#: Grouped-query attention; biases are apart.
 ATTENTION_RULES = (
     WeightRule(
         _M + "self_attention.linear_qkv.weight",
@@ -28,6 +28,16 @@ ATTENTION_RULES = (
         ("q hidden", "kv hidden", "kv hidden"),
     ),
     WeightRule(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), Split(1), ("hidden q",)),
+)
+
+#: Biases of q, k and v, in the order of their weights' rows.
+QKV_BIAS_RULES = (
+    WeightRule(
+        _M + "self_attention.linear_qkv.bias",
+        tuple(_H + f"self_attn.{n}_proj.bias" for n in "qkv"),
+        QKV(),
+        ("q", "kv", "kv"),
+    ),
 )
 
 #: RMSNorm over each head of q and k (the same weights on every tensor-parallel rank).
@@ -103,6 +113,7 @@ class Family:
         layer_rules: weight map of one layer.
         norm: where the norms stand: before attention and MLP, or on their outputs.
         qk_norm: RMSNorm over each head of q and k, over the whole projections, or none.
+        qkv_bias: q, k and v have biases whatever the config says.
         transformer_config: HF config -> extra TransformerConfig arguments.
         refuse: HF config -> reason why this very config is not supported, or None.
     """
@@ -111,6 +122,7 @@ class Family:
     layer_rules: tuple[WeightRule, ...]
     norm: Literal["pre", "post"] = "pre"
     qk_norm: Literal["head", "projection"] | None = None
+    qkv_bias: bool = False
     transformer_config: Callable[[PretrainedConfig], dict[str, Any]] = lambda config: {}
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
 
@@ -126,14 +138,19 @@ class Family:
 
     def check(self, config: PretrainedConfig) -> None:
         """TempoError if the config has a feature that would be loaded only approximately."""
-        reason = refuse_common(config) or self.refuse(config) or refuse_rope(config)
+        reason = self._refuse_bias(config) or refuse_common(config) or self.refuse(config) or refuse_rope(config)
         if reason:
             raise TempoError(f"{self.architecture}: {reason}")
+
+    def _refuse_bias(self, config: PretrainedConfig) -> str | None:
+        # transformers reads the key in the other families only; its biases are on o too
+        biased = getattr(config, "attention_bias", False) and not self.qkv_bias
+        return "attention_bias: true is not supported (only false)" if biased else None
 
 
 def refuse_common(config: PretrainedConfig) -> str | None:
     """Features that no family here supports."""
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+    for key in ("mlp_bias", "use_sliding_window"):
         if getattr(config, key, False):
             return f"{key}: true is not supported (only false)"
     quantization = getattr(config, "quantization_config", None)

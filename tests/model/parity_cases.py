@@ -1,0 +1,192 @@
+"""The cases of the parity table: families, roles and layouts, and the part of them that ``make test`` runs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import transformers as hf
+
+from tempo_megatron.config.schema import ParallelConfig
+
+RANKS = (1, 2, 4)
+ROLES = ("actor", "critic")
+#: Words of a layout's name that end with a number.
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+#: Layouts per world size; data parallelism is what remains.  "distopt": the distributed optimizer.
+LAYOUTS = {
+    1: ["", "distopt"],
+    2: [
+        "",
+        "distopt",
+        "tp2",
+        "tp2 sp",
+        "pp2",
+        "pp2 vpp2",
+        "cp2",
+        "ep2",
+        "ep2 distopt",
+        "tp2 sp ep2",
+        "tp2 sp etp2",
+        "cp2 ep2",
+    ],
+    4: [
+        "distopt",
+        "tp4 sp",
+        "pp4",
+        "cp4",
+        "tp2 sp",
+        "tp2 distopt",
+        "pp2 distopt",
+        "pp2 vpp2",
+        "cp2",
+        "tp2 pp2",
+        "tp2 pp2 sp distopt",
+        "tp2 pp2 vpp2 sp",
+        "tp2 cp2",
+        "tp2 cp2 sp distopt",
+        "pp2 cp2",
+        "pp2 vpp2 cp2 distopt",
+        "ep4",
+        "ep2",
+        "ep2 distopt",
+        "tp2 sp ep2 etp2",
+        "tp2 sp ep2",
+        "pp2 ep2 distopt",
+        "pp2 vpp2 ep2",
+        "cp2 ep2",
+    ],
+}
+#: Cases of each layout that ``make test`` runs, by world size; ``make parity`` and ``.ci/run`` run all.
+ROTATED = {1: 6, 2: 3, 4: 1}
+
+_COMMON = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "vocab_size": 37,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_ROPE = {"rope_theta": 100.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **_ROPE}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    **_ROPE,
+}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+_OLMO_ROPES = {"sliding_attention": {"rope_type": "default", **_ROPE}, "full_attention": _YARN}
+#: As Qwen2.5 is published: a window that is switched off.
+_NO_WINDOW = {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 2}
+
+#: Column of the table -> class of its config and what it is made with.
+FAMILIES: dict[str, tuple[type[hf.PretrainedConfig], dict[str, Any]]] = {
+    "qwen3": (hf.Qwen3Config, {"tie_word_embeddings": False, "rope_parameters": _YARN}),
+    "llama-tied": (hf.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama": (hf.LlamaConfig, {"tie_word_embeddings": False, "rope_parameters": _LLAMA3}),
+    "qwen2": (hf.Qwen2Config, {**_NO_WINDOW, "tie_word_embeddings": False, "rope_parameters": _YARN}),
+    "qwen2-tied": (hf.Qwen2Config, {**_NO_WINDOW, "tie_word_embeddings": True}),
+    "olmo3": (hf.Olmo3Config, {"sliding_window": 4, "rope_parameters": _OLMO_ROPES}),
+    "qwen3-moe": (hf.Qwen3MoeConfig, {**_EXPERTS, "tie_word_embeddings": False}),
+}
+
+
+@cache
+def config_of(family: str) -> hf.PretrainedConfig:
+    """Four layers, grouped-query attention, head_dim other than hidden / heads, an odd vocabulary."""
+    config_class, own = FAMILIES[family]
+    architecture = config_class.__name__.replace("Config", "ForCausalLM")
+    return config_class(**_COMMON, **own, architectures=[architecture])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout by name: words of ``SIZES`` with their numbers, ``sp`` and ``distopt``."""
+
+    name: str
+
+    @cached_property
+    def words(self) -> dict[str, int | None]:
+        """Each word and its number, e.g. {"tp": 2, "sp": None}; ValueError naming one that is unknown."""
+        found: dict[str, int | None] = {}
+        for word in self.name.split():
+            match = re.fullmatch(r"(sp|distopt)|([a-z]+)([1-9]\d*)", word)
+            if match is None or not (match[1] or match[2] in SIZES):
+                raise ValueError(f"layout {self.name!r}: {word!r} is none of sp, distopt, {'N, '.join(SIZES)}N")
+            found[match[1] or match[2]] = int(match[3]) if match[3] else None
+        return found
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        sizes = {SIZES[word]: size for word, size in self.words.items() if word in SIZES}
+        return ParallelConfig(**sizes, sequence_parallel="sp" in self.words)
+
+    @property
+    def distributed(self) -> bool:
+        return "distopt" in self.words
+
+    @property
+    def shown(self) -> str:
+        """The name without the word that has a column of its own."""
+        return " ".join(word for word in self.name.split() if word != "distopt")
+
+    def fits(self, family: str) -> bool:
+        """Experts need experts, and Megatron trains them under tensor parallelism with sequence parallelism only."""
+        if family == "qwen3-moe":
+            return "tp" not in self.words or "sp" in self.words
+        return "ep" not in self.words and "etp" not in self.words
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One model of a role in one layout on ``ranks`` ranks."""
+
+    ranks: int
+    layout: str
+    family: str
+    role: str
+
+
+def all_cases() -> Iterator[ParityCase]:
+    """Of the table, in its order."""
+    for ranks in RANKS:
+        for layout in LAYOUTS[ranks]:
+            yield from _cases(ranks, layout)
+
+
+def rotation() -> Iterator[ParityCase]:
+    """Some cases of every layout, so chosen that families and roles take turns."""
+    used: Counter[tuple[str, str]] = Counter()
+    for ranks in RANKS:
+        for layout in LAYOUTS[ranks]:
+            in_turn = sorted(_cases(ranks, layout), key=lambda case: used[case.family, case.role])
+            for case in in_turn[: ROTATED[ranks]]:
+                used[case.family, case.role] += 1
+                yield case
+
+
+def _cases(ranks: int, layout: str) -> list[ParityCase]:
+    return [
+        ParityCase(ranks, layout, family, role) for family in FAMILIES for role in ROLES if Layout(layout).fits(family)
+    ]
