@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "TEMPO_TEST_LAUNCH"
 
 
+def patience(seconds: float) -> float:
+    """How long what takes less than ``seconds`` on an idle machine may take on this one, by its load."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 class LaunchTimeout(AssertionError):
     """The program was still running after its time; the message ends with the stacks of its ranks."""
 

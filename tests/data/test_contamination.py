@@ -105,7 +105,7 @@ def test_thousands_against_hundreds_take_seconds() -> None:
     rng = random.Random(0)
     words = [f"w{i}" for i in range(3000)]
     texts = [" ".join(rng.choices(words, k=60)) for _ in range(4300)]
-    start = time.monotonic()
+    start = time.process_time()
     report = find_overlap(entries(labeled=texts[:4000], held_out=[*texts[4000:], texts[7]]))
     assert pairs(report) == [("labeled.parquet: 7", "held_out.parquet: 300")]
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launching import LaunchResult, launch
+from tests.launching import LaunchResult, launch, patience
 from tests.loop.conftest import Bad
 
 DEADLINE_S = 10.0
@@ -126,7 +126,7 @@ def _messages(output: str, title: str) -> list[str]:
 def _check(result: dict[str, Any], case: Case, title: str) -> None:
     assert re.fullmatch(f"error: {case.told}", "\n".join(_messages(result["output"], title))), result["output"]
     assert result["code"] == case.code
-    assert result["seconds"] < DEADLINE_S
+    assert result["seconds"] < patience(DEADLINE_S)
     if not case.wrote:
         assert result["after"] == result["before"]
 
@@ -435,7 +435,7 @@ def test_ctrl_c(bad: Bad, tmp_path: Path) -> None:
     )
     assert ended.messages == ["interrupted; what was saved is complete, go on with resume=auto"]
     assert ended.code == 130
-    assert ended.seconds < DEADLINE_S
+    assert ended.seconds < patience(DEADLINE_S)
     _check_whole(tmp_path / "run")
 
 
@@ -443,7 +443,7 @@ def test_sigterm(bad: Bad, tmp_path: Path) -> None:
     ended = _two_ranks(bad, "sft", tmp_path / "run", FOR_EVER, lambda launcher: launcher.terminate())
     assert ended.messages == ["stopped by SIGTERM; what was saved is complete, go on with resume=auto"]
     assert ended.code == 143
-    assert ended.seconds < DEADLINE_S
+    assert ended.seconds < patience(DEADLINE_S)
     _check_whole(tmp_path / "run")
 
 
@@ -451,7 +451,7 @@ def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
     ended = _two_ranks(bad, "tempo", tmp_path / "run", FOR_EVER, lambda launcher: _rank(launcher, 1).kill())
     assert ended.messages == ["error: rank 1 was killed by SIGKILL; out of memory?"]
     assert ended.code == 128 + signal.SIGKILL
-    assert ended.seconds < DEADLINE_S
+    assert ended.seconds < patience(DEADLINE_S)
     _check_whole(tmp_path / "run")
 
 
@@ -464,6 +464,6 @@ def test_a_disk_that_is_full_for_one_rank(bad: Bad, tmp_path: Path) -> None:
     assert len(ended.messages) == 1
     assert re.match(r"error: .*: the checkpoint cannot be saved .*: rank 1: .*File too large", ended.messages[0])
     assert ended.code == 3
-    assert ended.seconds < DEADLINE_S
+    assert ended.seconds < patience(DEADLINE_S)
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
     _check_whole(tmp_path / "run")
