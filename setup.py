@@ -25,6 +25,8 @@ setup(
     name="tempo-megatron",
     version=version(),
     description="TEMPO (test-time training by Expectation-Maximisation) on Megatron-Core and vLLM",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["tempo_megatron", "tempo_megatron.*"]),
     package_data={"tempo_megatron": ["**/*.html", "**/*.j2"]},

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from tempo_megatron.errors import TempoError
+from tempo_megatron.telemetry.findings import critic_findings
 from tempo_megatron.telemetry.metrics import read_metrics
-from tempo_megatron.telemetry.report import results_table, write_report
+from tempo_megatron.telemetry.report import write_report
+from tempo_megatron.telemetry.results import evaluations_of, explanation, results_table
+from tempo_megatron.telemetry.run_folder import load_run
 
 SUMMARY = "summary.json"
 PREPARED = "prepared.json"
@@ -33,6 +37,8 @@ class Demo:
         train_files: stage -> file in ``OUTPUT/data``.
         eval_files: files of the stages' evaluation sets, in the configs' order.
         main_set: the set that ``start`` and ``final`` of summary.json are about.
+        notes: a word on each set, for the table.
+        about: what is run and what its start and end are, in sentences.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Demo:
     eval_files: tuple[str, ...]
     main_set: str
     notes: Mapping[str, str]
+    about: tuple[str, ...]
 
 
 def _prepare_toy(output: Path, seed: int) -> None:
@@ -70,6 +77,14 @@ DEMO = Demo(
     eval_files=("eval_du.parquet", "eval_dl.parquet", "eval_hu.parquet"),
     main_set="D_U",
     notes={"D_U": "no labels used", "D_L": "labelled", "held-out": "never trained on"},
+    about=(
+        "A toy task that is engineered so that checking an answer is easier than finding it, and a model of 150 "
+        "thousand parameters. Three stages: sft (imitates an imperfect solver), rlvr (PPO on the labelled problems), "
+        "tempo (EM on the labelled and the unlabelled ones).",
+        "Start is after rlvr, before the first step of tempo; end is after its last. D_U: unlabelled problems that "
+        "tempo trains on. D_L: labelled ones. held-out: of D_U's kind, never trained on.",
+        "This is one run of one seed. What several seeds give is in docs/study.md.",
+    ),
 )
 
 REAL_DEMO = Demo(
@@ -81,6 +96,11 @@ REAL_DEMO = Demo(
     eval_files=("eval_du.parquet",),
     main_set="D_U",
     notes={"D_U": "no labels used"},
+    about=(
+        "A few EM steps on small sums, to show that the path holds for a real model; it is not a result.",
+        "Start is SmolLM2-135M-Instruct as published, with a fresh value head on the critic; end is after the last "
+        "step. D_U: unlabelled sums that tempo trains on.",
+    ),
 )
 
 
@@ -176,9 +196,17 @@ def _report(demo: Demo, output: Path, seed: int, wall_s: float | None) -> None:
         "wall_s": round(wall_s, 1),
     }
     (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    report = write_report(runs, output / "report.html", summary, f"{demo.name}, seed {seed}")
+    loaded = [load_run(run) for run in runs]
+    title = f"{demo.name}, seed {seed}"
+    report = write_report(loaded, output / "report.html", summary, title, demo.about)
+    found = evaluations_of(loaded[-1])
+    assert found is not None  # there are evaluations, see above
     console = Console()
-    console.print(results_table(first, last, title=f"{demo.name}, seed {seed}", notes=demo.notes))
+    console.print(results_table(found.results, title=title, notes=demo.notes))
+    for line in (*demo.about, *explanation(found.results)):
+        console.print(Text(line), soft_wrap=not console.is_terminal)
+    for finding in critic_findings(found):
+        console.print(Text.assemble(("warning: ", "bold"), str(finding)), soft_wrap=not console.is_terminal)
     console.print(f"{wall_s:.0f} s, peak memory of rank 0 {summary['peak_memory_gib']} GiB")
     console.print(f"{output / SUMMARY}, {report}", soft_wrap=True)
 

@@ -49,6 +49,17 @@ def critic_figures(correct: Bools, values: Floats, bootstrap: PromptBootstrap) -
     return {"critic_auroc": auroc, "critic_ece": error, "critic_brier": brier}
 
 
+def auroc_change(start: tuple[Bools, Floats], end: tuple[Bools, Floats], bootstrap: PromptBootstrap) -> Estimate:
+    """AUROC at the end less that at the start, the same prompts drawn for both; NaN where either is undefined.
+
+    Args:
+        start, end: ``correct [P, n]`` and ``values [P, n]`` of the same P prompts in the same order.
+    """
+    before, after = _Ranks(*start), _Ranks(*end)
+    (change,) = bootstrap.statistic(lambda weights: after.auroc(weights) - before.auroc(weights))
+    return change
+
+
 def calibration_curve(correct: Bools, values: Floats, bootstrap: PromptBootstrap) -> list[CalibrationBin]:
     """The bins that hold a sample, lowest first."""
     chances = values.clip(0.0, 1.0)

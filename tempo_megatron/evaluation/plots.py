@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tempo_megatron.telemetry.plots import CLOSED_COLOR, DPI, PALETTE, PROBABILITY, STYLE
+from tempo_megatron.telemetry.style import DPI, LIGHT_GREY, PALETTE, PROBABILITY, STYLE
 
 COLUMNS = 3
 CELL_IN = 3.4
@@ -79,7 +79,7 @@ def _calibration(sets: Mapping[str, Mapping[str, Any]]) -> Figure | None:
 def _draw_calibration(ax: Axes, bins: list[Mapping[str, Any]], color: str) -> None:
     total = sum(b["samples"] for b in bins)
     at, accuracy = [b["mean_value"] for b in bins], [b["accuracy"] for b in bins]
-    ax.bar(at, [b["samples"] / total for b in bins], width=0.06, color=CLOSED_COLOR)
+    ax.bar(at, [b["samples"] / total for b in bins], width=0.06, color=LIGHT_GREY)
     ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
     # the ends of a percentile interval may both lie on one side of the figure
     errors = [[max(a["value"] - a["low"], 0) for a in accuracy], [max(a["high"] - a["value"], 0) for a in accuracy]]

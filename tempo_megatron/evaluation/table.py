@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from tempo_megatron.telemetry.labels import evaluation_label
+
 #: Columns, in order; of the figures by k the headline's alone.
 COLUMNS = (
     r"mean(@\d+)?",
@@ -59,7 +61,7 @@ def _table(title: str, columns: list[str]) -> Table:
     table.add_column("set")
     table.add_column("prompts", justify="right")
     for column in columns:
-        table.add_column(column.replace("critic_", "critic\n"), justify="right", no_wrap=True)
+        table.add_column(evaluation_label(column).text.replace(" ", "\n"), justify="right", no_wrap=True)
     return table
 
 

@@ -212,6 +212,8 @@ class _WandbSink:
         self, folder: Path, config: TelemetryConfig, run_config: dict[str, Any], run_name: str, last_step: int | None
     ) -> None:
         wandb = _import("wandb", package="wandb", key=f"telemetry.wandb: {config.wandb}")
+        silent = wandb.Settings(silent=True, console="off")  # the terminal belongs to Progress
+        wandb.setup(silent)  # before a run, or its advertisement of other products comes first
         try:
             self._run = wandb.init(
                 dir=str(folder),
@@ -221,7 +223,7 @@ class _WandbSink:
                 id=_wandb_id(folder, fresh=last_step is None),
                 resume="allow" if config.wandb == "online" else None,  # offline pieces of one id meet when synced
                 config=run_config,
-                settings=wandb.Settings(silent=True, console="off"),  # the terminal belongs to Progress
+                settings=silent,
             )
         except wandb.Error as error:
             raise TempoError(

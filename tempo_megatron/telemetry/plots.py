@@ -1,15 +1,13 @@
-"""Curves of one or more runs as PNG: a row for each quantity, a column for each run (stage).
+"""Curves of one or more runs as PNG: a row for each panel of ``telemetry.figures``, a column for each run (stage).
 
-Which keys a panel shows is decided by name, in ``FIGURES``: a new metric appears by being named like its
-kin.  A panel without data is left out, and so is a figure without panels.
+A panel in which there is nothing to see is left out, and so is a figure without panels.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,176 +17,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tempo_megatron.telemetry.figures import FIGURES, START_UP, STEP_TIME, FigureSpec, Panel
+from tempo_megatron.telemetry.labels import label_of
 from tempo_megatron.telemetry.run_folder import RunFolder, load_run
+from tempo_megatron.telemetry.style import DPI, LIGHT_GREY, PALETTE, STYLE, WIDTH_IN, log_y
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, the ones that show on white first
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B", "#8C510A")
-CLOSED_COLOR = "#D9D9D9"
-WIDTH_IN, ROW_HEIGHT_IN, DPI = 10.4, 2.3, 110
+ROW_HEIGHT_IN = 2.3
 SMOOTH_ABOVE = 60  # points; from there on a running mean is drawn over the raw curve
-STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # a dollar in the name of a set is a dollar
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-}
+#: Nearer than this to what a panel's metrics are while nothing happens is rounding.
+IDLE_WITHIN = 1e-6
 
-STEP_TIME = "time/step_s"
 OTHER = "other"
 ENTITY_KEY = r"eval/([^/]+)/.*|time/(.+)_s|memory/(.+)_gib|throughput/(.+)_tokens_per_s"
 
 Points = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One row: the keys that match ``keys`` and not ``but``, drawn against the step.
-
-    ``kind``: lines, dots (lines through sparse, marked points) or stack (seconds that add up).
-    """
-
-    ylabel: str
-    keys: str
-    but: str = r"$^"
-    kind: str = "lines"
-    log: bool = False
-    limits: tuple[float, float] | None = None
-    gate_thresholds: bool = False
-
-    def shows(self, key: str) -> bool:
-        return re.search(self.keys, key) is not None and re.search(self.but, key) is None
-
-
-@dataclass(frozen=True)
-class FigureSpec:
-    """``of_sft``: True for the sft stage alone, False for the others alone, None for all."""
-
-    name: str
-    title: str
-    panels: tuple[Panel, ...]
-    shade_closed_gate: bool = False
-    of_sft: bool | None = None
-    share_y: bool = True
-
-
-# left out of the panels of step metrics: what has panels of its own, and the spread around a mean
-NOT_A_STEP_METRIC = r"^(eval|time|memory|throughput|guard|correction)/|([/_])(std|min|max)$"
-GRADIENT_NORM = r"grad(ient)?_norm"
-LEARNING_RATE = r"[/_]lr$|learning_rate"
-MISMATCH = r"^(mismatch|log_?prob_?diff\w*|dlogp)/"
-PROBABILITY = (-0.02, 1.02)
-
-FIGURES = (
-    FigureSpec(
-        "evaluation",
-        "Evaluation (solid: prompts trained on; dashed: held out)",
-        (
-            Panel("mean@k", r"^eval/[^/]+/mean@\d+$", kind="dots", limits=PROBABILITY),
-            Panel("pass@k", r"^eval/[^/]+/pass@\d+$", kind="dots", limits=PROBABILITY),
-            Panel("maj@k", r"^eval/[^/]+/maj@\d+$", kind="dots", limits=PROBABILITY),
-        ),
-    ),
-    FigureSpec(
-        "calibration",
-        "Critic calibration (grey: gate closed, critic-only steps)",
-        (
-            Panel(
-                "AUROC, fresh\nlabelled rollouts",
-                r"auroc",
-                NOT_A_STEP_METRIC,
-                limits=PROBABILITY,
-                gate_thresholds=True,
-            ),
-            Panel("AUROC,\nevaluation sets", r"^eval/.*auroc", kind="dots", limits=PROBABILITY),
-            Panel("ECE and Brier\nscore", r"(/|_)(ece|brier)$", NOT_A_STEP_METRIC),
-            Panel("explained\nvariance", r"explained_variance", NOT_A_STEP_METRIC),
-        ),
-        shade_closed_gate=True,
-    ),
-    FigureSpec(
-        "guard",
-        "Collapse guard: moving averages on fresh labelled rollouts, and their bounds",
-        (
-            Panel("accuracy", r"^guard/accuracy"),
-            Panel("with an answer,\ntruncated", r"^guard/(readable|truncated)"),
-            Panel("value less\naccuracy", r"^guard/overclaim"),
-            Panel("entropy (nats)", r"^guard/entropy"),
-            Panel("held, rollbacks,\nfactor on the rate", r"^guard/(holds|rollbacks|lr_scale)$"),
-        ),
-        of_sft=False,
-    ),
-    FigureSpec(
-        "rewards",
-        "Rewards, values and responses (grey: gate closed, critic-only steps)",
-        (
-            Panel("reward and value", r"reward|terminal|mean_value|^value/", NOT_A_STEP_METRIC),
-            Panel("advantage", r"advantage", NOT_A_STEP_METRIC),
-            Panel("length (tokens)", r"length|^response/tokens", NOT_A_STEP_METRIC),
-            Panel("truncated\n(fraction)", r"truncat", NOT_A_STEP_METRIC),
-        ),
-        shade_closed_gate=True,
-    ),
-    FigureSpec(
-        "sft",
-        "Cold start",
-        (
-            Panel("loss\n(nats a token)", r"^(sft|actor)/(\w+_)?loss$"),
-            Panel("gradient norm", GRADIENT_NORM, log=True),
-            Panel("learning rate", LEARNING_RATE),
-        ),
-        of_sft=True,
-    ),
-    FigureSpec(
-        "losses",
-        "Losses",
-        (
-            Panel("policy loss", r"^actor/(\w+_)?loss$"),
-            Panel("value loss", r"^critic/(\w+_)?loss$"),
-            Panel("gradient norm", GRADIENT_NORM, log=True),
-            Panel("learning rate", LEARNING_RATE),
-        ),
-        of_sft=False,
-    ),
-    FigureSpec(
-        "policy",
-        "Policy update",
-        (
-            Panel("entropy (nats)", r"/entropy", NOT_A_STEP_METRIC),
-            Panel("KL (nats)", r"^actor/.*kl", NOT_A_STEP_METRIC),
-            Panel("clipped\n(fraction)", r"clip_?frac", NOT_A_STEP_METRIC),
-            Panel("probability ratio", r"^actor/.*ratio", rf"clip|{NOT_A_STEP_METRIC}"),
-        ),
-    ),
-    FigureSpec(
-        "mismatch",
-        "Sampler against trainer: log p(vLLM) \N{MINUS SIGN} log p(Megatron) of the sampled tokens",
-        (
-            Panel("|\N{GREEK CAPITAL LETTER DELTA} log p| (nats)", rf"{MISMATCH}.*abs", log=True),
-            Panel("KL (nats)", rf"{MISMATCH}.*kl"),
-            Panel("effective sample\nsize (fraction)", rf"{MISMATCH}.*ess"),
-        ),
-    ),
-    FigureSpec(
-        "time",
-        "Seconds and tokens per second, by phase",
-        (
-            Panel("time of a step (s)", r"^time/.*_s$", f"^{STEP_TIME}$", kind="stack"),
-            Panel("tokens/s", r"^throughput/.*_tokens_per_s$", log=True),
-        ),
-        share_y=False,
-    ),
-    FigureSpec("memory", "Peak memory of a rank, by phase", (Panel("peak memory (GiB)", r"^memory/.*_gib$"),)),
-)
 
 
 def write_plots(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
@@ -218,7 +60,7 @@ def _draw_figure(spec: FigureSpec, runs: Sequence[RunFolder]) -> Figure | None:
     if spec.of_sft is not None:
         runs = [run for run in runs if (run.stage == "sft") == spec.of_sft]
     cells = {(p, r): _panel_points(panel, run) for p, panel in enumerate(spec.panels) for r, run in enumerate(runs)}
-    rows = [p for p in range(len(spec.panels)) if any(cells[p, r] for r in range(len(runs)))]
+    rows = [p for p, panel in enumerate(spec.panels) if _is_alive(panel, [cells[p, r] for r in range(len(runs))])]
     columns = [r for r in range(len(runs)) if any(cells[p, r] for p in rows)]
     if not rows:
         return None
@@ -236,13 +78,32 @@ def _draw_figure(spec: FigureSpec, runs: Sequence[RunFolder]) -> Figure | None:
                     _shade_closed_gate(axes[i, j], runs[r])
     drawn = np.array([[bool(cells[p, r]) for r in columns] for p in rows])
     for i, p in enumerate(rows):
+        shown = {key: points for r in columns for key, points in cells[p, r].items()}
         values = np.concatenate([values for r in columns for _, values in cells[p, r].values()])
-        _finish_row(axes[i][drawn[i]], spec.panels[p], values)
+        _finish_row(axes[i][drawn[i]], spec.panels[p], _axis_title(spec.panels[p], shown), values)
     for j, r in enumerate(columns):
         _finish_column(axes[:, j][drawn[:, j]], _column_title(runs, r), widths[j])
     for ax in axes[~drawn]:
         ax.set_axis_off()
     return figure
+
+
+def _is_alive(panel: Panel, cells: Sequence[dict[str, Points]]) -> bool:
+    """Whether there is something to see: not where all is zero, but for evaluations, to which that may happen."""
+    series = [values for cell in cells for _, values in cell.values()]
+    if not series:
+        return False
+    values = np.concatenate(series)
+    if panel.idle is not None and np.abs(values - panel.idle).max() <= IDLE_WITHIN:
+        return False
+    return panel.kind == "dots" or bool(values.any())
+
+
+def _axis_title(panel: Panel, keys: Iterable[str]) -> str:
+    """The panel's title, and the unit that all it shows is in."""
+    units = {label_of(key).unit for key in keys}
+    unit = units.pop() if len(units) == 1 else ""
+    return f"{panel.title}\n({unit})" if unit else panel.title
 
 
 def _widths(runs: Sequence[RunFolder]) -> list[float]:
@@ -257,16 +118,16 @@ def _column_title(runs: Sequence[RunFolder], r: int) -> str:
     return f"{runs[r].stage} ({runs[r].path.name})" if same_stage else runs[r].stage
 
 
-def _finish_row(shown: np.ndarray, panel: Panel, values: np.ndarray) -> None:
+def _finish_row(shown: np.ndarray, panel: Panel, title: str, values: np.ndarray) -> None:
     """Scale, label and legend of the drawn axes of a row; ``values`` are all that they show."""
     for ax in shown:
         if panel.limits:
             ax.set_ylim(*panel.limits)
         elif panel.log and values.min() > 0 and values.max() > 30 * values.min():
-            ax.set_yscale("log")
+            log_y(ax)
         else:
             ax.ticklabel_format(axis="y", useOffset=False)
-    shown[0].set_ylabel(panel.ylabel)
+    shown[0].set_ylabel(title)
     shown[0].tick_params(labelleft=True)
     handles = {label: handle for ax in shown for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     labels = sorted(handles, key=lambda label: label == OTHER)  # stable: what no phase accounts for comes last
@@ -316,8 +177,10 @@ def _draw_stack(ax: Axes, series: dict[str, Points], run: RunFolder, colors: dic
     heights = {key: _at(steps, points) for key, points in series.items()}
     whole = _points(run, STEP_TIME)
     if whole is not None:
-        heights[OTHER] = np.maximum(_at(steps, whole) - sum(heights.values()), 0.0)
-        colors = {**colors, OTHER: CLOSED_COLOR}
+        start_up = [points for phase in START_UP if (points := _points(run, f"time/{phase}_s")) is not None]
+        booked = sum(heights.values()) + sum(_at(steps, points) for points in start_up)
+        heights[OTHER] = np.maximum(_at(steps, whole) - booked, 0.0)
+        colors = {**colors, OTHER: LIGHT_GREY}
     below = np.zeros(len(steps))
     for key, height in heights.items():
         edges = np.concatenate([steps - 0.5, [steps[-1] + 0.5]])
@@ -340,10 +203,10 @@ def _shade_closed_gate(ax: Axes, run: RunFolder) -> None:
         if not is_open and closed_since is None:
             closed_since = step - 0.5
         elif is_open and closed_since is not None:
-            ax.axvspan(closed_since, step - 0.5, color=CLOSED_COLOR, alpha=0.5, lw=0, zorder=0)
+            ax.axvspan(closed_since, step - 0.5, color=LIGHT_GREY, alpha=0.5, lw=0, zorder=0)
             closed_since = None
     if closed_since is not None:
-        ax.axvspan(closed_since, ends[-1][0] + 0.5, color=CLOSED_COLOR, alpha=0.5, lw=0, zorder=0)
+        ax.axvspan(closed_since, ends[-1][0] + 0.5, color=LIGHT_GREY, alpha=0.5, lw=0, zorder=0)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -377,18 +240,19 @@ def _entity(key: str) -> str:
 
 
 def _entity_colors(runs: Sequence[RunFolder]) -> dict[str, str]:
-    """One colour for a set or a phase, the same in all figures."""
+    """One colour for a set or a phase, the same in all figures; what comes before the first step comes last."""
     keys = dict.fromkeys(key for run in runs for record in run.records for key in record)
     colors: dict[str, str] = {}
     for kind in ("eval/", "time/"):
-        names = dict.fromkeys(_entity(key) for key in keys if key.startswith(kind) and key != STEP_TIME)
+        found = dict.fromkeys(_entity(key) for key in keys if key.startswith(kind) and key != STEP_TIME)
+        names = sorted(found, key=lambda name: name in START_UP)  # stable
         colors |= {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     return colors
 
 
 def _label(key: str, run: RunFolder) -> str:
     if not key.startswith("eval/"):
-        return _entity(key)
+        return label_of(key).text
     name = _entity(key)
     note = {True: " (trained on)", False: " (held out)", None: ""}[run.trained_on.get(name)]
-    return f"{name} {key.rsplit('/', 1)[1]}{note}"
+    return f"{name}, {label_of(key).text}{note}"

@@ -1,125 +1,42 @@
-"""What came out of a run: the table of results, and one self-contained ``report.html``."""
+"""One self-contained ``report.html``: results and what they mean, curves, rollouts, versions."""
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 import os
-import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from rich.table import Table
-from rich.text import Text
 
 from tempo_megatron.errors import TempoError
+from tempo_megatron.telemetry.figures import FIGURES
+from tempo_megatron.telemetry.findings import CriticFinding, critic_findings
+from tempo_megatron.telemetry.labels import evaluation_label
 from tempo_megatron.telemetry.plots import plot_runs
 from tempo_megatron.telemetry.progress import duration
+from tempo_megatron.telemetry.results import (
+    Evaluations,
+    Results,
+    collect_results,
+    evaluations_of,
+    explanation,
+    format_interval,
+    format_number,
+    number_or_none,
+)
 from tempo_megatron.telemetry.run_folder import LoggedRollout, RunFolder, load_run
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 CURVES_FOLDER = "curves"
 
-#: Metrics of an evaluation that the tables show, in this order.
-TABLE_METRICS = (r"mean@\d+", r"pass@\d+", r"maj@\d+", r"\w*auroc", r"honest\w*")
-
 ROLLOUTS_PER_SET = 2
 SHOWN_TOKENS = 800  # of a longer response, the first and the last half of so many
-
-CAPTIONS = {
-    "evaluation": "Accuracy of one sample (mean@k), of the best of k (pass@k) and of the majority of k (maj@k).",
-    "calibration": "How well terminal values rank right above wrong responses (AUROC: 0.5 is chance, 1 is perfect).",
-    "guard": "What the collapse guard watches on the labelled responses of every step, and where it would step in.",
-    "rewards": "What the policy is rewarded with, and how long its responses are.",
-    "sft": "Supervised fine-tuning of the policy.",
-    "losses": "What the optimizers minimise.",
-    "policy": "How far an update moves the policy.",
-    "mismatch": "What sampling in another engine costs; within the dtype's noise when the weights are in step.",
-    "time": "Where the time goes.",
-    "memory": "The most memory that the reporting rank held in each phase.",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    start: float | None
-    final: float | None
-
-    @property
-    def change(self) -> float | None:
-        return None if self.start is None or self.final is None else self.final - self.start
-
-
-@dataclass(frozen=True)
-class Results:
-    """``rows[set][metric]`` for the sets and metrics that were evaluated, metrics in table order."""
-
-    metrics: list[str]
-    rows: dict[str, dict[str, Cell]]
-
-
-def collect_results(start: Mapping[str, Any], final: Mapping[str, Any], default_set: str = "D_U") -> Results:
-    """Pair up two records: keys ``eval/<set>/<metric>``, or plain ``<metric>`` of ``default_set``."""
-    rows: dict[str, dict[str, Cell]] = {}
-    for key in dict.fromkeys([*start, *final]):
-        found = re.fullmatch(r"eval/([^/]+)/([^/]+)", key)
-        name, metric = found.groups() if found else (default_set, key)
-        cell = Cell(_number(start.get(key)), _number(final.get(key)))
-        if _table_position(metric) is not None and cell != Cell(None, None):
-            rows.setdefault(name, {})[metric] = cell
-    metrics = dict.fromkeys(metric for row in rows.values() for metric in row)
-    return Results(sorted(metrics, key=lambda metric: _table_position(metric) or 0), rows)
-
-
-def _table_position(metric: str) -> int | None:
-    return next((i for i, pattern in enumerate(TABLE_METRICS) if re.fullmatch(pattern, metric)), None)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def results_table(
-    start: Mapping[str, Any],
-    final: Mapping[str, Any],
-    *,
-    title: str = "Results",
-    default_set: str = "D_U",
-    notes: Mapping[str, str] | None = None,
-) -> Table:
-    """Start, end and change of each evaluation set, for the terminal.
-
-    Args:
-        start, final: records as for :func:`collect_results`.
-        notes: a word on a set, e.g. ``{"hu": "held out"}``.
-    """
-    results = collect_results(start, final, default_set)
-    table = Table(title=title, title_justify="left")
-    table.add_column("set")
-    table.add_column("")
-    for metric in results.metrics:
-        table.add_column(metric, justify="right", no_wrap=True)
-    for name, row in results.rows.items():
-        note = (notes or {}).get(name)
-        cells = [row.get(metric, Cell(None, None)) for metric in results.metrics]
-        table.add_row(Text(name, style="bold"), "start", *[format_number(cell.start) for cell in cells])
-        table.add_row(Text(note or "", style="dim"), "end", *[format_number(cell.final) for cell in cells])
-        changes = [Text(format_number(cell.change, sign=True), style="bold") for cell in cells]
-        table.add_row("", "change", *changes, end_section=True)
-    return table
-
-
-def format_number(value: float | None, *, sign: bool = False) -> str:
-    """Three decimals; a dash for what was not measured."""
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{value:+.3f}" if sign else f"{value:.3f}"
 
 
 def main(run_dirs: Sequence[Path | str], output: Path | str | None = None) -> int:
@@ -136,7 +53,10 @@ def main(run_dirs: Sequence[Path | str], output: Path | str | None = None) -> in
     folders = [Path(path) for path in run_dirs]
     target = Path(output) if output is not None else folders[-1] / REPORT_FILE
     title = "TEMPO: " + ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
-    written = write_report(folders, target, _find_summary(folders[-1]), title)
+    runs = [load_run(path) for path in folders]
+    written = write_report(runs, target, _find_summary(folders[-1]), title)
+    for finding in findings_of(runs):
+        print(f"warning: {finding}")
     print(f"report: {written}")
     return 0
 
@@ -154,19 +74,30 @@ def _find_summary(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def findings_of(runs: Sequence[RunFolder]) -> list[CriticFinding]:
+    """Of the run that the table of results is about."""
+    found = _evaluated(runs)
+    return [] if found is None else critic_findings(found.evaluations)
+
+
 def write_report(
-    run_dirs: Sequence[Path | str], output: Path | str, summary: dict[str, Any] | None, title: str
+    runs: Sequence[RunFolder],
+    output: Path | str,
+    summary: dict[str, Any] | None,
+    title: str,
+    about: Sequence[str] = (),
 ) -> Path:
     """Write one HTML file that needs nothing else, and the curves as PNG in ``curves/`` beside it.
 
     Args:
-        run_dirs: run folders, stages in order; partial runs are fine.
+        runs: stages in order; partial runs are fine.
         summary: ``{"start": {"mean@16": ...}, "final": {...}, "wall_s": ..., "seed": ...}`` of D_U, or None.
+        about: paragraphs on what was run, for the top.
 
     Raises:
-        TempoError: a run folder is missing, empty or broken.
+        TempoError: a file of a run is broken.
     """
-    runs = [load_run(path) for path in run_dirs]
+    evaluated = _evaluated(runs)
     rollouts = _chosen_rollouts(runs)  # read before anything is written: a broken file leaves nothing behind
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,13 +105,16 @@ def write_report(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": format_number, "duration": duration}
+    environment.filters |= {"number": format_number, "duration": duration, "interval": format_interval}
+    captions = {spec.name: spec.caption for spec in FIGURES}
     html = environment.get_template("report.html.j2").render(
         title=title,
         tiles=_tiles(summary),
-        evaluation=_evaluation(runs),
+        about=about,
+        evaluated=evaluated,
+        findings=[] if evaluated is None else critic_findings(evaluated.evaluations),
         trained_on={name: trained for run in runs for name, trained in run.trained_on.items()},
-        curves=[(curve.stem, CAPTIONS[curve.stem], _data_uri(curve)) for curve in curves],
+        curves=[(curve.stem, captions[curve.stem], _data_uri(curve)) for curve in curves],
         rollouts=[_view(run, rollout) for run, rollout in rollouts],
         legend=[(value, _color(value)) for value in (0.0, 0.25, 0.5, 0.75, 1.0)],
         runs=runs,
@@ -203,14 +137,14 @@ def _tiles(summary: dict[str, Any] | None) -> list[dict[str, str]]:
     row = results.rows.get("D_U", {})
     tiles = [
         {
-            "label": f"D_U {metric}",
+            "label": f"D_U {evaluation_label(metric).text}",
             "value": f"{format_number(row[metric].start)} \N{RIGHTWARDS ARROW} {format_number(row[metric].final)}",
             "note": f"{format_number(row[metric].change, sign=True)}",
         }
         for metric in results.metrics
         if metric in row
     ]
-    if (wall_s := _number(summary.get("wall_s"))) is not None:
+    if (wall_s := number_or_none(summary.get("wall_s"))) is not None:
         tiles.append({"label": "wall time", "value": duration(wall_s), "note": "m:ss"})
     if "seed" in summary:
         tiles.append({"label": "seed", "value": str(summary["seed"]), "note": ""})
@@ -218,27 +152,33 @@ def _tiles(summary: dict[str, Any] | None) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
+class _Evaluated:
+    run: RunFolder
+    evaluations: Evaluations
     results: Results
-    start: str
-    final: str
+
+    @property
+    def header(self) -> list[str]:
+        return [evaluation_label(metric).text for metric in self.results.metrics]
+
+    @property
+    def start_and_end(self) -> str:
+        first, last = self.evaluations.steps
+        if first == last:
+            return f"The one evaluation so far: {self.run.stage}, after step {first}."
+        return f"Start: {self.run.stage}, after step {first}; end: after step {last} of the same run."
+
+    @property
+    def explanation(self) -> list[str]:
+        return explanation(self.results)
 
 
-def _evaluation(runs: Sequence[RunFolder]) -> _Evaluation | None:
-    """First and last evaluation of the last run that has any."""
+def _evaluated(runs: Sequence[RunFolder]) -> _Evaluated | None:
+    """The last run that has any evaluation, with its first and last one."""
     for run in reversed(runs):
-        records = [record for record in run.records if any(key.startswith("eval/") for key in record)]
-        if records:
-            first, last = _only_eval(records[0]), _only_eval(records[-1]) if len(records) > 1 else {}
-            name = f"{run.stage}, step"
-            return _Evaluation(
-                collect_results(first, last), f"{name} {records[0]['step']}", f"{name} {records[-1]['step']}"
-            )
+        if (evaluations := evaluations_of(run)) is not None:
+            return _Evaluated(run, evaluations, evaluations.results)
     return None
-
-
-def _only_eval(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key.startswith("eval/")}
 
 
 def _chosen_rollouts(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, LoggedRollout]]:

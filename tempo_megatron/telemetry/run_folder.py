@@ -5,6 +5,7 @@
 ``run.json``        ``{"environment": ..., "stage": ..., "started": ISO 8601, "wall_s": seconds,
                     "peak_memory_gib": of rank 0}``
 ``rollouts.jsonl``  a few rollouts with their token values (:class:`LoggedRollout`)
+``evaluations.jsonl``  each evaluation prompt by prompt: ``{"step", "sets": {name: PromptOutcomes}}``
 
 Only ``metrics.jsonl`` has to be there: a run that still goes on, or was killed, can be looked at too.
 """
@@ -20,12 +21,15 @@ from typing import Any
 
 import yaml
 
+from tempo_megatron.config.methods import METHODS
 from tempo_megatron.errors import TempoError
+from tempo_megatron.evaluation.change import PromptOutcomes
 from tempo_megatron.telemetry.metrics import METRICS_FILE, read_metrics
 
 CONFIG_FILE = "config.yaml"
 INFO_FILE = "run.json"
 ROLLOUTS_FILE = "rollouts.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,11 @@ class RunFolder:
 
     @property
     def gate(self) -> dict[str, Any]:
-        """The calibration gate's settings; empty when it is off or unknown."""
+        """The calibration gate's settings; empty when it is off, the method has none, or nothing is known of it."""
         gate = (self.config.get("algorithm") or {}).get("gate") or {}
-        return gate if self.stage == "tempo" and gate.get("enabled") else {}
+        # as in the loop: it protects unlabelled prompts from a critic
+        gated = any(name == self.stage and method.critic and method.unlabeled for name, method in METHODS.items())
+        return gate if gated and gate.get("enabled") else {}
 
     def rollouts(self) -> Iterator[LoggedRollout]:
         """The logged rollouts in file order; none when there is no such file."""
@@ -124,6 +130,23 @@ class RunFolder:
         if path.exists():
             for number, fields in enumerate(read_metrics(path, ignore_torn_tail=True), start=1):
                 yield LoggedRollout.from_json(fields, f"{path}: line {number}")
+
+    def outcomes(self, step: int) -> dict[str, PromptOutcomes]:
+        """What each prompt of each set came to in the evaluation after ``step``; empty where the run kept none.
+
+        Raises:
+            TempoError: the file of them is broken.
+        """
+        path = self.path / EVALUATIONS_FILE
+        if not path.exists():
+            return {}
+        for number, fields in enumerate(read_metrics(path, ignore_torn_tail=True), start=1):
+            if fields["step"] == step:
+                try:
+                    return {name: PromptOutcomes.from_json(of_set) for name, of_set in fields["sets"].items()}
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise TempoError(f"{path}: line {number}: not an evaluation's outcomes: {error}") from None
+        return {}
 
 
 def load_run(path: Path | str) -> RunFolder:

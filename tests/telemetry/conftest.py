@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tempo_megatron.telemetry.report import write_report
+from tempo_megatron.telemetry.run_folder import load_run
 
 SETS = {"du": True, "hu": False, "dl": True}
 CLOSED_STEPS = 18
@@ -133,7 +134,8 @@ def demo_report(demo_runs: list[Path], tmp_path_factory: pytest.TempPathFactory)
     """Their report, with ``curves/`` beside it (drawn once: it is what takes long here)."""
     output = tmp_path_factory.mktemp("report") / "report.html"
     summary = {"start": {"mean@16": 0.412}, "final": {"mean@16": 0.981}, "wall_s": 231.5, "seed": 11}
-    assert write_report(demo_runs, output, summary, "TEMPO <demo>") == output
+    runs = [load_run(path) for path in demo_runs]
+    assert write_report(runs, output, summary, "TEMPO <demo>", ["What was <run>."]) == output
     return output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -203,3 +204,29 @@ def test_wandb_offline_writes_a_run_folder_of_one_id(tmp_path: Path, monkeypatch
     assert logs
     assert all(log.stat().st_size > 0 for log in logs)
     assert [record["step"] for record in read_metrics(tmp_path / METRICS_FILE)] == [1, 2]
+
+
+def test_wandb_advertises_nothing(tmp_path: Path) -> None:
+    """It offers another of its products to whoever has imported openai, as vLLM does."""
+    code = (
+        "import sys, types; sys.modules['openai'] = types.ModuleType('openai')\n"
+        "from pathlib import Path\n"
+        "from tempo_megatron.config.schema import TelemetryConfig\n"
+        "from tempo_megatron.telemetry.metrics import MetricsWriter\n"
+        f"MetricsWriter(Path({str(tmp_path)!r}), TelemetryConfig(wandb='offline'), {{}}, 'run', None).close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_what_was_not_asked_for_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from tempo_megatron.config.schema import TelemetryConfig\n"
+        "from tempo_megatron.telemetry.metrics import MetricsWriter\n"
+        f"MetricsWriter(Path({str(tmp_path)!r}), TelemetryConfig(), {{}}, 'run', None).close()\n"
+        "print([name for name in ('wandb', 'tensorboard', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]")

@@ -19,18 +19,17 @@ from tempo_megatron.demo.study.guard import OFF, ON, ending
 from tempo_megatron.demo.study.intervals import over_seeds
 from tempo_megatron.demo.study.recalibration import Pair, pairs_of
 from tempo_megatron.demo.study.results import D_L, D_U, HELD_OUT, MEAN, PASS, Results, Run, end
-from tempo_megatron.telemetry.plots import DPI, PALETTE, STYLE
+from tempo_megatron.telemetry.style import DPI, PALETTE, STYLE, WIDTH_IN
 
-WIDTH_IN = 10.4
 GREY = PALETTE[6]
 MARKERS = "osD^vP*X"
 
-CLAIM_PANELS = (
-    (f"{D_U}/{MEAN}", "D_U, accuracy (mean@16)"),
-    (f"{D_U}/{PASS}", "D_U, best of 8 (pass@8)"),
-    (f"{HELD_OUT}/{MEAN}", "held out, accuracy (mean@16)"),
-    (f"{D_L}/{MEAN}", "D_L, accuracy (mean@16)"),
-)
+TITLES = {
+    f"{D_U}/{MEAN}": "D_U, accuracy (mean@16)",
+    f"{D_U}/{PASS}": "D_U, best of 8 (pass@8)",
+    f"{HELD_OUT}/{MEAN}": "held out, accuracy (mean@16)",
+    f"{D_L}/{MEAN}": "D_L, accuracy (mean@16)",
+}
 REFERENCE_ARM = "oracle"
 
 
@@ -51,7 +50,7 @@ def draw(results: Results, file: Path) -> bool:
 def _claims(results: Results) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 7.0), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
-    for ax, (key, title) in zip(panels, CLAIM_PANELS, strict=True):
+    for ax, (key, title) in zip(panels, TITLES.items(), strict=True):
         for i, arm in enumerate(results.part.arms):
             runs = [run for run in results.of(arm.name) if key in run.curves]
             if runs:
@@ -122,7 +121,7 @@ def _ablations(results: Results) -> Figure:
         baseline = results.over_seeds(BASELINE, end(key))
         if baseline.seeds:
             ax.axvline(baseline.mean, color=PALETTE[0], lw=0.8, ls="--")
-        ax.set_title(key.replace("/", " "), loc="left")
+        ax.set_title(TITLES[key].replace(", ", "\n", 1), loc="left")
         ax.margins(x=0.1)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     panels[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
