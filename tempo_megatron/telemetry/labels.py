@@ -49,7 +49,7 @@ EVALUATION_LABELS = {
     ),
     r"distinct@(\d+)": Label("distinct@{0}", "answers", "different answers among a prompt's first {0} responses"),
     r"critic_best@(\d+)": Label(
-        "critic's best of {0}", "fraction", "accuracy of the response that the critic values most, of the first {0}"
+        "critic best@{0}", "fraction", "accuracy of the response that the critic values most, of the first {0}"
     ),
     r"critic_maj@(\d+)": Label(
         "value-weighted maj@{0}", "fraction", "as maj@{0}, each vote weighted by the critic's value"
