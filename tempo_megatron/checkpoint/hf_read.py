@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from tempo_megatron.data.tokenizer import check_token_ids, read_object
 from tempo_megatron.errors import TempoError
+from tempo_megatron.lfs import refuse_lfs_pointer
 from tempo_megatron.locate import no_weights_reason
 from tempo_megatron.model.families import family_of
 
@@ -47,6 +49,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         family_of(config)
     except TempoError as error:
         raise TempoError(f"{path}: {error}") from None
+    check_token_ids(path, read_object(path), config.vocab_size)
     return config
 
 
@@ -163,6 +166,7 @@ class HFTensors:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """Every tensor of one safetensors file, without its data; TempoError if a file or a dtype cannot be used."""
+    refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  (safe_open is no mapping)

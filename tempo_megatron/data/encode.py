@@ -1,4 +1,4 @@
-"""Text to token ids: chat template, length limits, and whether tokenizer and model belong together."""
+"""Text to token ids: chat template and length limits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises TempoError when the model has no embedding for some token id, or when there is no EOS token."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    name = tokenizer.name_or_path
-    if largest >= vocab_size:
-        raise TempoError(
-            f"{name}: the tokenizer's largest token id is {largest}, the model's vocab_size is {vocab_size}; "
-            "the tokenizer of this very model is needed"
-        )
-    if tokenizer.eos_token_id is None:
-        raise TempoError(f"{name}: the tokenizer has no eos_token; set it in tokenizer_config.json")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:

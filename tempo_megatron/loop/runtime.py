@@ -6,12 +6,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-
 from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
-from tempo_megatron.data.encode import check_tokenizer
-from tempo_megatron.errors import TempoError
+from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.locate import resolve_init
 from tempo_megatron.loop.data import PromptData, SftData
 from tempo_megatron.model.hf_tensors import Role
@@ -33,6 +30,7 @@ class Runtime:
 
     Attributes:
         sources: by role, where its first weights lie.
+        stop_token_ids: what ends a response.
         engines: by role, from ``build_engines`` on; ``engines["critic"]`` is absent where the config has no critic.
         data: what is trained on or evaluated; whoever builds this sets it.
         rollout_log: only on rank 0 of a run, while it is running.
@@ -48,7 +46,9 @@ class Runtime:
         self.sources = on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
         self.hf_dir = self.sources["actor"].hf_dir
         self.hf_config = on_all_ranks(lambda: load_hf_config(self.hf_dir))
-        self.tokenizer = on_all_ranks(lambda: load_tokenizer(self.hf_dir, self.hf_config.vocab_size))
+        vocab_size = self.hf_config.vocab_size
+        self.tokenizer = on_all_ranks(lambda: load_tokenizer(self.hf_dir, vocab_size))
+        self.stop_token_ids = on_all_ranks(lambda: stop_token_ids(self.hf_dir, self.tokenizer, vocab_size))
         self.progress = Progress(title, total, enabled=self.is_main)
         self.ledger = PhaseLedger(on_phase=self.progress.phase)
         self.engines: dict[str, MegatronEngine] = {}
@@ -75,14 +75,6 @@ class Runtime:
                 trainable=trainable,
             )
 
-    def stop_token_ids(self) -> list[int]:
-        """Every end-of-sequence id of the tokenizer and of the folder's generation config."""
-        ids = {self.tokenizer.eos_token_id}
-        if (self.hf_dir / "generation_config.json").is_file():
-            extra = GenerationConfig.from_pretrained(self.hf_dir, local_files_only=True).eos_token_id
-            ids.update(extra if isinstance(extra, list) else [extra])
-        return sorted(i for i in ids if i is not None)
-
 
 def start_rollout(runtime: Runtime) -> RolloutEngine:
     """vLLM for the actor, without its weights yet."""
@@ -93,7 +85,7 @@ def start_rollout(runtime: Runtime) -> RolloutEngine:
             runtime.config.rollout,
             max_model_len=data.max_prompt_tokens + data.max_response_tokens,
             seed=runtime.config.seed,
-            stop_token_ids=runtime.stop_token_ids(),
+            stop_token_ids=runtime.stop_token_ids,
         )
 
 
@@ -112,13 +104,3 @@ def roles_of(config: Config) -> dict[Role, RoleConfig]:
     if config.critic is not None:
         roles["critic"] = config.critic
     return roles
-
-
-def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of an HF folder; TempoError if it is missing or does not fit the model."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TempoError(f"{folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
-    check_tokenizer(tokenizer, vocab_size)
-    return tokenizer

@@ -21,6 +21,14 @@ from tempo_megatron.patching import replace_value
 SUPPORTED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
+#: What scaled ropes compute with.
+SCALING_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
 @dataclass(frozen=True)
 class Rope:
     """One rope: ``inv_freq [head_dim / 2]`` float32 on the CPU, and the factor on cos and sin (YaRN's)."""
@@ -63,9 +71,29 @@ def refuse_rope(config: PretrainedConfig) -> str | None:
         factor = parameters.get("partial_rotary_factor", partial)
         if factor not in (None, 1.0):
             return f"partial_rotary_factor: {factor} is not supported (only 1.0)"
+        if reason := _refuse_scaling(config, parameters):
+            return reason
         theta = parameters.get("rope_theta")
         if not isinstance(theta, int | float):
             return f"rope_theta: {'null' if theta is None else repr(theta)} is not supported (a number is needed)"
+    return None
+
+
+def _refuse_scaling(config: PretrainedConfig, parameters: dict[str, Any]) -> str | None:
+    kind = parameters.get("rope_type", "default")
+    for key in SCALING_NUMBERS.get(kind, ()):
+        value = parameters.get(key)
+        if not isinstance(value, int | float) or value <= 0:
+            told = "null" if value is None else repr(value)
+            return f"{key}: {told} is not supported (rope_type {kind} needs a number above 0)"
+    if kind == "yarn":
+        end = int(parameters["factor"] * parameters["original_max_position_embeddings"])
+        if config.max_position_embeddings > end:
+            return (
+                f"max_position_embeddings: {config.max_position_embeddings} is beyond YaRN's factor "
+                f"{parameters['factor']:g} x original_max_position_embeddings "
+                f"{parameters['original_max_position_embeddings']:g} = {end}, where vLLM's table of positions ends"
+            )
     return None
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tempo_megatron.data.encode import check_tokenizer, encode_prompts, encode_sft
+from tempo_megatron.data.encode import encode_prompts, encode_sft
 from tempo_megatron.data.prompts import read_eval_answers, read_eval_prompts, read_prompts
 from tempo_megatron.data.sft import read_sft
+from tempo_megatron.data.tokenizer import check_tokenizer
 from tempo_megatron.demo.model import write_model
 from tempo_megatron.demo.task import PROMPT_CHARS, RESPONSE_CHARS, make_task, solver_attempts, write_task
 from tempo_megatron.verifiers import verify

@@ -118,3 +118,7 @@ def _write_models(bad: Bad) -> None:
     values = json.loads(tokenizer.read_text())
     values["model"]["vocab"] |= {f"word{i}": i for i in range(len(values["model"]["vocab"]), 64)}
     tokenizer.write_text(json.dumps(values))
+    shutil.copytree(bad.good.model, bad.model("cut-off-generation"))
+    (bad.model("cut-off-generation") / "generation_config.json").write_text("{\n")
+    shutil.copytree(bad.good.model, bad.model("no-tokenizer-file"))
+    (bad.model("no-tokenizer-file") / "tokenizer.json").unlink()

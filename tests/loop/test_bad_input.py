@@ -251,8 +251,16 @@ MODELS = {
         r"shape \[65, 63\], config\.json asks for \[64, 64\]",
         {"actor.init": "{model:wide-k}"},
     ),
+    "cut-off-generation-config": Case(
+        r".*/cut-off-generation/generation_config\.json: not valid JSON: .*",
+        {"actor.init": "{model:cut-off-generation}"},
+    ),
+    "empty-tokenizer": Case(
+        r".*/no-tokenizer-file/tokenizer\.json: missing; a folder needs it, or else tokenizer\.model, or .*",
+        {"actor.init": "{model:no-tokenizer-file}"},
+    ),
     "other-tokenizer": Case(
-        r".*/other-tokenizer: the tokenizer's largest token id is 63, the model's vocab_size is 24; .*",
+        r".*/other-tokenizer: the tokenizer's largest token id is 63 \(.*\), the model's vocab_size is 24; .*",
         {"actor.init": "{model:other-tokenizer}"},
     ),
 }

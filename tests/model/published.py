@@ -56,6 +56,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **_SHAPE,
         "architectures": ["Olmo3ForCausalLM"],
         "model_type": "olmo3",
+        "eos_token_id": 2,
         "sliding_window": 16,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         "rope_scaling": {

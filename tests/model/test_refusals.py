@@ -170,6 +170,50 @@ def test_rope_that_lacks_a_number(tmp_path: Path) -> None:
     assert "'rope_type'='yarn': {'factor'}" in told
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_yarn_reaches_as_far_as_the_positions(tmp_path: Path, family: str) -> None:
+    """vLLM's table of positions has factor x original rows; what lies beyond is read out of bounds."""
+    load_hf_config(write_config(tmp_path, family, rope_scaling=YARN, max_position_embeddings=64))
+    told = refusal(write_config(tmp_path, family, rope_scaling=YARN, max_position_embeddings=65))
+    assert told == (
+        f"{PUBLISHED[family]['architectures'][0]}: max_position_embeddings: 65 is beyond YaRN's factor 4 x "
+        "original_max_position_embeddings 16 = 64, where vLLM's table of positions ends"
+    )
+
+
+@pytest.mark.parametrize("value", [None, "4", 0, -1.0])
+@pytest.mark.parametrize(
+    ("rope", "key"),
+    [
+        (YARN, "factor"),
+        (YARN, "original_max_position_embeddings"),
+        (LLAMA3, "low_freq_factor"),
+        (LLAMA3, "original_max_position_embeddings"),
+        ({"rope_type": "linear", "factor": 2.0}, "factor"),
+    ],
+)
+def test_rope_with_what_is_no_number(tmp_path: Path, rope: dict[str, Any], key: str, value: object) -> None:
+    told = refusal(write_config(tmp_path, "llama", rope_scaling={**rope, key: value}))
+    if not told.startswith("not a config that transformers knows: "):
+        kind, shown = rope["rope_type"], "null" if value is None else repr(value)
+        assert told == f"LlamaForCausalLM: {key}: {shown} is not supported (rope_type {kind} needs a number above 0)"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("pad_token_id", 37), ("bos_token_id", 37), ("eos_token_id", 37), ("eos_token_id", [1, 151645])]
+)
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_ids_beyond_the_vocabulary(tmp_path: Path, family: str, key: str, value: object) -> None:
+    """Of a vocabulary that was made smaller, or a pad token that was added without one more row."""
+    wrong = value if isinstance(value, int) else 151645
+    told = refusal(write_config(tmp_path, family, **{key: value}))
+    assert told == f"{key}: {wrong} must be a token id from 0 to 36 (vocab_size - 1)"
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "told"),
     [
