@@ -93,9 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     are gone.
     """
     place: RankInfo | None = None
+    words = sys.argv[1:] if argv is None else argv
+    command = words[0] if words else None
     try:
         try:
-            arguments = _parse(sys.argv[1:] if argv is None else argv)
+            arguments = _parse(words)
             place = rank_from_environment()
             if place is not None:
                 signal.signal(signal.SIGINT, _interrupt_once)
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _tell(error, place)
     except KeyboardInterrupt:
         if place is None or (place.rank == 0 and not is_spawned()):
-            _say(stop_message(signal.SIGINT))
+            _say(stop_message(signal.SIGINT, command))
         code = 128 + signal.SIGINT
     if place is not None:
         _leave(code)

@@ -25,6 +25,14 @@ EXIT_LOST_PEER = 4
 #: Seconds that ranks may take to end after Ctrl-C before they are killed.
 SHUTDOWN_TIMEOUT_S = 8
 
+#: What is true of a command that was stopped, and can be done about it.
+AFTER_A_STOP = {
+    "train": "what was saved is complete, go on with resume=auto",
+    "evaluate": "an evaluation has nothing to go on from, start it again",
+    "demo": "the same command goes on with what is not finished",
+    "convert": "the target was not written",
+}
+
 _SPAWNED = "TEMPO_MEGATRON_SPAWNED"
 _HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -102,9 +110,9 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _first_cause({rank: failure.exitcode for rank, failure in error.failures.items()})
         except SignalException as error:
-            return _stopped(signal.Signals(error.sigval))
+            return _stopped(signal.Signals(error.sigval), argv)
         except KeyboardInterrupt:  # before the agent took the signal over
-            return _stopped(signal.SIGINT)
+            return _stopped(signal.SIGINT, argv)
     return 0
 
 
@@ -113,9 +121,10 @@ def is_spawned() -> bool:
     return _SPAWNED in os.environ
 
 
-def stop_message(number: signal.Signals) -> str:
+def stop_message(number: signal.Signals, command: str | None) -> str:
     what = "interrupted" if number is signal.SIGINT else f"stopped by {number.name}"
-    return f"{what}; what was saved is complete, go on with resume=auto"
+    remedy = AFTER_A_STOP.get(command or "")
+    return f"{what}; {remedy}" if remedy else what
 
 
 # ---------------------------------------------------------------- srun
@@ -189,8 +198,8 @@ def _first_cause(exit_codes: Mapping[int, int]) -> int:
     return 128 - code
 
 
-def _stopped(number: signal.Signals) -> int:
-    _say(stop_message(number))
+def _stopped(number: signal.Signals, argv: Sequence[str]) -> int:
+    _say(stop_message(number, argv[0]))
     return 128 + number
 
 

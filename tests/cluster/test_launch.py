@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tempo_megatron.cluster.launch import RankInfo, _first_cause, rank_from_environment, thread_environment
+from tempo_megatron.cluster.launch import (
+    RankInfo,
+    _first_cause,
+    rank_from_environment,
+    stop_message,
+    thread_environment,
+)
 from tempo_megatron.errors import TempoError
 from tests.launching import patience
 
@@ -206,14 +212,27 @@ def test_launches_that_end_well_that_fail_and_that_are_killed(spawn: Callable[..
 
 def test_interrupt_reaches_the_ranks(spawn: Callable[..., Ended]) -> None:
     ended = spawn("wait", signal_when_started=signal.SIGINT)
-    assert (ended.code, ended.err) == (130, "interrupted; what was saved is complete, go on with resume=auto\n")
+    assert (ended.code, ended.err) == (130, "interrupted\n")
     assert "rank 0 interrupted" in ended.out
     assert "rank 1 interrupted" in ended.out
 
 
 def test_sigterm_ends_the_ranks(spawn: Callable[..., Ended]) -> None:
     ended = spawn("wait", signal_when_started=signal.SIGTERM)
-    assert (ended.code, ended.err) == (143, "stopped by SIGTERM; what was saved is complete, go on with resume=auto\n")
+    assert (ended.code, ended.err) == (143, "stopped by SIGTERM\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train", "stopped by SIGTERM; what was saved is complete, go on with resume=auto"),
+        ("evaluate", "stopped by SIGTERM; an evaluation has nothing to go on from, start it again"),
+        ("report", "stopped by SIGTERM"),
+        (None, "stopped by SIGTERM"),
+    ],
+)
+def test_what_is_told_of_a_stop_is_true_of_the_command(command: str | None, told: str) -> None:
+    assert stop_message(signal.SIGTERM, command) == told
 
 
 def test_threads() -> None:
