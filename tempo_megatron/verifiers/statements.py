@@ -1,4 +1,4 @@
-r"""Where a response states its answer: "the answer is ...", "Answer: ...", "correct option: ...", ``<answer>``.
+r"""Where a response states its answer: "the answer is ...", "Answer: ...", "correct option: ...", 答案是 ..., a box.
 
 The last statement decides, readable or not: an earlier one may be what the response takes back.  One that the response
 denies, supposes or leaves open states nothing.
@@ -10,11 +10,12 @@ import re
 from collections import deque
 from dataclasses import dataclass
 
-from tempo_megatron.verifiers.boxed import last_boxed
+from tempo_megatron.verifiers import chinese
+from tempo_megatron.verifiers.boxed import last_box
+from tempo_megatron.verifiers.withdrawn import is_withdrawn
 
 MAX_TAIL = 4000  # characters of a response in which statements are looked for
 _MAX_SENTENCE = 600  # characters before a statement that may deny it
-_MAX_BOX = 1000
 
 _MARKS = r"[*_]{0,4}+"
 # Every repetition is bounded or possessive: a response must not make the search backtrack
@@ -23,13 +24,16 @@ _STATEMENT = re.compile(
     (?P<tag><(?:final[ _-]?)?answer>)
     | (?P<header>^[^\w\n]{{0,8}}+(?:(?:the|my)[ ])?(?:(?:final|correct|right|best)[ ])?answer
         [ \t\r*_:\#]{{0,8}}+$(?=\s*+\S))
+    | (?P<mark>^\#{{4}}(?=[ \t]{{0,4}}[-+\u2212]?\\?\$?[0-9][0-9,./%]{{0,40}}+[ \t\r]{{0,8}}$))
+    | {chinese.STATEMENT}
     | \b(?:answers?(?:[ ](?:choice|option|letter))?
          | (?:correct|right|best|final)\s{{1,4}}+(?:answer\s{{1,4}}+)?(?:choice|option|letter|one)s?)
       {_MARKS}
       (?P<phrase>(?:\s{{0,4}}+[,(]|\s{{1,4}}+(?:to|for|of|in|here|now|then|therefore|thus|hence)\b)[^.!?\n:=]{{0,80}}?)??
       {_MARKS}\s{{0,8}}+
-      (?: :|=|\u2192|(?<=\s)[-\u2013\u2014](?=\s)
-        | \b(?:is|are|was|has|(?:would|must|should|will|has\s{{1,4}}+to|have\s{{1,4}}+to)\s{{1,4}}+be)\b
+      (?: :|(?(phrase)(?!)|=)|\u2192|(?<=\s)[-\u2013\u2014](?=\s)
+        | \b(?:equals|is[ ]equal[ ]to|is|are|was|has
+            |(?:would|must|should|will|has\s{{1,4}}+to|have\s{{1,4}}+to)\s{{1,4}}+be)\b
         | (?P<open>\b(?:can|cannot|could|may|might|seems?|appears?|(?:is|are|was|ca|wo)n['\u2019]?t|becomes?)\b)
       )
       [:=]?>?{_MARKS}
@@ -49,6 +53,22 @@ _DENIAL = re.compile(
 )
 _DENIED_BOX = re.compile(r"\W*+(?:not|never|neither|nor|hardly|unlikely)\b.{0,40}?\\boxed", re.IGNORECASE)
 _INTERJECTION = re.compile(r"\W*+no(?:,|[ ]wait\b)", re.IGNORECASE)
+_NO_VALUE = re.compile(
+    r"[\s*_]{0,4}(?:(?:indeed|also|therefore|thus|then)\s)?(?:correct|right|valid|verified|confirmed|reasonable|consistent"
+    r"|unique|plausible|positive|negative|even|odd|an\sinteger"
+    r"|be\s(?:similarly|also|easily|found|obtained|checked|verified|computed))\b",
+    re.IGNORECASE,
+)
+_MAX_CHECK = 40
+#: "We check our answer: 2 + 3 = 5" states nothing.
+_CHECK = re.compile(
+    r"\b(?:check|verif|test|confirm)[a-z]{0,4}\s(?:(?:the|our|my|this|that|your|final)\s){0,2}\Z", re.IGNORECASE
+)
+_DISPLAYS = {"$$": "$$", "\\[": "\\]"}
+_BOLD = re.compile(r"(?<!\S)(?:\*\*|__)|(?:\*\*|__)(?=[\s.,;:]|\Z)")
+#: Where the value of a statement ends; not at a decimal point.
+_VALUE_END = re.compile(r"[.．](?=\s|\Z)|。|,?[ ]+(?:because|since)\b|[,，]?因为")
+_CHANGES = re.compile(r"\W*+(?:n?or|and|but|not|if|unless|maybe|perhaps|possibly|plus|times|或|但|和)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?][*_\"'\u201d)\]]*+\s++(?![a-z])|\n(?![ \t]*+[a-z])")
 _WORD_BEFORE = re.compile(r"(?:\b(most)\s{1,4})?([A-Za-z'\u2019-]+)[\s*_]{0,4}$")
 #: Any other word before "answer" may take it back: "the second-best answer is", "his answer is".
@@ -76,9 +96,15 @@ class Statement:
     refused: bool
 
 
-def last_statement(text: str) -> Statement | None:
-    """The last statement in ``text``, or None; in linear time."""
-    found = deque(_STATEMENT.finditer(text), maxlen=1)
+def last_statement(text: str, besides: re.Pattern[str] | None = None) -> Statement | None:
+    """The last statement in ``text``, but for those that go on with ``besides``, or None; in linear time."""
+    counted = (
+        m
+        for m in _STATEMENT.finditer(text)
+        if not _CHECK.search(text, max(0, m.start() - _MAX_CHECK), m.start())
+        and not (besides is not None and besides.match(text, m.end()))
+    )
+    found = deque(counted, maxlen=1)
     if not found:
         return None
     last = found[0]
@@ -87,14 +113,18 @@ def last_statement(text: str) -> Statement | None:
         line = line.partition("</")[0]
     if not line.strip(" \t\r*_:"):
         line, _, below = below.lstrip().partition("\n")
+    if closing := _DISPLAYS.get(line.strip()):  # a formula on lines of its own
+        line, _, below = below.partition(closing)
     return Statement(last.start(), line.strip(), below, _is_refused(text, last))
 
 
 def _is_refused(text: str, found: re.Match[str]) -> bool:
-    if found["tag"] or found["header"]:
+    if found["tag"] or found["header"] or found["mark"]:
         return False
     if found["open"]:
         return True
+    if found["chinese"]:
+        return chinese.is_refused(text, found)
     low, at = max(0, found.start() - _MAX_SENTENCE), found.start()
     # One character more, so that the start of the statement itself shows whether it begins a sentence
     ends = [end.end() for end in _SENTENCE_END.finditer(text, low, at + 1) if end.end() <= at]
@@ -107,19 +137,62 @@ def _is_refused(text: str, found: re.Match[str]) -> bool:
     return before is not None and before[1] is None and _FITTING.fullmatch(before[2]) is None
 
 
-def last_box(text: str) -> tuple[str | None, int]:
-    r"""Content of the last complete ``\boxed{}`` of ``text`` and where that starts; (None, -1) when there is none."""
-    box = last_boxed(text)
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What a response ends with: its last statement or box.
+
+    Attributes:
+        text: what it says.
+        below: what follows a statement's line.
+        is_box: it is a box.
+        refused: it is denied, supposed, left open, or taken back afterwards.
+    """
+
+    text: str
+    below: str
+    is_box: bool
+    refused: bool
+
+
+def final(response: str, besides: re.Pattern[str] | None = None) -> Final | None:
+    """The last of all statements and boxes of ``response``, None when there is neither; in linear time."""
+    tail = response[-MAX_TAIL:]
+    statement, box = last_statement(tail, besides), last_box(response)
+    if statement is not None and (box is None or len(response) - len(tail) + statement.start > box.start):
+        gone = statement.refused or is_withdrawn(f"{statement.text}\n{statement.below}")
+        return Final(statement.text, statement.below, False, gone)
     if box is None:
-        return None, -1
-    if len(box) > _MAX_BOX:
-        return box, text.rfind("\\boxed")
-    at = -1
-    for match in re.finditer(r"\\boxed\s*+\{" + re.escape(box) + r"\}", text):
-        at = match.start()
-    return box, at
+        return None
+    gone = denies_box(statement) or is_withdrawn("." + response[box.end :])
+    return Final(box.text, "", True, gone)
 
 
 def denies_box(statement: Statement | None) -> bool:
     r"""Is the last box one that the statement before it denies, "the answer is not ``\boxed{C}``"?"""
     return statement is not None and _DENIED_BOX.match(statement.text) is not None
+
+
+def final_value(response: str) -> str | None:
+    """The value that ``response`` ends with: what its last box holds, or what its last statement begins with.
+
+    None where there is neither, where it was denied or taken back, or where more follows than a reason.  "The answer is
+    correct" says no value, and takes none back.
+    """
+    found = final(response)
+    if found is not None and not found.is_box and _NO_VALUE.match(found.text):
+        found = final(response, besides=_NO_VALUE)
+        if found is not None and re.search("[0-9]", found.text) is None:  # "positive" may be the answer, too
+            return None
+    if found is None or found.refused:
+        return None
+    return found.text if found.is_box else _stated_value(found.text)
+
+
+def _stated_value(text: str) -> str | None:
+    """Up to the end of the sentence or a reason; None where what follows could change it: "24. Or 25"."""
+    bare = _BOLD.sub("", text).strip(' \t\r*_`"\u201c\u201d')
+    end = _VALUE_END.search(bare)
+    if end is None:
+        return bare or None
+    value, rest = bare[: end.start()], bare[end.start() :]
+    return value.strip() if value.strip() and not _CHANGES.match(rest) else None

@@ -33,7 +33,7 @@ AGIEVAL_OPEN = ("gaokao-mathcloze", "math")
 _GPQA_RIGHT = "Correct Answer"
 _GPQA_OPTIONS = (_GPQA_RIGHT, "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
-_OPTION_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.．、:：)])\s*")  # noqa: RUF001 (full-width marks are meant)
+_OPTION_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.．、:：)])\s*")
 
 
 def option_lines(options: Sequence[str]) -> str:

@@ -12,8 +12,9 @@ import re
 
 from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_statement
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
+from tempo_megatron.verifiers.withdrawn import is_withdrawn
 
-_BOX = re.compile(r"\\boxed[ ]?\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)[ ]?\{")
 #: What may stand behind a box or a statement: bold marks, the end of LaTeX's mathematics.
 _TRAILING = ("**", "\\)", "\\]")
 _TEXT_COMMAND = re.compile(r"\\(?:text|texttt|textbf|mathtt|mathrm|verb)\s*\{")
@@ -44,9 +45,9 @@ def _trimmed(text: str) -> str:
         text = shorter
 
 
-def _boxed(rest: str) -> str | None:
-    """Content of a box that ends on its line; ``rest`` begins behind its opening brace."""
-    line = _trimmed(rest.split("\n", 1)[0])
+def _boxed(line: str) -> str | None:
+    """Content of a box that ends on its line; ``line`` begins behind its opening brace."""
+    line = _trimmed(line)
     command = _TEXT_COMMAND.match(line.lstrip())
     closing = "}}" if command else "}"
     if not line.endswith(closing) or line.endswith("\\}"):
@@ -67,9 +68,10 @@ def _final(response: str) -> str | None:
     statement = last_statement(tail)
     boxes = list(_BOX.finditer(tail))
     if statement is not None and (not boxes or statement.start > boxes[-1].start()):
-        return None if statement.refused else _trimmed(statement.text)
+        return None if statement.refused or is_withdrawn(f"\n{statement.below}") else _trimmed(statement.text)
     if boxes:
-        return None if denies_box(statement) else _boxed(tail[boxes[-1].end() :])
+        line, _, below = tail[boxes[-1].end() :].partition("\n")
+        return None if denies_box(statement) or is_withdrawn(f"\n{below}") else _boxed(line)
     return response.strip()
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_box, last_statement
+from tempo_megatron.verifiers.chinese import plain_punctuation
+from tempo_megatron.verifiers.statements import MAX_TAIL, final
 from tempo_megatron.verifiers.verdict import Kind, Verdict
 
 _MAX_TEXT = 300  # characters of a box or a statement that are looked at
@@ -43,7 +44,8 @@ _REASON = re.compile(rf"\b{_REASONS}")
 _HEDGE = re.compile(
     r"\W*+n?or\b|[^\w.]*+(?:is|are|was|isn|wrong|incorrect|and|but|if|unless|maybe|perhaps|possibly|not)\b"
     r"|\W*+(?:which|that|this|it)[ ](?:is|was)[ ](?:not|wrong|incorrect|false)\b|:[ ]?false\b"
-    r"|.*\bor\b[ ]?(?:option[ ])?[(\[]?[A-Z]\b",
+    r"|.*\bor\b[ ]?(?:option[ ])?[(\[]?[A-Z]\b"
+    r"|\W*+(?:或|还是|吗|不对|不,|错|但|也)|.*(?:或者?|还是)[ ]?[(\[]?[A-Z]\b",
     re.IGNORECASE,
 )
 _UNFINISHED = re.compile(
@@ -62,7 +64,7 @@ def normal_letters(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     """Without markup, on one line."""
-    return " ".join(_MARKUP.sub("", text).split())
+    return " ".join(_MARKUP.sub("", plain_punctuation(text)).split())
 
 
 def _letters(matched: str) -> str | None:
@@ -123,17 +125,14 @@ def _extract(response: str) -> str | None:
             return _letters(alone[1])
         if small := _ALONE_SMALL.fullmatch(plain):
             return small[1].upper()
-    statement = last_statement(tail)
-    box, box_at = last_box(tail)
-    if box is None:
-        box, _ = last_box(response)
+    found = final(response)
     line, line_at = _last_line(tail)
-    if line is not None and (statement is None or statement.text != tail[line_at:].strip()):
+    if line is not None and (found is None or found.is_box or found.text != tail[line_at:].strip()):
         return line
-    if statement is not None and statement.start > box_at:
-        return None if statement.refused else _from_statement(statement.text, statement.below)
-    if box is not None:
-        return None if denies_box(statement) else _from_box(box)
+    if found is not None:
+        if found.refused:
+            return None
+        return _from_box(found.text) if found.is_box else _from_statement(found.text, found.below)
     if len(response) <= _MAX_TEXT and "\n" not in response.strip() and _OPTION.match(_plain(response)):
         return _from_box(response)
     return None

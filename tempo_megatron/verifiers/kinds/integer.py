@@ -1,7 +1,10 @@
 r"""Integers, compared exactly: 501 is not 500.
 
-The final answer is the last complete ``\boxed{}``, else the whole response; it must be an integer in ASCII digits, with
-an optional sign, thousands commas, a degree sign and a final period.  Leading zeros don't count (AIME's 033 is 33).
+The final answer is what the last complete ``\boxed{}`` holds or the last statement ("the answer is", "Answer:") says,
+whichever comes last, else the whole response.  It is read as the kind ``math`` reads a number, with its sign, thousands
+commas, math delimiters, a known unit and a final period, but nothing is computed: 2^{10} and 42.0 are no integers here.
+Leading zeros don't count (AIME's 033 is 33).
+
 Digit strings are compared as text: converting hostile digits with ``int`` would take quadratic time.
 """
 
@@ -9,12 +12,11 @@ from __future__ import annotations
 
 import re
 
-from tempo_megatron.verifiers.boxed import final_answer
+from tempo_megatron.verifiers.maths.number import bare_number
+from tempo_megatron.verifiers.statements import final, final_value
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
-_INTEGER = re.compile(
-    r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\s?(?:\^\s?\\circ|\^\s?\{\s?\\circ\s?\}|\\degree|°))?\.?"
-)
+_DIGITS = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
 
 
 def normal_integer(text: str) -> str | None:
@@ -22,7 +24,7 @@ def normal_integer(text: str) -> str | None:
     stripped = text.strip()
     if len(stripped) > MAX_ANSWER_CHARS:
         return None
-    match = _INTEGER.fullmatch(stripped)
+    match = _DIGITS.fullmatch(stripped.removesuffix(".")) or _DIGITS.fullmatch(bare_number(stripped))
     if match is None:
         return None
     digits = match[2].replace(",", "").lstrip("0")
@@ -44,7 +46,8 @@ def _answer_problem(answer: str) -> str | None:
 
 
 def _extract(response: str) -> str | None:
-    return normal_integer(final_answer(response))
+    text = final_value(response) if final(response) is not None else response
+    return None if text is None else normal_integer(text)
 
 
 KIND = Kind("int", _grade, _answer_problem, _extract)

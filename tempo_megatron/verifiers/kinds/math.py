@@ -1,6 +1,7 @@
 r"""Mathematical answers, compared by value (``verifiers.maths``); integers are exact, and cost no parsing.
 
-The final answer is the last complete ``\boxed{}``: a response without a box has none.  Where the known answer is beyond
+The final answer is what the last complete ``\boxed{}`` holds, or what the last statement ("the answer is", "Answer:")
+says, whichever comes last: a response without either has none.  Where the known answer is beyond
 what can be computed, a response with the same text is right and any other is unverified.
 """
 
@@ -10,21 +11,22 @@ from tempo_megatron.verifiers.boxed import last_boxed
 from tempo_megatron.verifiers.maths.compare import equal, is_computable, normal_form
 from tempo_megatron.verifiers.maths.text import MAX_CHARS, clean
 from tempo_megatron.verifiers.maths.value import warm_up
+from tempo_megatron.verifiers.statements import final_value
 from tempo_megatron.verifiers.verdict import CheckFailedError, Kind, Verdict, boxed
 
 
 def _extract(response: str) -> str | None:
-    boxed = last_boxed(response)
-    return None if boxed is None else normal_form(boxed)
+    text = final_value(response)
+    return None if text is None else normal_form(text)
 
 
 def _grade(response: str, answer: str) -> Verdict:
-    boxed = last_boxed(response)
-    if boxed is None:
-        return Verdict(False, None, "no box")
-    got = normal_form(boxed)
+    text = final_value(response)
+    if text is None:
+        return Verdict(False, None, "no box and no statement, or one that is denied or taken back")
+    got = normal_form(text)
     if got is None:
-        return Verdict(False, None, "unreadable box")
+        return Verdict(False, None, "unreadable answer")
     if equal(_bare(answer), got):
         return Verdict(True, got, "equal")
     if not is_computable(_bare(answer)):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
-from tempo_megatron.verifiers.boxed import last_boxed
-from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_box, last_statement
+from tempo_megatron.verifiers.chinese import plain_punctuation
+from tempo_megatron.verifiers.statements import final
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
 _WRAPPERS = (("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("$", "$"))
@@ -18,7 +18,7 @@ _LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt))\
 
 
 def _normal(text: str) -> str:
-    text = _LATEX_TEXT.sub(r"\1", text).strip()
+    text = plain_punctuation(_LATEX_TEXT.sub(r"\1", text)).strip()
     for _ in range(3):
         text = _bare_end(text.removesuffix(".").strip())
         for start, end in _WRAPPERS:
@@ -40,15 +40,10 @@ def _extract(response: str) -> str | None:
 
 
 def _final(response: str) -> str | None:
-    tail = response[-MAX_TAIL:]
-    statement = last_statement(tail)
-    _, box_at = last_box(tail)
-    if statement is not None and statement.start > box_at:
-        return None if statement.refused else statement.text
-    if denies_box(statement):
-        return None
-    box = last_boxed(response)
-    return response.strip() if box is None else box
+    found = final(response)
+    if found is None:
+        return response.strip()
+    return None if found.refused else found.text
 
 
 def _grade(response: str, answer: str) -> Verdict:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from tempo_megatron.verifiers.maths.shape import (
+from tempo_megatron.verifiers.maths.intervals import solutions
+from tempo_megatron.verifiers.maths.names import is_in_order
+from tempo_megatron.verifiers.maths.shape import name_of, shape
+from tempo_megatron.verifiers.maths.shapes import (
+    Approximation,
+    Blanks,
     Expression,
     Items,
     Matrix,
+    Named,
+    Quantity,
     Relation,
     Sequence,
+    SetBuilder,
     Shape,
-    as_interval,
-    shape,
 )
-from tempo_megatron.verifiers.maths.text import clean, words
-from tempo_megatron.verifiers.maths.units import split_unit, units_agree
+from tempo_megatron.verifiers.maths.text import clean, thousands_or_list, words
+from tempo_megatron.verifiers.maths.units import units_agree
 from tempo_megatron.verifiers.maths.value import (
     UnreadableError,
     constant,
@@ -30,8 +36,14 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z'. -]*[A-Za-z.]")
 _LONG_WORD = re.compile(r"[A-Za-z]{3}")  # shorter ones may be products of variables
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*\)?")
 _BLANKS = re.compile(r"(?<![0-9]) | (?![0-9])")  # all but those between two digits
+_DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+")
+#: Of what is said of things, not computed; compared as a text.
+_STATEMENT = re.compile(
+    r"\\(?:perp|parallel|cong|sim|subset(?:eq)?|Rightarrow|Leftrightarrow|triangle|mathbb)(?![a-zA-Z])"
+)
 _RATIO = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")  # compared as a text
 _MAX_ITEMS = 32
+_MAX_SIDES = 4
 _FLIPPED = {">": "<", ">=": "<="}
 
 
@@ -58,30 +70,40 @@ def equal(gold: str, got: str) -> bool:
         return False
     if a == b:
         return True
-    value, unit = split_unit(a)
-    other_value, other_unit = split_unit(b)
-    return units_agree(unit, other_unit) and _equal_texts(value, other_value)
+    return any(_equal_texts(x, y) for x in thousands_or_list(a) for y in thousands_or_list(b))
 
 
 @lru_cache(maxsize=8192)
 def is_computable(raw: str) -> bool:
     """Can every expression of this answer be given a value, or compared as a text?"""
     text = clean(raw)
-    return text is not None and _is_computable(shape(split_unit(text)[0].strip()))
+    return text is not None and _is_computable(shape(thousands_or_list(text)[0]))
 
 
 def _is_computable(of: Shape) -> bool:
-    if isinstance(of, Items | Sequence):
+    if isinstance(of, Items | Blanks | Sequence):
         return all(map(_is_computable, of.items))
     if isinstance(of, Matrix):
         return all(_is_computable(cell) for row in of.rows for cell in row)
     if isinstance(of, Relation):
-        sides = of.sides[1:] if of.name is not None else of.sides
-        return all(_is_computable(Expression(side)) for side in sides)
-    if _is_text(of.text) or of.text.lstrip("+-") in (r"\infty", r"\emptyset") or _RATIO.fullmatch(of.text):
+        sides = of.sides if name_of(of) is None else of.sides[1:]
+        return all(_is_computable(shape(side)) for side in sides)
+    if isinstance(of, SetBuilder):
+        return _is_computable(of.condition)
+    if isinstance(of, Quantity | Named):
+        return _is_computable(of.value)
+    if isinstance(of, Approximation):
+        return _is_computable(of.exact)
+    return _is_computable_expression(of.text)
+
+
+def _is_computable_expression(text: str) -> bool:
+    if _is_text(text) or text.lstrip("+-") in (r"\infty", r"\emptyset") or _RATIO.fullmatch(text):
+        return True
+    if _STATEMENT.search(text):
         return True
     try:
-        return same(of.text, of.text)
+        return same(text, text)
     except (UnreadableError, ZeroDivisionError):
         return False
 
@@ -93,17 +115,56 @@ def _equal_texts(a: str, b: str) -> bool:
 def _equal(gold: Shape, got: Shape) -> bool:
     if gold == got:
         return True
-    if isinstance(gold, Relation) or isinstance(got, Relation):
-        return _equal_relations(gold, got)
+    if isinstance(gold, Approximation) or isinstance(got, Approximation):
+        return _equal_approximations(gold, got)
+    if isinstance(gold, Relation | Named | SetBuilder) or isinstance(got, Relation | Named | SetBuilder):
+        return _equal_statements(gold, got)
+    if _is_either(gold) != _is_either(got):
+        return _equal_values(*map(_values_of, (gold, got)))
+    return _equal_bare(gold, got)
+
+
+def _equal_bare(gold: Shape, got: Shape) -> bool:
+    """Neither says what it is the value of."""
+    if isinstance(gold, Quantity) or isinstance(got, Quantity):
+        units = (of.unit if isinstance(of, Quantity) else None for of in (gold, got))
+        return units_agree(*units) and _equal(*(of.value if isinstance(of, Quantity) else of for of in (gold, got)))
     if isinstance(gold, Expression) and isinstance(got, Expression):
         return _equal_expressions(gold.text, got.text)
+    if isinstance(gold, Blanks):
+        return isinstance(got, Blanks | Items) and not _is_union(got) and _pairwise(gold.items, got.items)
     if isinstance(gold, Items) or isinstance(got, Items):
-        return _equal_items(gold, got)
+        return _equal_items(gold, Items(got.items) if isinstance(got, Blanks) else got)
     if isinstance(gold, Sequence) and isinstance(got, Sequence):
         return gold.brackets == got.brackets and _pairwise(gold.items, got.items)
     if isinstance(gold, Matrix) and isinstance(got, Matrix):
         return len(gold.rows) == len(got.rows) and all(map(_pairwise, gold.rows, got.rows))
     return False
+
+
+def _is_union(of: Shape) -> bool:
+    return isinstance(of, Items) and (of.union or of.either)
+
+
+def _is_either(of: Shape) -> bool:
+    return isinstance(of, Items) and of.either
+
+
+def _equal_approximations(gold: Shape, got: Shape) -> bool:
+    r"""``5\pi \approx 15.7`` says both; its rounded number stands for another rounded number only."""
+    if isinstance(gold, Approximation) and isinstance(got, Approximation):
+        return _equal(gold.exact, got.exact)
+    if isinstance(gold, Approximation):
+        return _equal(gold.exact, got) or (_is_decimal(got) and _equal(gold.decimal, got))
+    assert isinstance(got, Approximation)
+    return _equal(gold, got.exact) or (_is_decimal(gold) and _equal(gold, got.decimal))
+
+
+def _is_decimal(of: Shape) -> bool:
+    if isinstance(of, Relation):
+        return _DECIMAL.fullmatch(of.sides[-1]) is not None
+    value = of.value if isinstance(of, Quantity) else of
+    return isinstance(value, Expression) and _DECIMAL.fullmatch(value.text.strip()) is not None
 
 
 def _pairwise(gold: tuple[Shape, ...], got: tuple[Shape, ...]) -> bool:
@@ -151,44 +212,57 @@ def _equal_members(gold: Shape, got: Shape) -> bool:
 
 
 def _is_named(of: Shape) -> bool:
-    return isinstance(of, Relation) and of.name is not None
+    return name_of(of) is not None
 
 
-def _equal_relations(gold: Shape, got: Shape) -> bool:
-    if isinstance(gold, Relation) and isinstance(got, Relation):
-        values = _value(gold), _value(got)
-        if gold.name is not None and gold.name == got.name and values[0] and values[1]:
-            return _equal(values[0], values[1])
-        return _same_statement(gold, got)
-    relation, other = (gold, got) if isinstance(gold, Relation) else (got, gold)
-    assert isinstance(relation, Relation)
-    if relation.name is not None:
-        value = _value(relation) if _is_in_order(relation.name) else None
-        return value is not None and (_equal(value, other) if relation is gold else _equal(other, value))
-    if set(relation.operators) == {"="}:
-        return relation is got and _is_calculation(relation) and _equal(gold, shape(relation.sides[-1]))
-    interval = as_interval(relation)
-    return interval is not None and isinstance(other, Sequence) and _equal(interval, other)
+def _equal_statements(gold: Shape, got: Shape) -> bool:
+    """Assignments, equations, inequalities and sets by a condition, or one of them and a bare value."""
+    if isinstance(gold, Relation) and isinstance(got, Relation) and _same_statement(gold, got):
+        return True
+    return _equal_values(_values_of(gold), _values_of(got))
 
 
-def _value(relation: Relation) -> Shape | None:
+def _equal_values(gold: tuple[str | None, Shape | None], got: tuple[str | None, Shape | None]) -> bool:
+    """The same values, and of the same variable where both tell of which."""
+    (gold_name, gold_values), (got_name, got_values) = gold, got
+    if gold_values is None or got_values is None:
+        return False
+    name = gold_name or got_name
+    if gold_name is not None and got_name is not None:
+        return gold_name == got_name and _equal(gold_values, got_values)
+    if name is not None and name.startswith("(") and not is_in_order(name):
+        return False
+    return _equal(gold_values, got_values)
+
+
+def _values_of(of: Shape) -> tuple[str | None, Shape | None]:
+    """The variable that an answer is about, if it tells, and what its values are; None: an equation says none."""
+    if isinstance(of, Named):
+        return of.name, of.value
+    if isinstance(of, SetBuilder) or _is_either(of):
+        return solutions(of)
+    if not isinstance(of, Relation):
+        return None, of
+    if name_of(of) is not None:
+        return name_of(of), _assigned(of)
+    if set(of.operators) == {"="}:
+        return None, shape(of.sides[-1]) if _is_identity(of) else None
+    return solutions(of)
+
+
+def _assigned(relation: Relation) -> Shape | None:
     """The value of an assignment, where all sides after the name are the same."""
     first, *others = relation.sides[1:]
-    same_all = relation.name is not None and len(others) < 4 and all(_equal_texts(first, other) for other in others)
-    return relation.assigned if same_all else None
+    same_all = len(others) < _MAX_SIDES and all(_equal_texts(first, other) for other in others)
+    return shape(relation.sides[-1]) if same_all else None
 
 
-def _is_in_order(name: str) -> bool:
-    """Would a bare tuple name its values in this order?"""
-    names = re.findall("[a-zA-Z]+", name) if name.startswith("(") else []
-    return names == sorted(names)
-
-
-def _is_calculation(relation: Relation) -> bool:
-    """``3 + 4 = 7``: no variables, and true."""
+def _is_identity(relation: Relation) -> bool:
+    """``3 + 4 = 7``, ``\\sin 2x = 2 \\sin x \\cos x``: always true, so that it says what its last side is."""
+    if len(relation.sides) > _MAX_SIDES:
+        return False
     try:
-        constants = [constant(s) for s in relation.sides]
-        return len(constants) <= 4 and all(same(s, relation.sides[-1]) for s in relation.sides)
+        return all(same(side, relation.sides[-1]) for side in relation.sides)
     except (UnreadableError, ZeroDivisionError):
         return False
 

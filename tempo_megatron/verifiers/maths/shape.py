@@ -1,89 +1,41 @@
-r"""The structure of an answer: a list, a tuple, an interval, a union, a matrix, a relation, or one expression."""
+r"""Takes the text of an answer apart: lists, tuples, intervals, unions, matrices, relations, units, one expression."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 
+from tempo_megatron.verifiers.maths.names import is_name
+from tempo_megatron.verifiers.maths.shapes import (
+    Approximation,
+    Blanks,
+    Expression,
+    Items,
+    Matrix,
+    Named,
+    Quantity,
+    Relation,
+    Sequence,
+    SetBuilder,
+    Shape,
+)
 from tempo_megatron.verifiers.maths.text import split_top_level
+from tempo_megatron.verifiers.maths.units import split_unit
 from tempo_megatron.verifiers.maths.value import UnreadableError, constant, is_near
 
-_COMMA = re.compile(r"[,;]|\\lor(?![a-zA-Z])")
+_BLANK = re.compile(";")
+_COMMA = re.compile(r",|\\lor(?![a-zA-Z])")
+_SEPARATOR = re.compile("[,;]")
 _UNION = re.compile(r"\\cup(?![a-zA-Z])")
 _RELATION = re.compile(r"<=|>=|!=|\\(?:le|ge|ne|lt|gt|in|approx)(?![a-zA-Z])|[<>=]")
-_PLUS_MINUS = re.compile(r"\\pm(?![a-zA-Z])")
-_MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_GREEK = (
-    "alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|(?:var)?rho|(?:var)?sigma"
-    "|tau|upsilon|(?:var)?phi|chi|psi|omega|ell"
-)
-_NAME = re.compile(rf"(?:[a-zA-Z]|\\(?:{_GREEK}))(?:_\{{?[a-zA-Z0-9]{{1,3}}\}}?)?(?:\([a-zA-Z](?:\s*,\s*[a-zA-Z])*\))?")
-_NAMES = re.compile(rf"\((?:[a-zA-Z]|\\(?:{_GREEK}))(?:\s*,\s*(?:[a-zA-Z]|\\(?:{_GREEK}))){{1,3}}\)")
 _OPERATORS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">"}
+_PLUS_MINUS = re.compile(r"\\pm(?![a-zA-Z])")
+_MATRIX = re.compile(r"\\begin\{([pb]?matrix|array|cases)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_CONDITION = re.compile(r"\\text\s*\{\s*,?\s*(?:if|when|for|where)\s*\}")
 _PAIRS = {"(": ")]", "[": ")]"}
-
-
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """One expression, or a text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    r"""Several answers in any order: ``1, 2``, ``\{1, 2\}``, ``a \cup b``, ``1 \pm 2``.
-
-    ``union`` tells the third, and ``either`` that one of several inequalities holds, not all of them.
-    """
-
-    items: tuple[Shape, ...]
-    union: bool = False
-    either: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """Ordered items between brackets: a tuple, a point, an interval; ``brackets`` such as ``[)``."""
-
-    brackets: str
-    items: tuple[Shape, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Rows of expressions, whatever the brackets around them."""
-
-    rows: tuple[tuple[Shape, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """``sides[0] operators[0] sides[1] ...`` of expressions; operators are =, <, <=, >, >=, !=."""
-
-    sides: tuple[str, ...]
-    operators: tuple[str, ...]
-
-    @property
-    def name(self) -> str | None:
-        """The variable of an assignment such as ``x = 3`` or ``f(x) = 2x``, else None."""
-        return self.sides[0] if set(self.operators) == {"="} and is_name(self.sides[0]) else None
-
-    @property
-    def assigned(self) -> Shape:
-        """The value of an assignment with two sides."""
-        return shape(self.sides[-1])
-
-
-Shape = Expression | Items | Sequence | Matrix | Relation
-
-
-def is_name(text: str) -> bool:
-    """Is ``text`` what a value could be assigned to?"""
-    if _NAMES.fullmatch(text):
-        return True
-    return _NAME.fullmatch(text) is not None and not text.startswith((r"\pi", r"\infty"))
+_POINT = re.compile(r"([ABD-Z](?:_[0-9])?)\s*(\(.*\))", re.DOTALL)  # C(10,5) may be a binomial
+_BUILDER = re.compile(r"(.{1,40}?)\s*(?:\\mid(?![a-zA-Z])|\\vert(?![a-zA-Z])|\||:)\s*(.+)", re.DOTALL)
+_REALS = re.compile(r"\s*\\in\s*(?:\\mathbb\s*\{\s*R\s*\}|\\mathbb\s*R|\\R|\\text\s*\{\s*R\s*\}|R)\Z")
 
 
 @lru_cache(maxsize=4096)
@@ -92,28 +44,62 @@ def shape(text: str) -> Shape:
     text = text.strip()
     if re.match(r"\+\s*[0-9.\\]", text) and not _PLUS_MINUS.search(text):
         text = text[1:].strip()
+    parts, _ = split_top_level(text, _BLANK)
+    if len(parts) > 1:
+        return _blanks(parts)
     parts, separators = split_top_level(text, _COMMA)
     if len(parts) > 1:
         return _items(parts, either=r"\lor" in separators)
     parts, operators = split_top_level(text, _RELATION)
     if len(parts) > 1:
         return _relation(text, parts, operators)
+    value, unit = split_unit(text)
+    if unit is not None:
+        return Quantity(shape(value), unit)
     parts, _ = split_top_level(text, _UNION)
     if len(parts) > 1:
         return Items(tuple(shape(p) for p in parts), union=True)
     return _bracketed(text) or _plus_minus(text) or Expression(text)
 
 
+def name_of(of: Shape) -> str | None:
+    """The variable of an assignment such as ``x = 3`` or ``f(x) = 2x``, else None."""
+    if isinstance(of, Named):
+        return of.name
+    is_assignment = isinstance(of, Relation) and set(of.operators) == {"="} and is_name(of.sides[0])
+    return of.sides[0] if isinstance(of, Relation) and is_assignment else None
+
+
+def _blanks(parts: list[str]) -> Shape:
+    """``x = 1; y = 2`` may come in any order: the names tell which is which."""
+    items = [shape(p) for p in parts]
+    if all(name_of(i) is not None for i in items):
+        return _items(parts, either=False)
+    return Blanks(tuple(items))
+
+
 def _items(parts: list[str], *, either: bool) -> Shape:
     """``x = 1, 2`` and ``x = 1, x = 2`` are the values of x; "or" matters between inequalities only."""
     items = [shape(p) for p in parts]
-    names = {i.name if isinstance(i, Relation) and len(i.sides) == 2 else "" for i in items}
-    first = items[0].name if isinstance(items[0], Relation) else None
-    if first is not None and names <= {first, ""}:
-        items = [i.assigned if isinstance(i, Relation) and i.name == first else i for i in items]
+    if isinstance(items[-1], Quantity) and all(isinstance(i, Expression) for i in items[:-1]):
+        items = [*(Quantity(i, items[-1].unit) for i in items[:-1]), items[-1]]  # 3, 5 cm
+    name = name_of(items[0])
+    if name is not None and {name_of(i) for i in items} <= {name, None} and all(map(_has_one_value, items)):
+        values = [_assigned(i) for i in items]
+        return Named(name, Items(tuple(m for p, i in zip(parts, values, strict=True) for m in _two_signs(p, i))))
     inequalities = any(isinstance(i, Relation) and i.operators != ("=",) for i in items)
     flat = [member for part, item in zip(parts, items, strict=True) for member in _two_signs(part, item)]
     return Items(tuple(flat), either=either and inequalities)
+
+
+def _has_one_value(of: Shape) -> bool:
+    return not isinstance(of, Relation) or of.operators == ("=",)
+
+
+def _assigned(of: Shape) -> Shape:
+    if isinstance(of, Named):
+        return of.value
+    return shape(of.sides[-1]) if isinstance(of, Relation) else of
 
 
 def _two_signs(part: str, item: Shape) -> tuple[Shape, ...]:
@@ -123,43 +109,64 @@ def _two_signs(part: str, item: Shape) -> tuple[Shape, ...]:
 
 def _relation(text: str, parts: list[str], operators: list[str]) -> Shape:
     """An Expression is what can't be read: it equals its own text only."""
-    if not parts[0] and operators[0] == "=":
-        return shape(text[1:])
+    if not parts[0] and operators[0] in ("=", r"\approx"):
+        return shape(text[len(operators[0]) :])
     if operators == [r"\in"] and is_name(parts[0]):
         members = shape(parts[1])
         known = isinstance(members, Items | Sequence) or parts[1].startswith((r"\mathbb", r"\emptyset"))
-        return members if known else Expression(text)
-    if operators == [r"\approx"] and _is_approximation(*parts):
-        return shape(parts[0])
+        return Named(parts[0], members) if known else Expression(text)
+    if operators[-1] == r"\approx" and all(parts):
+        return _approximation(parts, operators) or Expression(text)
     if not {r"\in", r"\approx"}.isdisjoint(operators) or not all(parts):
         return Expression(text)
+    if operators == ["="] and is_name(parts[1]) and not is_name(parts[0]):
+        parts = parts[::-1]
     return Relation(tuple(parts), tuple(_OPERATORS.get(o, o) for o in operators))
 
 
-def _is_approximation(exact: str, decimal: str) -> bool:
+def _approximation(parts: list[str], operators: list[str]) -> Shape | None:
+    (value, _), (decimal, _) = split_unit(parts[-2]), split_unit(parts[-1])
     try:
-        return is_near(constant(exact), decimal)
+        if not is_near(constant(value.strip()), decimal.strip()):
+            return None
     except (UnreadableError, ZeroDivisionError):
-        return False
+        return None
+    exact = shape(" ".join(word for pair in zip(parts[:-1], [*operators[:-1], ""], strict=True) for word in pair))
+    name, rounded = name_of(exact), shape(parts[-1])
+    return Approximation(exact, rounded if name is None else Relation((name, parts[-1]), ("=",)))
 
 
 def _bracketed(text: str) -> Shape | None:
     if matrix := _MATRIX.fullmatch(_without_brackets(text)):
         rows = [r for r in re.split(r"\\\\", matrix[2]) if r.strip()]
-        return Matrix(tuple(tuple(shape(cell) for cell in row.split("&")) for row in rows))
+        return Matrix(tuple(tuple(_cell(cell) for cell in row.split("&")) for row in rows))
     if text.startswith(r"\{") and text.endswith(r"\}"):
-        members = text[2:-2].strip()
-        inner = shape(members)
-        nested = members.startswith(r"\{") and not split_top_level(members, _COMMA)[1]
-        return inner if isinstance(inner, Items) and not inner.union and not nested else Items((inner,))
+        return _set(text[2:-2].strip())
     if text.startswith(r"\langle") and text.endswith(r"\rangle"):
-        parts, _ = split_top_level(text[7:-7], _COMMA)
+        parts, _ = split_top_level(text[7:-7], _SEPARATOR)
         return Sequence("<>", tuple(shape(p) for p in parts))
     if len(text) > 2 and text[0] in _PAIRS and text[-1] in _PAIRS[text[0]]:
-        parts, _ = split_top_level(text[1:-1], _COMMA)
+        parts, _ = split_top_level(text[1:-1], _SEPARATOR)
         if len(parts) > 1:
             return Sequence(text[0] + text[-1], tuple(shape(p) for p in parts))
+    if (point := _POINT.fullmatch(text)) and isinstance(place := _bracketed(point[2]), Sequence):
+        return Named(point[1], place)
     return None
+
+
+def _cell(text: str) -> Shape:
+    return shape(_CONDITION.sub(" ", text).strip(" ,;."))
+
+
+def _set(members: str) -> Shape:
+    builder = _BUILDER.fullmatch(members)
+    if builder and is_name(variable := _REALS.sub("", builder[1])):
+        return SetBuilder(variable, shape(builder[2]))
+    inner = shape(members)
+    if isinstance(inner, Blanks):
+        return Items(inner.items)
+    nested = members.startswith(r"\{") and not split_top_level(members, _SEPARATOR)[1]
+    return inner if isinstance(inner, Items) and not inner.union and not nested else Items((inner,))
 
 
 def _without_brackets(text: str) -> str:
@@ -172,21 +179,3 @@ def _plus_minus(text: str) -> Shape | None:
         return None
     plus, minus = (_PLUS_MINUS.sub(sign, text).strip() for sign in ("+", "-"))
     return Items((Expression(plus.removeprefix("+").strip()), Expression(minus)))
-
-
-def as_interval(relation: Relation) -> Sequence | None:
-    r"""The interval that an inequality of one variable describes: ``1 < x <= 2`` is ``(1, 2]``."""
-    sides, operators = list(relation.sides), list(relation.operators)
-    if operators and operators[0] in (">", ">="):
-        sides.reverse()
-        operators = [{">": "<", ">=": "<="}.get(o, o) for o in reversed(operators)]
-    if not operators or not set(operators) <= {"<", "<="}:
-        return None
-    if len(sides) == 3 and is_name(sides[1]):
-        brackets = ("(" if operators[0] == "<" else "[") + (")" if operators[1] == "<" else "]")
-        return Sequence(brackets, (shape(sides[0]), shape(sides[2])))
-    if len(sides) == 2 and is_name(sides[0]):
-        return Sequence("()" if operators[0] == "<" else "(]", (Expression(r"-\infty"), shape(sides[1])))
-    if len(sides) == 2 and is_name(sides[1]):
-        return Sequence("()" if operators[0] == "<" else "[)", (shape(sides[0]), Expression(r"\infty")))
-    return None

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from functools import lru_cache
 
+from tempo_megatron.verifiers.maths.latex import braced_arguments, choices, rows_as_list
+
 #: Longer answers are refused unread: no true final answer has this length, and parsing one takes long.
 MAX_CHARS = 300
 #: Brackets of all kinds inside each other.
@@ -21,14 +23,24 @@ _SYMBOLS = {
     "\u00b2": "^{2}", "\u00b3": "^{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
 }  # fmt: skip
+_SYMBOLS |= {
+    "\u3002": ".", "\u3001": ",", "\u3000": " ", "\u2220": r"\angle ", "\u25b3": r"\triangle ",
+    # full-width forms, which Chinese text is written with; not the tilde, which may stand for a range
+    **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)},
+}  # fmt: skip
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
+_ROOT = re.compile(r"\u221a\s*(?:([0-9]+)|\(([^()]{1,40})\)|\{([^{}]{1,40})\})")
 
 _NUMBER_GAP = re.compile(r"(?<=[0-9])(?:\\[!,;: ]|\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))")
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9]|,[0-9])")
+_NUMBER_OR_LIST = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+")
+_NAMED_LIST = re.compile(r"[a-zA-Z\\][^=<>,]{0,20}=\s*" + _NUMBER_OR_LIST.pattern)
 _LISTS = re.compile(r"[(\[]|\\\{|\\langle|\\begin")
 _REWRITES = [
     (re.compile(r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|displaystyle|textstyle|limits|rm)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:thick)?approx(?:eq)?(?![a-zA-Z])|\\simeq(?![a-zA-Z])|\\doteq(?![a-zA-Z])"), r"\\approx "),
+    (re.compile(r"\A(?:approximately|approx\.?|about|roughly)\s+(?=[-0-9.\\$])"), r"\\approx "),
     (re.compile(r"\\dbinom|\\tbinom"), r"\\binom"),
     (re.compile(r"\\(?:text|math)(?:bf|it)\s*\{\s*([a-zA-Z])\s*\}"), r"{\1}"),
     (
@@ -59,6 +71,8 @@ _REWRITES = [
 ]
 _OPEN_END = re.compile(r"\\[,;]\Z|\.\s*\.[ .,;]*\Z")  # 3.1... is not 3.1
 _WRAPPERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_PARENTHESES = re.compile(r"(?<!\\)\\[()]")
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -69,16 +83,35 @@ def clean(raw: str) -> str | None:
     Unreadable: empty, longer than ``MAX_CHARS``, braces that don't balance, brackets deeper than ``MAX_DEPTH``,
     control or zero-width characters, digits that are not ASCII.
     """
-    if len(raw) > MAX_CHARS or any(_is_refused(c) for c in raw):
+    text = _SYMBOL.sub(lambda found: _SYMBOLS[found.group()], raw[: MAX_CHARS + 1])
+    if len(raw) > MAX_CHARS or any(_is_refused(c) for c in text):
         return None
-    text = _SYMBOL.sub(lambda found: _SYMBOLS[found.group()], raw)
-    text = _NUMBER_GAP.sub("", text)
+    text = _NUMBER_GAP.sub("", rows_as_list(_ROOT.sub(_braced_root, text)))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _unwrap(text.strip())
-    if not _LISTS.search(text):  # (2,999) is a pair
+    text = choices(braced_arguments(_unwrap(_without_inner_delimiters(_unwrap(text.strip())))))
+    is_list = _LISTS.search(text) or _NUMBER_OR_LIST.fullmatch(text) or _NAMED_LIST.fullmatch(text)
+    if not is_list:  # (2,999) is a pair
         text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
     return text if text and _is_balanced(text) else None
+
+
+def thousands_or_list(text: str) -> tuple[str, ...]:
+    """The readings of cleaned ``text``: ``100,200`` may be one number or two."""
+    if _NUMBER_OR_LIST.fullmatch(text):
+        return text.replace(",", ""), text
+    return (text,)
+
+
+def _braced_root(found: re.Match[str]) -> str:
+    return rf"\sqrt{{{found[1] or found[2] or found[3]}}}"
+
+
+def _without_inner_delimiters(text: str) -> str:
+    """``$5$;$10$`` is ``5;10``.  A blank for each, so that no two numbers become one."""
+    if len(_DOLLAR.findall(text)) % 2 == 0:
+        text = _DOLLAR.sub(" ", text)
+    return _PARENTHESES.sub(" ", text) if text.count(r"\(") == text.count(r"\)") else text
 
 
 def _is_refused(character: str) -> bool:

@@ -214,15 +214,15 @@ def ratio_is_constant(a: tuple[str, str], b: tuple[str, str], *, positive: bool)
                 left, right, other_left, other_right = (_inexact(evaluate(t, point)) for t in trees)
             except (ZeroDivisionError, TooLargeError):
                 continue
-            over, under = left - right, other_left - other_right
-            if under == 0 or over == 0:
-                return False
-            ratios.append(over / under)
+            if _agree(left, right) or _agree(other_left, other_right):
+                return False  # true of everything
+            ratios.append((left - right) / (other_left - other_right))
     if len(ratios) < _MIN_POINTS:
         raise UnreadableError("no value")
-    if positive and any(mpmath.im(r) != 0 or mpmath.re(r) <= 0 for r in ratios):
-        return False
-    return all(_agree(r, ratios[0]) for r in ratios)
+    with mpmath.workdps(_DIGITS):
+        if positive and any(mpmath.re(r) <= 0 or not _agree(r / mpmath.re(r), Fraction(1)) for r in ratios):
+            return False
+        return all(_agree(r / ratios[0], Fraction(1)) for r in ratios)
 
 
 def _same_at_points(a: Any, b: Any) -> bool:
@@ -318,6 +318,8 @@ class _Evaluation:
             return exact
         if name in _CONSTANTS:
             return _CONSTANTS[name]()
+        if type(type(tree)).__name__ == "UndefinedFunction":
+            return self.unknown_function(name, [self.value(a) for a in tree.args])
         if name not in _OPERATIONS:
             raise UnreadableError(f"{name} is not computed")
         symbols = self.symbols
@@ -327,6 +329,13 @@ class _Evaluation:
         elif symbols == self.symbols:
             self.bits = max(self.bits, _bits(result))
         return result
+
+    def unknown_function(self, name: str, arguments: list[Number]) -> Number:
+        """A pseudo-random value for f at exact arguments."""
+        self.symbols += 1
+        if not all(isinstance(a, Fraction) for a in arguments):
+            raise UnreadableError(f"{name} of an inexact number")
+        return _sample(f"{name}({', '.join(map(str, arguments))})", self.point)
 
 
 def _bits(value: Fraction) -> int:
@@ -441,7 +450,10 @@ def _binomial(n: Number, k: Number) -> Number:
 def _floor(x: Number) -> Number:
     if isinstance(x, mpmath.mpc):
         raise UnreadableError("floor of a complex number")
-    return Fraction(x.numerator // x.denominator) if isinstance(x, Fraction) else Fraction(int(mpmath.floor(x)))
+    if isinstance(x, Fraction):
+        return Fraction(x.numerator // x.denominator)
+    nearest = mpmath.nint(x)  # sqrt(2) * sqrt(2) is a little less than 2
+    return Fraction(int(nearest if _agree(x, nearest) else mpmath.floor(x)))
 
 
 def _log(x: Number, base: Number | None = None) -> Number:
