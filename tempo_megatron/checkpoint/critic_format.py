@@ -2,7 +2,10 @@
 
 ``score``
     transformers' ``AutoModelForTokenClassification`` with one label: ``score.weight`` [1, h] and ``score.bias`` [1].
-    verl and the reference code write and read it for every family that has such a class.
+    verl and the reference code write and read it for every family that has such a class.  A reward model,
+    ``AutoModelForSequenceClassification`` with one label (TRL's and OpenRLHF's have ``score.weight`` and no bias), is
+    read in this form too: its score of a whole text is the value of the last token.  It is written back as a token
+    classifier, since the other class has no place for the bias that is trained.
 ``v_head``
     TRL's ``AutoModelForCausalLMWithValueHead``: ``v_head.summary.weight`` [1, h] and ``.bias`` [1] beside the whole
     policy, its ``lm_head.weight`` included. verl and the reference code fall back to it for the other families (OLMo-3
@@ -32,6 +35,7 @@ from tempo_megatron.checkpoint.hf_read import HFTensors, StoredTensor, read_head
 from tempo_megatron.config.architectures import TOKEN_CLASSIFIER
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
+from tempo_megatron.model.hf_tensors import LM_HEAD
 
 HeadFormat = Literal["score", "v_head"]
 
@@ -39,7 +43,6 @@ HeadFormat = Literal["score", "v_head"]
 ACTIVATION = "value_head_activation"
 
 WEIGHT, BIAS = "score.weight", "score.bias"
-LM_HEAD = "lm_head.weight"
 V_HEAD = {WEIGHT: "v_head.summary.weight", BIAS: "v_head.summary.bias"}
 
 #: LLaMA-Factory's file with the two ``v_head`` tensors.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PretrainedConfig
 
 from tempo_megatron.checkpoint.critic_format import BIAS, WEIGHT
 from tempo_megatron.checkpoint.hf_read import HFTensors
+from tempo_megatron.config.architectures import is_critic
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
-from tempo_megatron.model.hf_tensors import Role, expected_tensors, unplaced_tensors
+from tempo_megatron.model.hf_tensors import EMBEDDING, LM_HEAD, Role, expected_tensors, unplaced_tensors
+
+#: Rows of an embedding that are compared at a time.
+ROWS = 4096
 
 
 def check_hf_folder(tensors: HFTensors, config: PretrainedConfig, role: Role, *, init_head: bool) -> bool:
@@ -22,7 +27,8 @@ def check_hf_folder(tensors: HFTensors, config: PretrainedConfig, role: Role, *,
         Whether the value head is to stay as it was built: a critic from a folder without one.
 
     Raises:
-        TempoError: naming the file and the tensor, when a tensor is missing, has no place or has another shape.
+        TempoError: naming the file and the tensor, when a tensor is missing, has no place or has another shape, or
+            when the output layer of a tied model is not the embedding.
     """
     headless = role == "critic" and WEIGHT not in tensors.names
     if headless and not init_head:
@@ -51,13 +57,29 @@ def check_hf_folder(tensors: HFTensors, config: PretrainedConfig, role: Role, *,
                 f"{tensors.describe(name)} has the shape {list(tensors.shape_of(name))}, "
                 f"config.json asks for {list(shape)}"
             )
+    if role == "actor" and config.tie_word_embeddings and LM_HEAD in tensors.names:
+        _check_tied(tensors)
     return headless
 
 
+def _check_tied(tensors: HFTensors) -> None:
+    """A tied model reads its output layer from the embedding: one that is stored besides must be the same."""
+    head, embedding = tensors(LM_HEAD), tensors(EMBEDDING)
+    same = head.shape == embedding.shape and all(
+        torch.equal(a.float(), b.float())  # float32 holds every dtype that is read; a whole copy would be large
+        for a, b in zip(head.split(ROWS), embedding.split(ROWS), strict=True)
+    )
+    if not same:
+        raise TempoError(
+            f"{tensors.describe(LM_HEAD)} differs from {EMBEDDING}, but {tensors.folder / 'config.json'} says "
+            "tie_word_embeddings: true, so that it would be lost; set that to false, or remove the tensor"
+        )
+
+
 def _check_labels(tensors: HFTensors, config: PretrainedConfig) -> None:
-    """A value is one number per token: a token classifier with one label."""
+    """A value is one number: of a classifier with one label."""
     path = tensors.folder / "config.json"
-    classifier = any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+    classifier = any(is_critic(name) for name in config.architectures or ())
     if classifier and config.num_labels != 1:
         raise TempoError(f"{path}: num_labels (id2label) is {config.num_labels}; a critic has 1")
     rows = tensors.shape_of(WEIGHT)[0] if tensors.shape_of(WEIGHT) else 0

@@ -17,7 +17,7 @@ CONFIG = "config.json"
 #: Name of a config.json that is not complete.
 UNNAMED = ".config.json.partial"
 
-#: Files of an HF folder that are not weights and travel with a model.
+#: What an HF folder holds beside weights, and what travels with a model: files, and one folder of them.
 SIDE_FILES = (
     CONFIG,
     "generation_config.json",
@@ -30,6 +30,7 @@ SIDE_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates",
 )
 
 
@@ -43,6 +44,8 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, target / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 class HFWriter:
@@ -91,7 +94,7 @@ class HFWriter:
         try:
             self._name_shards(*self._write_shards(tensors))
             _copy(side_files, self.partial, (name for name in SIDE_FILES if name != CONFIG))
-            for path in self.partial.iterdir():
+            for path in self.partial.rglob("*"):
                 _sync(path)
             if check is not None:
                 check(self.partial)

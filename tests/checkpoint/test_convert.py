@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -112,6 +113,41 @@ def test_critic_of_trl_there_and_back(folder: Callable[..., Path], tmp_path: Pat
     assert megatron_to_hf(["--megatron", str(there), "--hf", str(other), "--critic", "--head", "score"]) == 0
     assert torch.equal(tensors(other)["score.weight"], head["v_head.summary.weight"])
     assert "lm_head.weight" not in tensors(other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reward_model_as_a_critic(folder: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """Its score of a text is the value of the last token, and comes back as a token classifier's (or a v_head)."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    source = shutil.copytree(folder(family), tmp_path / "reward", ignore=shutil.ignore_patterns("model*"))
+    config = hf.AutoConfig.from_pretrained(source, num_labels=1)
+    reward = hf.AutoModelForSequenceClassification.from_config(config).eval()
+    reward.save_pretrained(source)
+    assert "score.bias" not in tensors(source)
+    assert hf_to_megatron(["--hf", str(source), "--megatron", str(there), "--critic", "--verify"]) == 0
+    assert megatron_to_hf(["--megatron", str(there), "--hf", str(back), "--critic", "--verify"]) == 0
+    ids = torch.arange(7).unsqueeze(0)
+    with torch.no_grad():
+        wanted = reward(ids).logits[0, 0]
+        if family == "olmo3":
+            assert tensors(back)["v_head.summary.bias"].item() == 0
+            hidden = hf.AutoModel.from_pretrained(back).eval()(ids).last_hidden_state[0, -1]
+            value = (hidden @ tensors(back)["v_head.summary.weight"].T)[0]
+        else:
+            value = hf.AutoModelForTokenClassification.from_pretrained(back).eval()(ids).logits[0, -1, 0]
+    torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama-tied"])
+def test_reward_model_of_two_labels(
+    folder: Callable[..., Path], tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(folder(family), tmp_path / "reward", ignore=shutil.ignore_patterns("model*"))
+    config = hf.AutoConfig.from_pretrained(source, num_labels=2)
+    hf.AutoModelForSequenceClassification.from_config(config).save_pretrained(source)
+    command = ["--hf", source, "--megatron", tmp_path / "there", "--critic"]
+    error = error_of(capsys, hf_to_megatron, *command)
+    assert f"{source / 'config.json'}: num_labels (id2label) is 2; a critic has 1" in error
 
 
 def test_layout_to_layout_by_way_of_hf(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -235,6 +271,46 @@ def test_verify_finds_a_flipped_bit_of_an_hf_folder(
     error = error_of(capsys, megatron_to_hf, "--megatron", there, "--hf", tmp_path / "back", "--verify", code=3)
     assert "tensor lm_head.weight of the result differs" in error
     assert list(tmp_path.iterdir()) == [there]
+
+
+def with_output_layer(source: Path, folder: Path, factor: float) -> Path:
+    """A tied policy in one file that holds its output layer too: ``factor`` times the embedding."""
+    found = tensors(source)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*"))
+    head = factor * found["model.embed_tokens.weight"]
+    save_file({**found, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_verify_compares_an_output_layer_that_is_stored_besides(
+    folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tempo_megatron.checkpoint.hf_check as module
+
+    same = with_output_layer(folder("llama-tied"), tmp_path / "same", 1.0)
+    other = with_output_layer(folder("llama-tied"), tmp_path / "other", 2.0)
+    there = tmp_path / "there"
+    assert hf_to_megatron(["--hf", str(same), "--megatron", str(there), "--tp", "2", "--verify"]) == 0
+    assert f"tensors with equal SHA-256 │ {len(tensors(same))} " in capsys.readouterr().out
+    command = ["--hf", other, "--megatron", tmp_path / "no", "--verify"]
+    assert "lm_head.weight differs from model.embed_tokens.weight" in error_of(capsys, hf_to_megatron, *command)
+    monkeypatch.setattr(module, "_check_tied", lambda tensors: None)
+    error = error_of(capsys, hf_to_megatron, *command, code=3)
+    assert "verification: tensor lm_head.weight of the result differs from the source's" in error
+
+
+def test_verify_compares_the_output_layer_that_a_critic_carries(
+    folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tempo_megatron.checkpoint.convert.to_megatron as module
+
+    source, there = folder("olmo3", "critic"), tmp_path / "there"
+    assert hf_to_megatron(["--hf", str(source), "--megatron", str(there), "--critic", "--verify"]) == 0
+    assert f"tensors with equal SHA-256 │ {len(tensors(source))} " in capsys.readouterr().out
+    monkeypatch.setattr(module, "carry_lm_head", lambda source, target: None)
+    command = ["--hf", source, "--megatron", tmp_path / "no", "--critic", "--verify"]
+    error = error_of(capsys, hf_to_megatron, *command, code=3)
+    assert "verification: tensor lm_head.weight is missing in the result" in error
 
 
 def test_verify_finds_outputs_that_differ(

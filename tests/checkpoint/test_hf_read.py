@@ -309,6 +309,33 @@ def test_good_folders_pass(good: dict[str, Path], name: str, role: str, init_hea
     assert check_hf_folder(tensors, load_hf_config(folder), role, init_head=init_head) is keeps_head
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_layer_of_a_tied_policy_that_is_not_the_embedding(tmp_path: Path, dtype: torch.dtype) -> None:
+    """transformers drops it without a word; with another dtype, equal numbers are the same layer."""
+    policy("llama-tied").to(dtype).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    head = stored(tmp_path)["model.embed_tokens.weight"].float()
+    rewrite(path, lm_head__weight=head)
+    assert not check_hf_folder(HFTensors(tmp_path), load_hf_config(tmp_path), "actor", init_head=False)
+    head[-1, -1] += 1
+    rewrite(path, lm_head__weight=head)
+    assert refusal(tmp_path, "actor") == (
+        f"{path}: tensor lm_head.weight differs from model.embed_tokens.weight, but {tmp_path / 'config.json'} says "
+        "tie_word_embeddings: true, so that it would be lost; set that to false, or remove the tensor"
+    )
+    rewrite(path, lm_head__weight=head[:-1].clone())
+    assert "tensor lm_head.weight differs from model.embed_tokens.weight" in refusal(tmp_path, "actor")
+    assert check_hf_folder(HFTensors(tmp_path), load_hf_config(tmp_path), "critic", init_head=True)  # has none anyway
+
+
+def test_weights_that_were_not_fetched(tmp_path: Path) -> None:
+    policy("qwen3").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031645\n")
+    told = f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    assert refusal(tmp_path, "actor") == told
+
+
 def test_tied_policy_may_hold_its_output_layer(tmp_path: Path) -> None:
     policy("llama-tied").save_pretrained(tmp_path)
     embedding = stored(tmp_path)["model.embed_tokens.weight"]

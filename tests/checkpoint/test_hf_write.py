@@ -17,7 +17,7 @@ import transformers as hf
 from torch import Tensor
 
 from tempo_megatron.checkpoint.hf_read import HFTensors
-from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
+from tempo_megatron.checkpoint.hf_write import CONFIG, SIDE_FILES, HFWriter, copy_side_files, dtype_change
 from tempo_megatron.checkpoint.safetensors_stream import SafetensorsWriter
 from tests.checkpoint.hf_models import policy, same_tensors, stored
 
@@ -68,6 +68,26 @@ def test_same_bytes_and_names_as_transformers(
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert same_tensors(dict(model.state_dict()), dict(policy("qwen3").state_dict()))
+
+
+def test_side_files_travel_byte_for_byte(source: Path, tmp_path: Path) -> None:
+    """Whatever form the tokenizer is in, and templates in a folder of their own; nothing else of the source."""
+    model = shutil.copytree(source, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    names = [name for name in SIDE_FILES if name not in (CONFIG, "additional_chat_templates")]
+    for name in (*names, "additional_chat_templates/rag.jinja", "README.md", "modeling_own.py", ".hidden"):
+        (model / name).write_bytes(f"\r\n {name}\xff".encode("latin-1"))
+    HFWriter(tmp_path / "exported").write(stream(model), model)
+    copy_side_files(model, tmp_path / "checkpoint")
+    copy_side_files(model, tmp_path / "checkpoint")  # into a folder that is there
+    kept = {path.relative_to(model): path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    for left_out in ("README.md", "modeling_own.py", ".hidden"):
+        del kept[Path(left_out)]
+    for folder in (tmp_path / "exported", tmp_path / "checkpoint"):
+        found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        weights = found.pop(Path("model.safetensors"), None)
+        assert (weights is None) is (folder.name == "checkpoint")
+        assert found == {path: data for path, data in kept.items() if path != Path("model.safetensors")}
 
 
 @pytest.mark.parametrize("shard_bytes", [2048, 3000, 10_000])

@@ -172,11 +172,14 @@ def test_llama_is_supported(job: Job) -> None:
     job.check()
 
 
-def test_critic_may_be_a_token_classifier(job: Job) -> None:
-    job.model("critic", architectures=["Qwen3ForTokenClassification"])
+@pytest.mark.parametrize("architecture", ["Qwen3ForTokenClassification", "Qwen3ForSequenceClassification"])
+def test_critic_may_be_a_classifier(job: Job, architecture: str) -> None:
+    job.model("critic", architectures=[architecture])
     job.check()
-    job.model("actor", architectures=["Qwen3ForTokenClassification"])
-    assert "architectures: Qwen3ForTokenClassification is not supported" in job.refusal()
+    job.model("actor", architectures=[architecture])
+    told = job.refusal()
+    assert f"architectures: {architecture} is not supported" in told
+    assert told.endswith("(a model with a score head is a critic, not a policy)")
 
 
 def test_both_roles_need_one_vocabulary(job: Job) -> None:

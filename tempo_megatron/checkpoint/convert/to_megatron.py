@@ -25,6 +25,7 @@ from tempo_megatron.checkpoint.critic_format import WEIGHT, CriticTensors, carry
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import CONFIG, changed_config, copy_side_files, dtype_change
 from tempo_megatron.checkpoint.manifest import FORMAT, sync_write
+from tempo_megatron.config.architectures import TEXT_CLASSIFIER
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import MANIFEST, hf_name
@@ -47,7 +48,7 @@ class HFSource:
 
     Attributes:
         fresh_head: the value head is made anew.
-        head_format: of a critic whose head came with it, see ``critic_format``; else None.
+        head_format: the form in which a critic is written back, see ``critic_format``; None for the usual one.
         names: the tensors that are converted.
         dtypes: of each Megatron tensor in the checkpoint, by key.
 
@@ -66,6 +67,8 @@ class HFSource:
             raise TempoError(f"{folder} has no value head ({WEIGHT}); --init-head makes a fresh one")
         self.fresh_head = check_hf_folder(self.tensors, config, role, init_head=init_head)
         self.head_format = self.tensors.head_format if isinstance(self.tensors, CriticTensors) else None
+        if any(name.endswith(TEXT_CLASSIFIER) for name in config.architectures):
+            self.head_format = None
         self.names = sorted(self.tensors.names & expected_tensors(config, role).keys())
         self.dtypes = self._megatron_dtypes()
 
@@ -91,12 +94,8 @@ class HFSource:
     def is_fresh(self, part: Part) -> bool:
         return self.fresh_head and part.entry.rule in VALUE_HEAD_RULES
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor as the conversion must keep it."""
-        for name in self.names:
-            yield name, self.read(name)
-
     def read(self, name: str) -> Tensor:
+        """A tensor as the conversion must keep it."""
         tensor = self.tensors(name)
         return tensor.to(self.dtype or tensor.dtype)
 

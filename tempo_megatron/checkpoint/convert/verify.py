@@ -18,11 +18,13 @@ from transformers import PretrainedConfig
 from tempo_megatron.checkpoint.convert.plan import process_group
 from tempo_megatron.checkpoint.convert.to_hf import MegatronSource
 from tempo_megatron.checkpoint.convert.to_megatron import HFSource, OnBytes
-from tempo_megatron.checkpoint.critic_format import BIAS, WEIGHT, open_hf_folder
+from tempo_megatron.checkpoint.critic_format import BIAS, LM_HEAD_FILE, WEIGHT, CriticTensors, open_hf_folder
+from tempo_megatron.checkpoint.hf_read import read_header
 from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.errors import RunError
+from tempo_megatron.locate import hf_name
 from tempo_megatron.model.build import build_model
-from tempo_megatron.model.hf_tensors import Role
+from tempo_megatron.model.hf_tensors import EMBEDDING, LM_HEAD, Role, is_rotary_buffer
 from tempo_megatron.model.weights import TensorReader
 from tempo_megatron.parallel.groups import ModelParallelGroups
 
@@ -48,17 +50,40 @@ class Verification:
 
 
 def verify_megatron(source: HFSource, folder: Path, on_bytes: OnBytes) -> Verification:
-    """Compare the checkpoint that was written into ``folder`` with the HF folder that it was made of.
+    """Compare the checkpoint that was written into ``folder`` with every tensor of the HF folder that it was made of.
 
     Raises:
         RunError: naming the first tensor that differs, or the difference of the outputs.
     """
     written = MegatronSource(folder / source.role, source.config, source.role, None)
-    converted = set(source.names)
-    tensors = compare_digests(source, ((name, t) for name, t in written if name in converted), on_bytes)
+    tensors = compare_digests(_stored(source), _kept(source, written, folder), on_bytes)
     if source.fresh_head:
         return Verification(tensors, 0, 0.0)
     return Verification(tensors, *compare_outputs(source.read, source.names, written))
+
+
+def _stored(source: HFSource) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder, whether or not it has a parameter of its own.
+
+    But for rotary frequencies, which config.json determines, and a policy's output layer where a critic is made of it.
+    """
+    for name in sorted(source.tensors.names):
+        if not is_rotary_buffer(name) and not (source.role == "critic" and name == LM_HEAD):
+            yield name, source.read(name)
+    if isinstance(source.tensors, CriticTensors) and source.tensors.lm_head is not None:
+        yield LM_HEAD, source.tensors.lm_head.read()
+
+
+def _kept(source: HFSource, written: MegatronSource, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors under the names of ``_stored``: a tied output layer is the embedding once more."""
+    for name, tensor in written:
+        if not (source.fresh_head and name in (WEIGHT, BIAS)):
+            yield name, tensor
+        if name == EMBEDDING and source.role == "actor" and LM_HEAD in source.tensors.names - set(source.names):
+            yield LM_HEAD, tensor
+    carried = folder / hf_name(source.role) / LM_HEAD_FILE
+    if carried.is_file():
+        yield LM_HEAD, read_header(carried)[0].read()
 
 
 def verify_hf(source: MegatronSource, folder: Path, on_bytes: OnBytes) -> Verification:
