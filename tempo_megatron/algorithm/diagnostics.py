@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -13,14 +14,37 @@ from tempo_megatron.errors import RunError
 ECE_BINS = 10
 
 
-@torch.no_grad()
-def calibration(values: Tensor, outcomes: Tensor) -> dict[str, float]:
-    """How well terminal values ``[M]`` predict verified outcomes ``[M]`` in {0, 1}.
+@dataclass(frozen=True)
+class Calibration:
+    """How well terminal values predict verified outcomes; NaN where a figure is undefined.
 
-    ``auroc`` (ranking; NaN when all outcomes are equal), ``ece`` (expected calibration error, 10 equal-width bins)
-    and ``brier`` (mean squared error), both of values clamped to [0, 1], ``explained_variance``
-    (1 - Var(y - v) / Var(y); NaN when all outcomes are equal), ``mean_value`` and ``max_value`` of the raw values,
-    and ``accuracy``, the mean outcome, which ``mean_value`` should match.
+    Attributes:
+        auroc: of the ranking; NaN when all outcomes are equal.
+        ece: expected calibration error, 10 equal-width bins, of values clamped to [0, 1].
+        brier: mean squared error of values clamped to [0, 1].
+        explained_variance: 1 - Var(y - v) / Var(y); NaN when all outcomes are equal.
+        mean_value, max_value: of the raw values.
+        accuracy: the mean outcome, which ``mean_value`` should match.
+        minority: responses of the rarer outcome, on which ``auroc`` rests.
+    """
+
+    auroc: float = math.nan
+    ece: float = math.nan
+    brier: float = math.nan
+    explained_variance: float = math.nan
+    mean_value: float = math.nan
+    max_value: float = math.nan
+    accuracy: float = math.nan
+    minority: int = 0
+
+    def figures(self) -> dict[str, float]:
+        """All but ``minority``, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "minority"}
+
+
+@torch.no_grad()
+def calibration(values: Tensor, outcomes: Tensor) -> Calibration:
+    """Figures of terminal values ``[M]`` against verified outcomes ``[M]`` in {0, 1}.
 
     Raises:
         RunError: a value is NaN or infinite.
@@ -32,20 +56,21 @@ def calibration(values: Tensor, outcomes: Tensor) -> dict[str, float]:
             f"{bad} of {len(values)} terminal values of the critic are not finite: it has diverged (critic.optimizer)"
         )
     if not len(values):
-        names = ("auroc", "ece", "brier", "explained_variance", "mean_value", "max_value", "accuracy")
-        return dict.fromkeys(names, math.nan)
+        return Calibration()
     chances = values.clamp(0.0, 1.0)
-    both_classes = bool((outcomes == 1).any() and (outcomes == 0).any())
+    right = int((outcomes == 1).sum())
+    both_classes = 0 < right < len(outcomes)
     residual = (outcomes - values).var(correction=0) / outcomes.var(correction=0)
-    return {
-        "auroc": float(roc_auc_score(outcomes.numpy(), values.numpy())) if both_classes else math.nan,
-        "ece": _expected_calibration_error(chances, outcomes),
-        "brier": float((chances - outcomes).square().mean()),
-        "explained_variance": 1.0 - float(residual) if both_classes else math.nan,
-        "mean_value": float(values.mean()),
-        "max_value": float(values.max()),
-        "accuracy": float(outcomes.mean()),
-    }
+    return Calibration(
+        auroc=float(roc_auc_score(outcomes.numpy(), values.numpy())) if both_classes else math.nan,
+        ece=_expected_calibration_error(chances, outcomes),
+        brier=float((chances - outcomes).square().mean()),
+        explained_variance=1.0 - float(residual) if both_classes else math.nan,
+        mean_value=float(values.mean()),
+        max_value=float(values.max()),
+        accuracy=float(outcomes.mean()),
+        minority=min(right, len(outcomes) - right),
+    )
 
 
 def _expected_calibration_error(chances: Tensor, outcomes: Tensor) -> float:
@@ -55,31 +80,44 @@ def _expected_calibration_error(chances: Tensor, outcomes: Tensor) -> float:
     return float(gap.abs().sum() / len(chances))
 
 
+@dataclass(frozen=True)
+class LogProbDifference:
+    """How far the trainer's log-probabilities of the sampled tokens are from the sampler's; NaN without tokens.
+
+    Attributes:
+        mean_abs, max_abs: in nats.
+        kl_k1, kl_k3: per-token estimates of KL(rollout || trainer).
+        ess: the effective sample size (sum w)^2 / (M sum w^2) of the token weights w = p_trainer / p_rollout, in
+            (0, 1], 1 being perfect agreement.
+    """
+
+    mean_abs: float = math.nan
+    max_abs: float = math.nan
+    kl_k1: float = math.nan
+    kl_k3: float = math.nan
+    ess: float = math.nan
+
+
 @torch.no_grad()
-def log_prob_difference(rollout: Tensor, trainer: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the trainer's log-probabilities of the sampled tokens are from the sampler's.
+def log_prob_difference(rollout: Tensor, trainer: Tensor, mask: Tensor) -> LogProbDifference:
+    """Compare log-probabilities of the same tokens under the same weights.
 
     Args:
         rollout: ``[N, L]`` float32, from the engine that sampled.
-        trainer: ``[N, L]`` float32, of the same weights by the training engine.
+        trainer: ``[N, L]`` float32, by the training engine.
         mask: ``[N, L]`` bool.
-
-    Returns:
-        ``mean_abs`` and ``max_abs`` in nats; ``kl_k1`` and ``kl_k3``, per-token estimates of KL(rollout || trainer);
-        ``ess``, the effective sample size (sum w)^2 / (M sum w^2) of the token weights w = p_trainer / p_rollout,
-        in (0, 1], 1 being perfect agreement.
     """
     difference = trainer[mask].double() - rollout[mask].double()
     if not difference.numel():
-        return dict.fromkeys(("mean_abs", "max_abs", "kl_k1", "kl_k3", "ess"), math.nan)
+        return LogProbDifference()
     log_ess = 2 * difference.logsumexp(0) - (2 * difference).logsumexp(0) - math.log(difference.numel())
-    return {
-        "mean_abs": float(difference.abs().mean()),
-        "max_abs": float(difference.abs().max()),
-        "kl_k1": float(-difference.mean()),
-        "kl_k3": float((difference.expm1() - difference).mean()),
-        "ess": min(float(log_ess.exp()), 1.0),  # rounding may put perfect agreement just above 1
-    }
+    return LogProbDifference(
+        mean_abs=float(difference.abs().mean()),
+        max_abs=float(difference.abs().max()),
+        kl_k1=float(-difference.mean()),
+        kl_k3=float((difference.expm1() - difference).mean()),
+        ess=min(float(log_ess.exp()), 1.0),  # rounding may put perfect agreement just above 1
+    )
 
 
 @torch.no_grad()

@@ -8,14 +8,31 @@ the start of the run.  What is done about a violation is the loop's (``GuardConf
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tempo_megatron.config.schema import GuardConfig
 
-#: What is watched, by the names in the metrics ``guard/<name>``.
-WATCHES = ("accuracy", "readable", "truncated", "overclaim", "entropy")
+
+@dataclass(frozen=True)
+class Watched:
+    """What one step shows of policy and critic; NaN: not measured.
+
+    Attributes:
+        accuracy, readable, truncated: fractions of the fresh labeled responses that are right, have an answer, were
+            cut off.
+        overclaim: mean terminal value minus accuracy on them.
+        entropy: of the policy, nats per token.
+    """
+
+    accuracy: float = math.nan
+    readable: float = math.nan
+    truncated: float = math.nan
+    overclaim: float = math.nan
+    entropy: float = math.nan
+
+
+WATCHES = tuple(field.name for field in fields(Watched))
 
 
 @dataclass
@@ -55,14 +72,10 @@ class CollapseGuard:
         self._config = config
         self._averages = {name: _Average() for name in WATCHES}
 
-    def observe(self, figures: Mapping[str, float]) -> None:
-        """Takes one step's figures by watch name; a missing or NaN one leaves its average as it is.
-
-        ``accuracy``, ``readable`` (has an answer), ``truncated``: fractions of the fresh labeled responses.
-        ``overclaim``: mean terminal value minus accuracy on them. ``entropy``: of the policy, nats per token.
-        """
-        for name, value in figures.items():
-            if not math.isnan(value):
+    def observe(self, watched: Watched) -> None:
+        """Takes one step's figures; one that is NaN leaves its average as it is."""
+        for name in WATCHES:
+            if not math.isnan(value := getattr(watched, name)):
                 self._averages[name].observe(value, self._config)
 
     def violations(self, margin: float = 0.0) -> list[Violation]:

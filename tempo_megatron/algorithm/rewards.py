@@ -19,25 +19,35 @@ from tempo_megatron.config.schema import Config, Stage
 
 
 class ResponseRows(Protocol):
-    """What a terminal reward may look at: N rows of a rollout batch.
+    """What a terminal reward may look at: N rows of a rollout batch."""
 
-    Attributes:
-        labeled: ``[N]`` bool.
-        outcome: ``[N]`` float32 in [0, 1]; NaN on unlabeled rows.
-        response_mask: ``[N, L]`` bool.
-        group: ``[N]`` int64, the same number for the samples of one prompt draw.
-        answer_cluster: ``[N]`` int64; rows of a group with equal answers have the same number, -1: no answer.
-        oracle_outcome: ``[N]`` float32, the true outcome of unlabeled rows where the method has it, else NaN.
-        weights_version: of the policy that sampled the rows.
-    """
+    @property
+    def labeled(self) -> Tensor:
+        """``[N]`` bool."""
 
-    labeled: Tensor
-    outcome: Tensor
-    response_mask: Tensor
-    group: Tensor
-    answer_cluster: Tensor
-    oracle_outcome: Tensor
-    weights_version: int
+    @property
+    def outcome(self) -> Tensor:
+        """``[N]`` float32 in [0, 1]; NaN on unlabeled rows."""
+
+    @property
+    def response_mask(self) -> Tensor:
+        """``[N, L]`` bool."""
+
+    @property
+    def group(self) -> Tensor:
+        """``[N]`` int64, the same number for the samples of one prompt draw."""
+
+    @property
+    def answer_cluster(self) -> Tensor:
+        """``[N]`` int64; rows of a group with equal answers have the same number, -1: no answer."""
+
+    @property
+    def oracle_outcome(self) -> Tensor:
+        """``[N]`` float32, the true outcome of unlabeled rows where the method has it, else NaN."""
+
+    @property
+    def weights_version(self) -> int:
+        """Of the policy that sampled the rows."""
 
 
 class TerminalReward(Protocol):

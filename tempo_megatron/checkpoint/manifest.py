@@ -11,7 +11,7 @@ from tempo_megatron.config.schema import RoleConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import CHECKPOINTS
 
-FORMAT = 2
+FORMAT = 3
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

@@ -29,6 +29,13 @@ class Method:
     estimators: tuple[Estimator, ...]
     asks: Literal["nothing", "equality", "truth"] = "nothing"
 
+    @property
+    def gated(self) -> bool:
+        """Whether the calibration gate guards its M-steps: unlabelled prompts are rewarded by its critic. (A method
+        on D_L alone is there to make the critic that the gate asks for.)
+        """
+        return self.critic and self.unlabeled
+
 
 METHODS: Mapping[Stage, Method] = {
     "ppo": Method("needed", unlabeled=False, critic=True, estimators=("token",)),

@@ -1,17 +1,20 @@
-"""What one ``generate`` call returns, as every later phase of the step sees it."""
+"""What one ``generate`` call returns, and the same with what was found out about it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 
-@dataclass
-class RolloutBatch:
-    """N sampled responses, padded to the longest response L of the batch.
+@dataclass(frozen=True)
+class Rollouts:
+    """N sampled responses, padded to the longest response L of the batch; nobody has judged them yet.
 
-    Every rank holds the same batch on the CPU; the trainer's ranks take their share by row.
+    Every rank holds the same rows on the CPU; the trainer's ranks take their share by row.
 
     Attributes:
         record_ids: ``[N]`` id of the prompt record.
@@ -25,57 +28,89 @@ class RolloutBatch:
             sampler (after temperature, top-k, top-p); 0 where the mask is False.
         response_mask: ``[N, L]`` bool, True on sampled tokens.
         labeled: ``[N]`` bool.
-        outcome: ``[N]`` float32, 1 correct, 0 wrong; NaN on unlabelled rows and until verified.
-        answer_cluster: ``[N]`` int64, the same number for equal answers within a group, -1 without an answer
-            (and everywhere, in methods that do not compare answers).
-        oracle_outcome: ``[N]`` float32, true outcome of unlabelled rows in the oracle's runs, else NaN.
-        weights_version: number of policy updates behind the weights that sampled this.
+        weights_version: of the policy weights that sampled this.
     """
 
     record_ids: list[str]
-    group: torch.Tensor
+    group: Tensor
     prompt_token_ids: list[list[int]]
     response_token_ids: list[list[int]]
     responses: list[str]
     finish_reason: list[str]
-    rollout_log_probs: torch.Tensor
-    response_mask: torch.Tensor
-    labeled: torch.Tensor
-    outcome: torch.Tensor
-    answer_cluster: torch.Tensor
-    oracle_outcome: torch.Tensor
+    rollout_log_probs: Tensor
+    response_mask: Tensor
+    labeled: Tensor
     weights_version: int
 
     def __len__(self) -> int:
         return len(self.record_ids)
 
     @property
-    def response_lengths(self) -> torch.Tensor:
+    def response_lengths(self) -> Tensor:
         """``[N]`` int64."""
         return self.response_mask.sum(1)
 
-    def rows(self, index: torch.Tensor | list[int]) -> RolloutBatch:
+    @property
+    def truncated(self) -> Tensor:
+        """``[N]`` bool: cut off at the limit of the response's length."""
+        return torch.tensor([reason == "length" for reason in self.finish_reason], dtype=torch.bool)
+
+    def rows(self, index: Tensor | list[int]) -> Self:
         """The rows at ``index`` (int64 positions), in that order; L stays."""
         picks = [int(i) for i in index]
         at = torch.tensor(picks, dtype=torch.int64)
         values = {}
         for f in fields(self):
             v = getattr(self, f.name)
-            if isinstance(v, torch.Tensor):
+            if isinstance(v, Tensor):
                 v = v[at]
             elif isinstance(v, list):
                 v = [v[i] for i in picks]
             values[f.name] = v
-        return RolloutBatch(**values)
+        return type(self)(**values)
+
+    def with_outcomes(
+        self, outcome: Tensor, *, answer_cluster: Tensor | None = None, oracle_outcome: Tensor | None = None
+    ) -> RolloutBatch:
+        """These rows with what the verifier says of them; see ``RolloutBatch``.
+
+        Args:
+            outcome: ``[N]`` float32.
+            answer_cluster: ``[N]`` int64, or None: answers were not compared.
+            oracle_outcome: ``[N]`` float32, or None: nobody asked for them.
+        """
+        n = len(self)
+        return RolloutBatch(
+            **{f.name: getattr(self, f.name) for f in fields(Rollouts)},
+            outcome=outcome,
+            answer_cluster=torch.full((n,), -1, dtype=torch.int64) if answer_cluster is None else answer_cluster,
+            oracle_outcome=torch.full((n,), torch.nan) if oracle_outcome is None else oracle_outcome,
+        )
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Rollouts):
+    """Rollouts with their outcomes: what the E-step and the M-step train on.
+
+    Attributes:
+        outcome: ``[N]`` float32, 1 correct, 0 wrong; NaN on unlabelled rows and where the check itself failed.
+        answer_cluster: ``[N]`` int64, the same number for equal answers within a group, -1 without an answer
+            (and everywhere, in methods that do not compare answers).
+        oracle_outcome: ``[N]`` float32, true outcome of unlabelled rows in the oracle's runs, else NaN.
+    """
+
+    outcome: Tensor
+    answer_cluster: Tensor
+    oracle_outcome: Tensor
 
     @staticmethod
-    def concat(batches: list[RolloutBatch]) -> RolloutBatch:
+    def concat(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         """One batch of all rows; groups are renumbered so that they stay apart. All must have one version."""
         versions = {b.weights_version for b in batches}
         if len(versions) != 1:
             raise ValueError(f"rollouts of different weight versions {sorted(versions)} can't be one batch")
         longest = max(b.response_mask.shape[1] for b in batches)
-        values: dict = {"weights_version": versions.pop()}
+        values: dict[str, Any] = {"weights_version": versions.pop()}
         offset, groups = 0, []
         for b in batches:
             groups.append(b.group + offset)
@@ -85,7 +120,7 @@ class RolloutBatch:
             if f.name in values:
                 continue
             parts = [getattr(b, f.name) for b in batches]
-            if isinstance(parts[0], torch.Tensor):
+            if isinstance(parts[0], Tensor):
                 if parts[0].dim() == 2:
                     parts = [torch.nn.functional.pad(p, (0, longest - p.shape[1])) for p in parts]
                 values[f.name] = torch.cat(parts)

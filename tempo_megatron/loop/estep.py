@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.advantages import terminal_rewards, value_targets
-from tempo_megatron.algorithm.diagnostics import calibration
+from tempo_megatron.algorithm.diagnostics import Calibration, calibration
 from tempo_megatron.algorithm.policy_loss import loss_denominator
 from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
 from tempo_megatron.config.schema import EStepConfig
@@ -19,31 +19,45 @@ from tempo_megatron.loop.batching import (
     at_microbatch,
     critic_values,
     minibatches,
+    moved_role,
     sequences,
     token_count,
     total_sums,
 )
 from tempo_megatron.loop.session import Session
+from tempo_megatron.model.build import Role
 from tempo_megatron.training.engine import StepResult
 
 
 @dataclass(frozen=True)
-class Recalibrated:
+class RecalibratedCritic:
     """Result of an E-step.
 
     Attributes:
-        auroc: of the terminal values before the update, on rollouts that the critic had not trained on.
-        minority: labelled responses of the rarer outcome, on which ``auroc`` rests.
+        calibration: of the terminal values before the update, on rollouts that the critic had not trained on.
+        steps: its optimizer steps.
     """
 
-    auroc: float
-    minority: int
-    metrics: dict[str, float]
+    calibration: Calibration
+    steps: list[StepResult]
+
+    @property
+    def moved(self) -> set[Role]:
+        return moved_role("critic", self.steps)
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            **{f"calibration/{name}": value for name, value in self.calibration.figures().items()},
+            **value_metrics(total_sums(self.steps)),
+            "critic/first_loss": self.steps[0].loss,
+            "critic/grad_norm": self.steps[-1].grad_norm,
+            "critic/lr": self.steps[-1].lr,
+        }
 
 
 def recalibrate_critic(
     session: Session, batch: RolloutBatch, rows: Tensor, values: Tensor | None, seed: int
-) -> Recalibrated:
+) -> RecalibratedCritic:
     """Train the critic on ``rows [N]`` (bool, labelled ones) of ``batch``.
 
     Args:
@@ -58,29 +72,25 @@ def recalibrate_critic(
     old = values[chosen] if values is not None else None
     if old is None and (estep.minibatches > 1 or estep.value_clip is not None):
         old = critic_values(session, labeled)
-    results: list[StepResult] = []
+    steps: list[StepResult] = []
     with session.ledger.phase("e_step"):
         for part in minibatches(labeled, estep.minibatches, estep.updates, seed):
             denominator = loss_denominator(target_mask[part], estep.loss_agg)
             old_part = old[part] if old is not None else None
             loss = partial(_loss, estep, old_part, targets[part], target_mask[part], denominator)
-            results.append(critic.step(sequences(labeled.rows(part)), loss))
+            steps.append(critic.step(sequences(labeled.rows(part)), loss))
         session.ledger.add_tokens("e_step", token_count(labeled) * estep.updates)
-    # one mini-batch of all rows: the first step's outputs are those of the critic before it
-    fresh = old if old is not None else at_batch_width(results[0].outputs["values"], labeled, extra=1)
-    as_rewards = torch.zeros_like(labeled.labeled)
+    if old is None:  # one mini-batch of all rows: the first step's outputs are those of the critic before it
+        old = at_batch_width(steps[0].outputs["values"], labeled, final_state=True)
     terminal = terminal_rewards(
-        labeled.outcome, as_rewards, fresh, labeled.response_mask, position=position, clamp=False
+        labeled.outcome,
+        torch.zeros_like(labeled.labeled),  # the critic's opinion of every row
+        old,
+        labeled.response_mask,
+        position=position,
+        clamp=False,
     )
-    figures = calibration(terminal, labeled.outcome)
-    right = int(labeled.outcome.sum())
-    metrics = {f"calibration/{name}": value for name, value in figures.items()} | value_metrics(total_sums(results))
-    metrics |= {
-        "critic/first_loss": results[0].loss,
-        "critic/grad_norm": results[-1].grad_norm,
-        "critic/lr": results[-1].lr,
-    }
-    return Recalibrated(figures["auroc"], min(right, len(labeled) - right), metrics)
+    return RecalibratedCritic(calibration(terminal, labeled.outcome), steps)
 
 
 def _loss(
@@ -89,13 +99,14 @@ def _loss(
     targets: Tensor,
     target_mask: Tensor,
     denominator: float,
-    tables: dict[str, Tensor],
+    outputs: dict[str, Tensor],
     rows: list[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    values = tables["values"]
-    if "logits" in tables:  # a sigmoid head
+    """``rows`` are those of one micro-batch, the tensors before it those of the optimizer step."""
+    values = outputs["values"]
+    if "logits" in outputs:  # a sigmoid head
         return value_bce_loss(
-            tables["logits"],
+            outputs["logits"],
             at_microbatch(targets, rows, values),
             at_microbatch(target_mask, rows, values),
             loss_agg=estep.loss_agg,

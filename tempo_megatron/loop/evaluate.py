@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.diagnostics import calibration
-from tempo_megatron.data.rollout import RolloutBatch
+from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.evaluation.bootstrap import PromptBootstrap
 from tempo_megatron.evaluation.metrics import prompt_scores
@@ -39,7 +39,7 @@ class EvaluatedSet:
         samples: the outcomes in the form that the figures read.
     """
 
-    batch: RolloutBatch
+    batch: Rollouts
     verdicts: list[Verdict]
     values: Tensor | None
     samples: Samples
@@ -88,7 +88,7 @@ class Evaluator:
         terminal = None if values is None else self._terminal_values(values, batch.response_lengths)
         return EvaluatedSet(batch, verdicts, values, _samples(prompts, batch, verdicts, answers, terminal))
 
-    def _score(self, prompts: EvalPrompts, batch: RolloutBatch) -> tuple[list[Verdict], Ints]:
+    def _score(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[list[Verdict], Ints]:
         """Rank 0: every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``."""
         assert self.verifier is not None
         items = list(zip(batch.record_ids, batch.responses, strict=True))
@@ -144,7 +144,7 @@ def training_metrics(samples: Samples, pass_k: int, seed: int) -> dict[str, floa
         metrics |= {f"{source}/{k}": v for k, v in figures.items() if k.startswith(HEADLINES)}
     if samples.values is not None:
         values, correct = torch.from_numpy(samples.values).flatten(), torch.from_numpy(samples.correct).flatten()
-        metrics |= {f"critic_{k}": v for k, v in calibration(values, correct).items() if k != "accuracy"}
+        metrics |= {f"critic_{k}": v for k, v in calibration(values, correct).figures().items() if k != "accuracy"}
     return metrics
 
 
@@ -158,7 +158,7 @@ def _means(samples: Samples, pass_k: int, seed: int) -> dict[str, float]:
 
 
 def _samples(
-    prompts: EvalPrompts, batch: RolloutBatch, verdicts: list[Verdict], answers: Ints, terminal: Floats | None
+    prompts: EvalPrompts, batch: Rollouts, verdicts: list[Verdict], answers: Ints, terminal: Floats | None
 ) -> Samples:
     shape = len(prompts.records), prompts.settings.samples_per_prompt
 
@@ -172,7 +172,7 @@ def _samples(
         correct=table([v.correct and v.verified for v in verdicts]),
         answers=answers,
         verified=table([v.verified for v in verdicts]),
-        truncated=table([reason == "length" for reason in batch.finish_reason]),
+        truncated=table(batch.truncated.tolist()),
         response_tokens=table(lengths.tolist()),
         values=None if terminal is None else terminal.reshape(shape),
         details={

@@ -84,17 +84,17 @@ class Session(Runtime):
             peak_memory_gib=round(self.ledger.peak_gib, 2),
         )
 
-    def record(self, step: int, progressed: int, metrics: dict[str, Any], shown: dict[str, str]) -> None:
+    def record(self, step: int, progressed: int, metrics: dict[str, Any], shown: dict[str, float]) -> None:
         """Write the step's one metrics record and move the progress bar.
 
         Args:
             progressed: position of the bar, in ``config.steps``.
-            shown: label -> metric key, for the bar.
+            shown: label -> figure, for the bar.
         """
         record = {"step": step, "stage": self.config.stage, **metrics, **self.ledger.collect()}
         if self.writer is not None:
             self.writer.write(record)
-        self.progress.advance(progressed, {k: v for k, key in shown.items() if (v := record.get(key)) is not None})
+        self.progress.advance(progressed, shown)
 
     def save(self, state: dict[str, Any], protected: Collection[int] = ()) -> None:
         """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay."""

@@ -1,4 +1,4 @@
-"""One rollout over all replicas: deal the prompts, sample, decode, gather the same batch on every rank."""
+"""One rollout over all replicas: deal the prompts, sample, decode, gather the same rows on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tempo_megatron.data.rollout import RolloutBatch
+from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SampledResponse
@@ -39,10 +39,10 @@ def rollout(
     version: int,
     decode: Decode,
     on_progress: Callable[[int, int], None] | None = None,
-) -> RolloutBatch:
+) -> Rollouts:
     """Sample ``samples_per_prompt`` responses to each prompt; collective over the world.
 
-    Prompt i is sampled by replica ``i % num_replicas``; seeds belong to samples, so the batch does not depend on
+    Prompt i is sampled by replica ``i % num_replicas``; seeds belong to samples, so the rows do not depend on
     the number of replicas. If a rank fails, every rank raises (a rank lost inside a tensor-parallel replica's own
     collectives is found by the process group's timeout only).
 
@@ -56,7 +56,7 @@ def rollout(
 
     Returns:
         N = ``len(prompts) * samples_per_prompt`` rows, samples of a prompt together, prompts in the given order;
-        ``group`` is the prompt's position, ``outcome`` NaN. Identical on every rank.
+        ``group`` is the prompt's position. Identical on every rank.
 
     Raises:
         TempoError: a prompt leaves no room for a response.
@@ -86,7 +86,7 @@ def rollout(
     prompt_of_row = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
     own = (prompt_of_row % engine.num_replicas == engine.replica_index) & engine.is_replica_leader
     gathered = _gather(own, *((responses, texts) if engine.is_replica_leader else ([], [])))
-    return _batch(prompts, prompt_of_row, gathered, version)
+    return _rollouts(prompts, prompt_of_row, gathered, version)
 
 
 def _room(engine: RolloutEngine, draw: PromptDraw, max_response_tokens: int) -> int:
@@ -148,13 +148,13 @@ def _gather(own: Tensor, responses: list[SampledResponse], texts: list[str]) -> 
     return _Gathered(lengths, stopped.bool(), token_ids, log_probs, all_texts)
 
 
-def _batch(prompts: Sequence[PromptDraw], prompt_of_row: Tensor, rows: _Gathered, version: int) -> RolloutBatch:
+def _rollouts(prompts: Sequence[PromptDraw], prompt_of_row: Tensor, rows: _Gathered, version: int) -> Rollouts:
     draws = [prompts[i] for i in prompt_of_row.tolist()]
     longest = int(rows.lengths.max()) if len(draws) else 0
     mask = torch.arange(longest) < rows.lengths[:, None]
     log_probs = torch.zeros(len(draws), longest)
     log_probs[mask] = rows.log_probs
-    return RolloutBatch(
+    return Rollouts(
         record_ids=[draw.record_id for draw in draws],
         group=prompt_of_row,
         prompt_token_ids=[list(draw.prompt_token_ids) for draw in draws],
@@ -164,8 +164,5 @@ def _batch(prompts: Sequence[PromptDraw], prompt_of_row: Tensor, rows: _Gathered
         rollout_log_probs=log_probs,
         response_mask=mask,
         labeled=torch.tensor([draw.labeled for draw in draws], dtype=torch.bool),
-        outcome=torch.full((len(draws),), float("nan")),
-        answer_cluster=torch.full((len(draws),), -1, dtype=torch.int64),
-        oracle_outcome=torch.full((len(draws),), float("nan")),
         weights_version=version,
     )

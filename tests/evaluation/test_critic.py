@@ -23,7 +23,7 @@ def test_figures_are_the_diagnostics(seed, prompts, n):
     figures = critic_figures(correct, values, PromptBootstrap(prompts, resamples=20))
     expected = calibration(torch.from_numpy(values).flatten(), torch.from_numpy(correct).flatten())
     for name in ("auroc", "ece", "brier"):
-        assert figures[f"critic_{name}"].value == pytest.approx(expected[name], nan_ok=True)
+        assert figures[f"critic_{name}"].value == pytest.approx(getattr(expected, name), nan_ok=True)
 
 
 def test_a_weighted_prompt_counts_as_that_many():
@@ -34,7 +34,7 @@ def test_a_weighted_prompt_counts_as_that_many():
     for row, auroc in zip(weights, got, strict=True):
         at = np.repeat(np.arange(6), row.astype(int))
         outcomes = torch.from_numpy(correct[at]).flatten()
-        assert auroc == pytest.approx(calibration(torch.from_numpy(values[at]).flatten(), outcomes)["auroc"])
+        assert auroc == pytest.approx(calibration(torch.from_numpy(values[at]).flatten(), outcomes).auroc)
 
 
 def test_auroc_of_one_class_is_undefined_and_has_no_interval():

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import AlgorithmConfig, Config
 from tempo_megatron.data.prompts import PromptRecord
-from tempo_megatron.data.rollout import RolloutBatch
+from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.data.sampler import PromptSampler
-from tempo_megatron.loop import collect
+from tempo_megatron.loop import verification
 from tempo_megatron.loop.collect import Collector
 from tempo_megatron.loop.data import Pool, PromptData
+from tempo_megatron.loop.verification import RolloutVerifier
 from tempo_megatron.rollout.collect import PromptDraw
 from tempo_megatron.verifiers.verdict import Verdict
 
@@ -37,10 +39,10 @@ class Verifier:
         return [Verdict(r == "r", None if r in "nt" else r, "made", verified=r != "t") for r, _, _ in items]
 
 
-def batch_of(draws: list[PromptDraw], version: int) -> RolloutBatch:
+def batch_of(draws: list[PromptDraw], version: int) -> Rollouts:
     rows = [d for d in draws for _ in range(SAMPLES)]
     n = len(rows)
-    return RolloutBatch(
+    return Rollouts(
         record_ids=[d.record_id for d in rows],
         group=torch.arange(len(draws)).repeat_interleave(SAMPLES),
         prompt_token_ids=[[1]] * n,
@@ -50,9 +52,6 @@ def batch_of(draws: list[PromptDraw], version: int) -> RolloutBatch:
         rollout_log_probs=torch.zeros(n, 1),
         response_mask=torch.ones(n, 1, dtype=torch.bool),
         labeled=torch.tensor([d.labeled for d in rows]),
-        outcome=torch.full((n,), float("nan")),
-        answer_cluster=torch.full((n,), -1),
-        oracle_outcome=torch.full((n,), float("nan")),
         weights_version=version,
     )
 
@@ -71,48 +70,52 @@ def pool(name: str, size: int, *, labeled: bool) -> Pool:
 
 
 @pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
+def told() -> list[str]:
+    """Lines for the user."""
+    return []
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> Collector:
     labeled, unlabeled = pool("dl", 6, labeled=True), pool("du", 8, labeled=False)
     config = Config.model_validate({
         "stage": "tempo", "steps": 1, "output_dir": "-", "actor": {"init": "-"}, "critic": {"init": "-"},
         "data": {"labeled_prompts_per_step": 2, "unlabeled_prompts_per_step": 3},
         "rollout": {"samples_per_prompt": SAMPLES},
     })  # fmt: skip
-    session: Any = SimpleNamespace(
-        config=config,
-        data=PromptData(labeled, unlabeled, {r.id: ("7", "int") for r in labeled.records}, []),
-        ledger=SimpleNamespace(phase=lambda name: nullcontext()),
-        progress=SimpleNamespace(note=lambda text: None),
-    )
-    monkeypatch.setattr(collect, "on_rank0", lambda fn: fn())
-    made = Collector(session, None, Verifier())  # type: ignore[arg-type]
+    data = PromptData(labeled, unlabeled, {r.id: ("7", "int") for r in labeled.records}, [])
+    runtime: Any = SimpleNamespace(config=config, data=data, ledger=SimpleNamespace(phase=lambda name: nullcontext()))
+    monkeypatch.setattr(verification, "on_rank0", lambda fn: fn())
+    service: Any = Verifier()
+    made = Collector(runtime, None, RolloutVerifier(service, METHODS["tempo"], data, told.append))  # type: ignore[arg-type]
     monkeypatch.setattr(made, "_generate", batch_of)
     return made
 
 
-def test_failed_checks_are_neither_right_nor_unreadable(collector: Collector) -> None:
-    assert collector.verifier is not None
-    collector.verifier.failures["timeout"] += 37  # an evaluation's
-    found = collector.collect(1, 0, 0, unlabeled=True).metrics
+def test_failed_checks_are_neither_right_nor_unreadable(collector: Collector, told: list[str]) -> None:
+    assert collector.verifier.service is not None
+    collector.verifier.service.failures["timeout"] += 37  # an evaluation's
+    found = collector.collect(1, 0, 0, unlabeled=True).metrics()
+    assert told == ["verifier: checks failed: 1 timeout; these responses count as unverified"]
     assert (found["verify/unverified"], found["verify/timeout"]) == (1, 1)
     assert found["reward/labeled_mean"] == pytest.approx(1 / 7)
     assert found["reward/labeled_readable"] == pytest.approx(6 / 7)
     assert found["response/labeled_truncated"] == pytest.approx(1 / 8)
-    assert collector.collect(2, 0, 0, unlabeled=False).metrics["reward/labeled_mean"] == pytest.approx(2 / 8)
+    assert collector.collect(2, 0, 0, unlabeled=False).metrics()["reward/labeled_mean"] == pytest.approx(2 / 8)
 
 
 def test_figures_are_of_all_rounds_and_of_what_the_filter_drops(collector: Collector) -> None:
-    collector.session.config = collector.session.config.model_copy(
+    collector.runtime.config = collector.runtime.config.model_copy(
         update={
             "algorithm": AlgorithmConfig.model_validate({
                 "filter": {"enabled": True, "apply_to_critic": True, "max_rounds": 9}
             }),
-            "data": collector.session.config.data.model_copy(update={"labeled_prompts_per_step": 3}),
+            "data": collector.runtime.config.data.model_copy(update={"labeled_prompts_per_step": 3}),
         }
     )  # fmt: skip
     collected = collector.collect(1, 0, 0, unlabeled=False)
     assert set(collected.batch.record_ids) == {"dl-0", "dl-2", "dl-4"}
-    found = collected.metrics
+    found = collected.metrics()
     assert found["data/generation_rounds"] == 3
     everything = "".join(OUTCOMES[f"dl-{i}"] for i in range(6))  # the last round drew two
     checked = everything.replace("t", "")

@@ -18,14 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
-from tempo_megatron.data.rollout import RolloutBatch
+from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.parallel import distributed
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 
 #: Fields of a batch that are NaN until something fills them.
-NOT_A_NUMBER = ("outcome", "oracle_outcome")
 
 
 def _broadcast(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -46,8 +45,8 @@ def _decode_failing_on_last_rank(responses: list[list[int]]) -> list[str]:
     return _decode(responses)
 
 
-def _plain(batch: RolloutBatch) -> dict:
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in NOT_A_NUMBER}
+def _plain(batch: Rollouts) -> dict:
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 

@@ -1,0 +1,120 @@
+"""What every stage does with its steps: run one, record it, evaluate, save. One boundary between two steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from tempo_megatron.loop.session import Session
+from tempo_megatron.model.build import Role
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What the step boundary has to know of a step.
+
+    Attributes:
+        metrics: of the record; nothing reads them but sinks and reports.
+        shown: label -> figure, for the progress bar.
+        policy_updated: an update of the policy was made, whatever it changed.
+    """
+
+    metrics: dict[str, Any]
+    shown: dict[str, float]
+    policy_updated: bool
+
+
+class Driver(ABC):
+    """Base of the stages' loops.
+
+    Attributes:
+        step: iterations so far.
+        moved: roles whose weights should differ from the last checkpoint's: a gradient and a learning rate above 0
+            were applied, and nothing took them back.
+        closing: what is to be closed when the run ends.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.config = session, session.config
+        self.step = 0 if session.resumed is None else int(session.resumed["step"])
+        self.moved: set[Role] = set()
+        self.closing = ExitStack()
+
+    @property
+    @abstractmethod
+    def policy_updates(self) -> int:
+        """So far: what ``config.steps`` and ``evaluation.every`` count."""
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether the run ends here."""
+
+    @abstractmethod
+    def train_step(self) -> StepOutcome:
+        """Iteration ``self.step``; collective."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs besides ``step`` and the engines; ``policy_updates`` and ``critic_updates``
+        are in it.
+        """
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the evaluation sets; a stage without a rollout engine has none."""
+        return {}
+
+    def run(self) -> None:
+        with self.closing, self.session.running(self.policy_updates):
+            self.begin()
+            while not self.is_done():
+                self.step += 1
+                self.step_boundary(self.train_step())
+            self.end()
+
+    def begin(self) -> None:
+        """Before the first step of this process."""
+        if self.session.resumed is None and self.config.evaluation.at_start and (metrics := self.evaluate()):
+            self._record(metrics, {})
+
+    def step_boundary(self, outcome: StepOutcome) -> None:
+        """Between two steps: evaluate, record, save.
+
+        Every rank comes here after every step with the same outcome and with nothing in flight. What all ranks must
+        agree on before they go on or end, such as a request to stop, belongs here and nowhere else.
+        """
+        last = self.is_done()
+        metrics = dict(outcome.metrics)
+        if self._evaluation_is_due(outcome, last):
+            metrics |= self.evaluate()
+        # the record first: a run killed in between drops it again when it resumes from the step before
+        self._record(metrics, outcome.shown)
+        every = self.config.checkpoint.every
+        if last or (every is not None and self.step % every == 0):
+            self.save()
+
+    def end(self) -> None:
+        """After the last step."""
+        if self.config.checkpoint.export_hf:
+            self.session.export_hf()
+
+    def protected_checkpoints(self) -> set[int]:
+        """Steps whose checkpoints stay, however old; asked before each save."""
+        return set()
+
+    def save(self) -> None:
+        """A checkpoint of everything."""
+        protected = self.protected_checkpoints()
+        self.session.save({"step": self.step, "moved": sorted(self.moved), **self.state_dict()}, protected)
+        self.moved.clear()
+
+    def _evaluation_is_due(self, outcome: StepOutcome, last: bool) -> bool:
+        settings = self.config.evaluation
+        on_schedule = (
+            settings.every is not None and outcome.policy_updated and self.policy_updates % settings.every == 0
+        )
+        return on_schedule or (last and settings.at_end)
+
+    def _record(self, metrics: dict[str, Any], shown: dict[str, float]) -> None:
+        self.session.record(self.step, self.policy_updates, metrics, shown)
