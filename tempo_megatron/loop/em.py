@@ -69,13 +69,15 @@ class EMLoop(Driver):
             self._load_state_dict(session.resumed)
 
     def _em_step(self) -> EMStep:
-        """One iteration of Algorithm 1: sample, verify, E-step, values, M-step, sync."""
+        """One iteration of Algorithm 1."""
         session, control = self.session, self.control
         plan = control.plan(self.step)
 
+        # sample D_L and D_U, verify D_L (the filter does both again until there are enough prompts)
         collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
-        batch = collected.batch  # sampled and verified
+        batch = collected.batch
 
+        # E-step: recalibrate the critic on D_L
         early_values = critic_values(session, batch) if plan.values_first else None
         recalibrated = None
         if plan.recalibrate:
@@ -90,15 +92,16 @@ class EMLoop(Driver):
             self.collector.put_back_unlabeled()  # the next update is made on what this one would have been
             return EMStep(collected, recalibrated)
 
+        # M-step: refine the policy, by the critic's values
         rows = self._policy_rows(collected)
         policy = batch.rows(rows)
         values = critic_values(session, policy) if early_values is None else early_values[rows]
-
         refined = refine_policy(session, self.reward, policy, values, plan.order_seed)
         self._check_mismatch(refined)
         control.policy_moved(plan, refined.entropy)
         self.moved |= refined.moved
 
+        # the rollout engine samples the new policy from here on
         self._sync()
         return EMStep(collected, recalibrated, refined)
 
