@@ -1,21 +1,23 @@
-"""What a response is worth at its end: one strategy object per method.
+"""What a response is worth at its end: one strategy object per method, and terms that any method may add.
 
 A labeled response is worth its verified outcome in every method; the methods differ in what they say of an
-unlabeled one. Nothing here carries a gradient.
+unlabeled one. A term is added to either. Nothing here carries a gradient. ``docs/adding_a_reward.md`` says how to add
+one or the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from tempo_megatron.algorithm.advantages import TerminalPosition, check_outcomes, terminal_rewards
-from tempo_megatron.config.schema import Config, Stage
+from tempo_megatron.algorithm.advantages import TerminalPosition, check_outcomes, response_lengths, terminal_rewards
+from tempo_megatron.config.methods import METHODS
+from tempo_megatron.config.schema import Config, LengthPenaltyConfig
 
 
 class ResponseRows(Protocol):
@@ -151,19 +153,74 @@ class RandomReward:
         return _outcome_or(batch, coins.float())
 
 
-def terminal_reward(config: Config) -> TerminalReward:
-    """The strategy object of the config's method."""
-    algorithm, mstep = config.algorithm, config.algorithm.mstep
-    strategies: dict[Stage, TerminalReward] = {
-        "ppo": CriticTerminalReward(mstep.terminal_value, mstep.clamp_terminal),
-        "grpo": OutcomeReward(),
-        "tempo": CriticTerminalReward(mstep.terminal_value, mstep.clamp_terminal),
-        "ttrl": MajorityVoteReward(algorithm.vote.ties),
-        "empo": ClusterFrequencyReward(algorithm.entropy.min_entropy, algorithm.entropy.max_entropy),
-        "oracle": OracleReward(),
-        "random": RandomReward(config.seed),
-    }
-    return strategies[config.stage]
+class RewardTerm(Protocol):
+    """Something that is added to the reward of every row, labeled or not."""
+
+    @property
+    def name(self) -> str:
+        """As in the configuration and in the metrics ``reward/<name>/...``."""
+        ...
+
+    def __call__(self, batch: ResponseRows) -> Tensor:
+        """``[N]`` float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class LengthPenalty:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), times ``coefficient``.
+
+    0 up to ``longest - buffer`` tokens, then falling linearly to -1 at ``longest``, the limit at which responses are
+    cut off. The length is that of the response, its stop token included.
+    """
+
+    longest: int
+    buffer: int
+    coefficient: float
+    name: str = "length_penalty"
+
+    def __call__(self, batch: ResponseRows) -> Tensor:
+        over = response_lengths(batch.response_mask) - (self.longest - self.buffer)
+        return -self.coefficient * (over.float() / self.buffer).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ComposedReward:
+    """A method's own reward with the terms that the configuration adds to it."""
+
+    base: TerminalReward
+    terms: tuple[RewardTerm, ...] = ()
+
+    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+        return sum(self.added(batch).values(), self.base(batch, values))
+
+    def added(self, batch: ResponseRows) -> dict[str, Tensor]:
+        """``[N]`` float32 of each term, by name."""
+        return {term.name: term(batch) for term in self.terms}
+
+
+#: Reward of a method (``config.methods.Method.reward``) -> its strategy object.
+REWARDS: Mapping[str, Callable[[Config], TerminalReward]] = {
+    "critic_value": lambda c: CriticTerminalReward(c.algorithm.mstep.terminal_value, c.algorithm.mstep.clamp_terminal),
+    "outcome": lambda c: OutcomeReward(),
+    "majority_vote": lambda c: MajorityVoteReward(c.algorithm.vote.ties),
+    "cluster_frequency": lambda c: ClusterFrequencyReward(
+        c.algorithm.entropy.min_entropy, c.algorithm.entropy.max_entropy
+    ),
+    "oracle": lambda c: OracleReward(),
+    "random": lambda c: RandomReward(c.seed),
+}
+
+#: Term of the configuration, by name -> its strategy object.
+TERMS: Mapping[str, Callable[[Config, LengthPenaltyConfig], RewardTerm]] = {
+    "length_penalty": lambda c, t: LengthPenalty(c.data.max_response_tokens, t.buffer_tokens, t.coefficient),
+}
+
+
+def terminal_reward(config: Config) -> ComposedReward:
+    """The strategy object of the config's method, with the config's terms."""
+    terms = tuple(TERMS[term.name](config, term) for term in config.algorithm.reward_terms)
+    return ComposedReward(REWARDS[METHODS[config.stage].reward](config), terms)
 
 
 def _outcome_or(batch: ResponseRows, unlabeled: Tensor) -> Tensor:

@@ -81,10 +81,11 @@ def _check_stage(config: Config) -> None:
         raise TempoError(
             f"data.unlabeled_prompts_per_step: {unlabeled} must be 0 in stage {stage}, which trains on D_L alone"
         )
-    if stage == "oracle" and not data.oracle_files:
-        raise TempoError("data.oracle_files: [] is empty; stage oracle needs the answers of the unlabelled prompts")
-    if stage != "oracle" and data.oracle_files:
-        raise TempoError(f"data.oracle_files: only stage oracle may read them; stage {stage} must not")
+    if method.asks == "truth" and not data.oracle_files:
+        raise TempoError(f"data.oracle_files: [] is empty; stage {stage} needs the answers of the unlabelled prompts")
+    if method.asks != "truth" and data.oracle_files:
+        may = ", ".join(name for name, m in METHODS.items() if m.asks == "truth")
+        raise TempoError(f"data.oracle_files: only stage {may} may read them; stage {stage} must not")
     _check_algorithm(config, method)
 
 
@@ -103,18 +104,9 @@ def _check_algorithm(config: Config, method: Method) -> None:
                 f"rollout.samples_per_prompt: 1 must be at least 2 in stage {stage}, which compares the samples of a "
                 "prompt (algorithm.mstep.estimator group)"
             )
-    if estep.every is None and stage == "tempo" and algorithm.gate.enabled:
-        raise TempoError(
-            "algorithm.estep.every: null never trains the critic, so algorithm.gate.enabled: true would never open; "
-            "set it to false"
-        )
-    gate, responses = algorithm.gate, config.data.labeled_prompts_per_step * config.rollout.samples_per_prompt
-    if stage == "tempo" and gate.enabled and not algorithm.filter.enabled and responses < 2 * gate.min_per_class:
-        raise TempoError(
-            f"algorithm.gate.min_per_class: {gate.min_per_class} right and as many wrong responses are more than the "
-            f"{responses} labelled ones of a step (data.labeled_prompts_per_step * rollout.samples_per_prompt): the "
-            f"gate would never open; it can be at most {responses // 2}"
-        )
+    if method.gated and algorithm.gate.enabled:
+        _check_gate(config)
+    _check_reward_terms(config)
     if config.critic is not None and config.critic.head == "sigmoid" and estep.value_clip is not None:
         raise TempoError(
             f"algorithm.estep.value_clip: {estep.value_clip} is for critic.head: regression; with sigmoid: null"
@@ -122,6 +114,37 @@ def _check_algorithm(config: Config, method: Method) -> None:
     guard = algorithm.guard
     if guard.enabled and guard.action == "rollback" and method.unlabeled and config.checkpoint.every is None:
         raise TempoError("algorithm.guard.action: rollback needs checkpoints to go back to: set checkpoint.every")
+
+
+def _check_gate(config: Config) -> None:
+    """What would keep the gate shut for good."""
+    algorithm, gate = config.algorithm, config.algorithm.gate
+    if algorithm.estep.every is None:
+        raise TempoError(
+            "algorithm.estep.every: null never trains the critic, so algorithm.gate.enabled: true would never open; "
+            "set it to false"
+        )
+    responses = config.data.labeled_prompts_per_step * config.rollout.samples_per_prompt
+    if not algorithm.filter.enabled and responses < 2 * gate.min_per_class:
+        raise TempoError(
+            f"algorithm.gate.min_per_class: {gate.min_per_class} right and as many wrong responses are more than the "
+            f"{responses} labelled ones of a step (data.labeled_prompts_per_step * rollout.samples_per_prompt): the "
+            f"gate would never open; it can be at most {responses // 2}"
+        )
+
+
+def _check_reward_terms(config: Config) -> None:
+    names: set[str] = set()
+    for i, term in enumerate(config.algorithm.reward_terms):
+        key = f"algorithm.reward_terms.{i}"
+        if term.name in names:
+            raise TempoError(f"{key}.name: {term.name} is there twice; raise the coefficient of the first instead")
+        names.add(term.name)
+        longest = config.data.max_response_tokens
+        if term.buffer_tokens > longest:
+            raise TempoError(
+                f"{key}.buffer_tokens: {term.buffer_tokens} must be at most data.max_response_tokens {longest}"
+            )
 
 
 def _check_evaluation_sets(config: Config) -> None:

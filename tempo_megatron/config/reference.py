@@ -5,6 +5,7 @@ Run ``python -m tempo_megatron.config.reference > docs/configuration.md`` after 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from types import NoneType
@@ -74,7 +75,7 @@ def _sections(section: type[Section], path: str, written: dict[type[Section], st
         lines.append(f"The keys of `{written[base]}`, and:\n")
         fields = {name: field for name, field in fields.items() if name not in base.model_fields}
     elif path and section.__doc__:
-        lines.append(f"{section.__doc__.strip().replace('``', '`')}\n")
+        lines.append(f"{inspect.cleandoc(section.__doc__).replace('``', '`')}\n")
     rows = [
         _row(name, field)
         for name, field in fields.items()

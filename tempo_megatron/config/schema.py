@@ -7,11 +7,16 @@ told).  Cross-field rules that need the model's own numbers (heads, layers) live
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Stage = Literal["sft", "ppo", "grpo", "tempo", "ttrl", "empo", "oracle", "random"]
+from tempo_megatron.config.methods import METHODS, describe_stages
+
+if TYPE_CHECKING:
+    Stage = str
+else:
+    Stage = Literal[("sft", *METHODS)]  # a method is a row there, and so a stage here
 
 
 class Section(BaseModel):
@@ -138,10 +143,11 @@ class DataConfig(Section):
         [], description="prompt parquet (plain or verl schema); sft: prompt+response parquet"
     )
     labeled_prompts_per_step: int = Field(0, ge=0, description="D_L prompts of one step")
-    unlabeled_prompts_per_step: int = Field(0, ge=0, description="D_U prompts of one step; 0 in stages ppo and grpo")
+    unlabeled_prompts_per_step: int = Field(0, ge=0, description="D_U prompts of one step; 0 in methods on D_L alone")
     labeled_limit: int | None = Field(None, ge=1, description="first so many labelled records only; null: all")
     oracle_files: list[str] = Field(
-        [], description="stage oracle only: prompt parquet with the answers of the unlabelled records"
+        [],
+        description="stage oracle only: prompt parquet with the answers of the unlabelled records",
     )
     max_prompt_tokens: int = Field(2048, ge=1, description="a longer prompt is refused")
     max_response_tokens: int = Field(16384, ge=1, description="a response is cut off there and counts as truncated")
@@ -257,7 +263,10 @@ class FilterConfig(Section):
 
 
 class GateConfig(Section):
-    """Critic-only E-steps until the terminal values rank fresh labelled rollouts well enough (tempo stage only)."""
+    """Critic-only E-steps until the terminal values rank fresh labelled rollouts well enough.
+
+    Only in methods whose critic rewards D_U (tempo).
+    """
 
     enabled: bool = Field(True, description="hold M-steps back until the gate is open")
     auroc: float = Field(
@@ -335,12 +344,26 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+class LengthPenaltyConfig(Section):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), added to the reward of every row.
+
+    Up to `data.max_response_tokens - buffer_tokens` tokens it is 0; from there it falls linearly to `-coefficient`.
+    """
+
+    name: Literal["length_penalty"] = Field(description="which term this is")
+    coefficient: float = Field(1.0, gt=0, description="the reward that a response of full length loses")
+    buffer_tokens: int = Field(4096, ge=1, description="tokens over which it falls; at most data.max_response_tokens")
+
+
 class AlgorithmConfig(Section):
     preset: Literal["anchored", "paper", "reference"] = Field(
         "anchored", description="fills in keys of the sections below; explicit keys win over it"
     )
     estep: EStepConfig = EStepConfig()
     mstep: MStepConfig = MStepConfig()
+    reward_terms: list[LengthPenaltyConfig] = Field(
+        [], description="added to what a response is worth in the M-step, in every method; each at most once"
+    )
     vote: VoteConfig = VoteConfig()
     entropy: EntropyConfig = EntropyConfig()
     filter: FilterConfig = FilterConfig()
@@ -435,10 +458,7 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    stage: Stage = Field(
-        description="sft: cold start. On D_L: ppo (with a critic), grpo. On D_U: tempo (EM, with D_L), ttrl (majority "
-        "vote), empo (semantic entropy), oracle (true answers: the upper bound), random (coin flips: a control)"
-    )
+    stage: Stage = Field(description=describe_stages())
     output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
     seed: int = Field(0, ge=0, lt=2**32, description="of data order, samples and initialisation")
     steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (all others)")

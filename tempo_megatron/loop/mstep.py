@@ -16,7 +16,7 @@ from tempo_megatron.algorithm.advantages import em_token_advantages, group_advan
 from tempo_megatron.algorithm.correction import correction_metrics, correction_weights
 from tempo_megatron.algorithm.diagnostics import LogProbDifference, log_prob_difference, summary_statistics
 from tempo_megatron.algorithm.policy_loss import loss_denominator, policy_loss, policy_metrics
-from tempo_megatron.algorithm.rewards import TerminalReward
+from tempo_megatron.algorithm.rewards import ComposedReward
 from tempo_megatron.config.methods import estimator
 from tempo_megatron.config.schema import Config, MStepConfig
 from tempo_megatron.data.rollout import RolloutBatch
@@ -40,7 +40,8 @@ class RefinedPolicy:
 
     Attributes:
         policy: the rows.
-        terminal: ``[n]`` what each was worth at its end.
+        terminal: ``[n]`` what each was worth at its end, terms included.
+        terms: ``[n]`` of each added term, by name.
         values: ``[n, L + 1]`` baselines, or None without a critic.
         advantages: ``[n, L]``.
         mismatch: of the rollout's log-probabilities and the trainer's, before the update.
@@ -49,6 +50,7 @@ class RefinedPolicy:
 
     policy: RolloutBatch
     terminal: Tensor
+    terms: dict[str, Tensor]
     values: Tensor | None
     advantages: Tensor
     mismatch: LogProbDifference
@@ -78,6 +80,8 @@ class RefinedPolicy:
             "actor/lr": self.steps[-1].lr,
             "actor/entropy": self.entropy,
         }
+        for name, term in self.terms.items():
+            metrics |= summary_statistics(f"reward/{name}", term, everything)
         if self.values is not None:
             metrics |= summary_statistics("value", self.values[:, :-1], policy.response_mask)
         if (~policy.labeled).any():
@@ -86,7 +90,7 @@ class RefinedPolicy:
 
 
 def refine_policy(
-    session: Session, reward: TerminalReward, policy: RolloutBatch, values: Tensor | None, seed: int
+    session: Session, reward: ComposedReward, policy: RolloutBatch, values: Tensor | None, seed: int
 ) -> RefinedPolicy:
     """Train the actor on the n rows of ``policy``.
 
@@ -115,7 +119,7 @@ def refine_policy(
     if old is None:  # one mini-batch of all rows: the first step's outputs are those of the policy before it
         old = at_batch_width(steps[0].outputs["log_probs"], policy, final_state=False)
     mismatch = log_prob_difference(policy.rollout_log_probs, old, policy.response_mask)
-    return RefinedPolicy(policy, terminal, values, advantages, mismatch, steps)
+    return RefinedPolicy(policy, terminal, reward.added(policy), values, advantages, mismatch, steps)
 
 
 def _advantages(config: Config, policy: RolloutBatch, terminal: Tensor, values: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from tempo_megatron.algorithm.advantages import group_advantages
 from tempo_megatron.algorithm.rewards import (
+    REWARDS,
     ClusterFrequencyReward,
+    ComposedReward,
     CriticTerminalReward,
+    LengthPenalty,
     MajorityVoteReward,
     OracleReward,
     OutcomeReward,
@@ -24,7 +28,7 @@ from tempo_megatron.algorithm.rewards import (
     TerminalReward,
     terminal_reward,
 )
-from tempo_megatron.config.methods import METHODS, estimator
+from tempo_megatron.config.methods import METHODS, Reward, estimator
 from tempo_megatron.config.schema import Config
 
 NAN = math.nan
@@ -126,6 +130,54 @@ def test_every_method_has_a_reward_and_its_estimator():
         config = Config.model_validate({"stage": stage, "output_dir": "x", "steps": 1, "actor": role})
         assert isinstance(terminal_reward(config)(rows([0], outcome=[1.0]), torch.zeros(1, 2)), Tensor)
         assert estimator(config) == method.estimators[0] == ("token" if method.critic else "group")
+    assert set(REWARDS) == set(get_args(Reward))
+
+
+# ---------------------------------------------------------------- terms
+
+
+def dapo_penalty(length: int, longest: int, cache: int) -> float:
+    """R_length of arXiv 2503.14476, Eq. 13, case by case."""
+    if length <= longest - cache:
+        return 0.0
+    if length <= longest:
+        return ((longest - cache) - length) / cache
+    return -1.0
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_length_penalty_is_dapos(longest: int, cache: int, lengths: list[int]) -> None:
+    cache = min(cache, longest)
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    found = LengthPenalty(longest, cache, coefficient=0.5)(SimpleNamespace(response_mask=mask))  # type: ignore[arg-type]
+    expected = [0.5 * dapo_penalty(length, longest, cache) for length in lengths]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("stage", METHODS)
+def test_a_term_is_added_in_every_method(stage: str) -> None:
+    term = {"name": "length_penalty", "buffer_tokens": 2, "coefficient": 0.25}
+    values = {"stage": stage, "output_dir": "x", "steps": 1, "actor": {"init": "x"}, "data": {"max_response_tokens": 4}}
+    plain, added = (
+        terminal_reward(Config.model_validate({**values, "algorithm": {"reward_terms": terms}}))
+        for terms in ([], [term])
+    )
+    labeled = METHODS[stage].labeled == "needed"
+    unlabeled = METHODS[stage].unlabeled
+    outcome = [1.0, 0.0] * labeled + [NAN, NAN] * unlabeled
+    batch = rows([0] * len(outcome), outcome=outcome, oracle=[1.0] * len(outcome))
+    lengths = torch.tensor([4, 2] * (len(outcome) // 2))
+    batch.response_mask = torch.arange(4) < lengths[:, None]
+    state_values = torch.full((len(outcome), 5), 0.9)
+    difference = added(batch, state_values) - plain(batch, state_values)
+    torch.testing.assert_close(difference, torch.where(lengths == 4, -0.25, 0.0))
+    assert plain.added(batch) == {} and list(added.added(batch)) == ["length_penalty"]
+
+
+def test_terms_add_up() -> None:
+    batch = rows([0, 0], outcome=[1.0, 0.0])
+    one, two = LengthPenalty(1, 1, 0.5, name="one"), LengthPenalty(1, 1, 0.25, name="two")
+    assert ComposedReward(OutcomeReward(), (one, two))(batch, None).tolist() == [0.25, -0.75]
 
 
 # ---------------------------------------------------------------- group advantages

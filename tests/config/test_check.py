@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_megatron.config.check import check_config, divisors, nearest
+from tempo_megatron.config.methods import METHODS, Method
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 
@@ -268,6 +269,75 @@ def test_each_stage_has_a_valid_form(job: Job) -> None:
     sft.set("actor.max_tokens_per_microbatch", 1).check()
     sft.set("evaluation.sets", [{"name": "a", "files": job.values["data"]["train_files"]}])
     assert "rollout.max_num_batched_tokens: 1" in job.refusal()
+
+
+@pytest.fixture
+def new_method(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A gated method that nobody has heard of: a row, and nothing else."""
+    row = Method(
+        "a test's", "needed", unlabeled=True, critic=True, estimators=("token",), reward="critic_value", asks="truth"
+    )
+    monkeypatch.setitem(METHODS, "novel", row)  # type: ignore[arg-type]
+    return "novel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"critic": None}, "critic: missing; stage novel trains an actor and a critic"),
+        ({"data.oracle_files": []}, "data.oracle_files: [] is empty; stage novel needs the answers"),
+        (
+            {"data.unlabeled_prompts_per_step": 0},
+            "data.unlabeled_prompts_per_step: 0 must be at least 1",
+        ),
+        ({"algorithm.estep.every": None}, "algorithm.estep.every: null never trains the critic"),
+        ({"rollout.samples_per_prompt": 2}, "the gate would never open; it can be at most 4"),
+        ({"algorithm.mstep.estimator": "group"}, "algorithm.mstep.estimator: group must be token in stage novel"),
+        (
+            {"algorithm.guard": {"enabled": True, "action": "rollback"}},
+            "algorithm.guard.action: rollback needs checkpoints",
+        ),
+    ],
+)
+def test_a_method_is_judged_by_its_facts(job: Job, new_method: str, changes: dict[str, Any], told: str | None) -> None:
+    job.set("data.oracle_files", job.values["data"]["train_files"]).set("rollout.samples_per_prompt", 8)
+    for key, value in changes.items():
+        job.set(key, value)
+    config = Config.model_validate(job.values).model_copy(update={"stage": new_method})
+    if told is None:
+        check_config(config, 1)
+        return
+    with pytest.raises(TempoError) as caught:
+        check_config(config, 1)
+    assert told in str(caught.value)
+
+
+def test_who_may_read_the_truth_is_a_fact_of_the_method(job: Job, new_method: str) -> None:
+    job.set("data.oracle_files", job.values["data"]["train_files"])
+    assert "data.oracle_files: only stage oracle, novel may read them; stage tempo must not" in job.refusal()
+
+
+@pytest.mark.parametrize(
+    ("terms", "told"),
+    [
+        ([{"name": "length_penalty", "buffer_tokens": 32}], None),
+        (
+            [{"name": "length_penalty", "buffer_tokens": 33}],
+            "algorithm.reward_terms.0.buffer_tokens: 33 must be at most data.max_response_tokens 32",
+        ),
+        (
+            [{"name": "length_penalty", "buffer_tokens": 8}] * 2,
+            "algorithm.reward_terms.1.name: length_penalty is there twice",
+        ),
+    ],
+)
+def test_reward_terms(job: Job, terms: list[dict[str, Any]], told: str | None) -> None:
+    job.set("algorithm.reward_terms", terms)
+    if told is None:
+        job.check()
+    else:
+        assert told in job.refusal()
 
 
 # ---------------------------------------------------------------- files

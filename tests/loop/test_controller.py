@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tempo_megatron.algorithm.diagnostics import Calibration
+from tempo_megatron.config.methods import METHODS, Method
 from tempo_megatron.config.schema import Config
 from tempo_megatron.loop.controller import Decision, GoBack, RunController, StepPlan
 from tempo_megatron.loop.verification import CheckCounts
@@ -91,6 +92,18 @@ def test_a_step_that_opens_the_gate_has_no_d_u_yet_and_one_that_closes_it_makes_
     noisy = Calibration(auroc=0.99, mean_value=0.6, minority=1)
     run.go(calibration=noisy)
     assert run.control.metrics()["gate/open"] == 0, "it rests on too few"
+
+
+def test_a_new_method_is_gated_by_its_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And held by the guard, and given its E-steps: nothing asks for its name."""
+    row = Method("a test's", "needed", unlabeled=True, critic=True, estimators=("token",), reward="critic_value")
+    monkeypatch.setitem(METHODS, "novel", row)  # type: ignore[arg-type]
+    run = Run(gate={"enabled": True}, guard=GUARD)
+    control = RunController(run.config.model_copy(update={"stage": "novel"}), run.told.append)
+    plan = control.plan(1)
+    assert plan.recalibrate and not plan.refine
+    control.judge(plan, GOOD, SURE)
+    assert "gate/open" in control.metrics() and "guard/accuracy" in control.metrics()
 
 
 def test_a_held_run_ends_and_says_once_why() -> None:

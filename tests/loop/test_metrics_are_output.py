@@ -32,7 +32,7 @@ def metric_reads(tree: ast.AST) -> list[int]:
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
             written |= {id(part) for part in ast.walk(node.slice)}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WRITERS:
-            written.add(id(node.args[0]))
+            written |= {id(part) for part in ast.walk(node.args[0])}
     strings = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return [n.lineno for n in strings if KEY.fullmatch(n.value) and id(n) not in written]
 
