@@ -28,6 +28,7 @@ class Case:
     name: str
     overrides: dict[str, Any]
     config: str = "configs/demo/tempo.yaml"
+    ends_in_error: bool = False
 
 
 def make_inputs(folder: Path, layers: int = 2) -> Inputs:
@@ -81,6 +82,7 @@ def run_cases(cases: list[Case], nproc: int, folder: Path, timeout_s: float) -> 
             "config": str(ROOT / case.config),
             "overrides": [f"{k}={v}" for k, v in {"output_dir": folder / case.name, **case.overrides}.items()],
             "out": str(folder / f"{case.name}.pt"),
+            "ends_in_error": case.ends_in_error,
         }
         for case in cases
     ]

@@ -1,7 +1,7 @@
 """Several small EM runs, one after the other, in one set of ranks; launched by the tests of this folder.
 
-``em_worker CASES.json``: a list of ``{"name", "overrides": {...}, "out"}``; every case's rank 0 writes
-``OUT`` (torch file): what the first steps sampled and computed, and the final weights.
+``em_worker CASES.json``: a list of ``{"config", "overrides": [...], "out", "ends_in_error"}``; every case's rank 0
+writes ``OUT`` (torch file): what its steps sampled and computed, and the final weights or the error that ended it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,7 +24,9 @@ cpu_shim.install()
 
 from tempo_megatron.config.load import load_config  # noqa: E402
 from tempo_megatron.data.prompts import PromptRecord, read_prompts_isolated  # noqa: E402
+from tempo_megatron.errors import RunError  # noqa: E402
 from tempo_megatron.loop import data, runtime  # noqa: E402
+from tempo_megatron.loop.collect import Collector  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
@@ -86,12 +89,18 @@ runtime.VerifierService = shared_verifier  # type: ignore[assignment,misc]
 runtime.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
 
 
-def watch(engine: MegatronEngine, seen: list[dict[str, Any]]) -> None:
-    """Note the outputs of every forward and step of an engine."""
+def watch(engine: MegatronEngine, seen: list[dict[str, Any]], layer_calls: dict[str, int]) -> None:
+    """Note the outputs of every forward and step of an engine, and how the steps call its first layer."""
     step, forward = engine.step, engine.forward
+    layer_calls |= {"with gradient": 0, "without": 0}
+
+    def count(*_: Any) -> None:
+        layer_calls["with gradient" if torch.is_grad_enabled() else "without"] += 1
 
     def watched_step(*args: Any) -> StepResult:
+        hook = engine.models[0].decoder.layers[0].register_forward_hook(count)
         result = step(*args)
+        hook.remove()
         seen.append({"loss": result.loss, "grad_norm": result.grad_norm, **result.outputs})
         return result
 
@@ -103,25 +112,55 @@ def watch(engine: MegatronEngine, seen: list[dict[str, Any]]) -> None:
     engine.step, engine.forward = watched_step, watched_forward  # type: ignore[method-assign]
 
 
-def run_case(config_file: str, overrides: list[str], out: Path) -> None:
+def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
+    """Note what every step collected, and all that was sampled for it."""
+    collect, generate = collector.collect, collector._generate
+
+    def watched_collect(*args: Any, **kwargs: Any) -> Any:
+        steps.append({"rounds": []})
+        collected = collect(*args, **kwargs)
+        b = collected.batch
+        steps[-1] |= {
+            "tokens": b.response_token_ids,
+            "prompts": b.prompt_token_ids,
+            "log_probs": b.rollout_log_probs,
+            "texts": b.responses,
+            "ids": b.record_ids,
+            "labeled": b.labeled,
+            "outcome": b.outcome,
+            "group": b.group,
+            "version": b.weights_version,
+            "for_actor": collected.for_actor,
+            "for_critic": collected.for_critic,
+        }
+        return collected
+
+    def watched_generate(*args: Any) -> Any:
+        r = generate(*args)
+        sampled = {"ids": r.record_ids, "texts": r.responses, "tokens": r.response_token_ids, "group": r.group}
+        steps[-1]["rounds"].append({**sampled, "labeled": r.labeled})
+        return r
+
+    collector.collect, collector._generate = watched_collect, watched_generate  # type: ignore[method-assign]
+
+
+def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool) -> None:
     config = load_config(config_file, overrides)
-    batches: list[Any] = []
+    samples: list[dict[str, Any]] = []
     seen: dict[str, list[dict[str, Any]]] = {"actor": [], "critic": []}
+    layer_calls: dict[str, dict[str, int]] = {"actor": {}, "critic": {}}
+    error = ""
     with Session(config) as session:
         for role, engine in session.engines.items():
-            watch(engine, seen[role])
-        if config.stage == "sft":
-            SFTLoop(session).run()
+            watch(engine, seen[role], layer_calls[role])
+        loop = SFTLoop(session) if config.stage == "sft" else EMLoop(session)
+        if isinstance(loop, EMLoop):
+            watch_collector(loop.collector, samples)
+        if ends_in_error:
+            with pytest.raises(RunError) as caught:
+                loop.run()
+            error = str(caught.value)
         else:
-            loop = EMLoop(session)
-            collect = loop.collector.collect
-
-            def watched_collect(*args: Any, **kwargs: Any) -> Any:
-                collected = collect(*args, **kwargs)
-                batches.append(collected.batch)
-                return collected
-
-            loop.collector.collect = watched_collect  # type: ignore[method-assign]
             loop.run()
         weights = {
             f"{role}.{name}": tensor.clone()
@@ -129,26 +168,13 @@ def run_case(config_file: str, overrides: list[str], out: Path) -> None:
             for name, tensor in engine.weight_stream(64)
         }
         if session.is_main:
-            samples = [
-                {
-                    "tokens": b.response_token_ids,
-                    "prompts": b.prompt_token_ids,
-                    "log_probs": b.rollout_log_probs,
-                    "texts": b.responses,
-                    "ids": b.record_ids,
-                    "labeled": b.labeled,
-                    "outcome": b.outcome,
-                    "group": b.group,
-                    "version": b.weights_version,
-                }
-                for b in batches
-            ]
-            torch.save({"samples": samples, "seen": seen, "weights": weights}, out)
+            result = {"samples": samples, "seen": seen, "layer_calls": layer_calls, "weights": weights, "error": error}
+            torch.save(result, out)
     close_groups()
 
 
 def main() -> None:
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case["config"], case["overrides"], Path(case["out"]))
+        run_case(case["config"], case["overrides"], Path(case["out"]), ends_in_error=case["ends_in_error"])
     for verifier in _verifiers.values():
         verifier.close()

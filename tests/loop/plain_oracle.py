@@ -50,8 +50,16 @@ class Replay:
             critic = AutoModelForTokenClassification.from_pretrained(critic_dir, num_labels=1)
             self.critic = PlainModel(critic, config.critic.optimizer)
 
-    def step(self, samples: dict[str, Any], parts: Iterable[Tensor], coins: Tensor | None) -> None:
-        """One EM step; ``parts`` are the row positions of the policy's mini-batches, among its own rows."""
+    def step(
+        self,
+        samples: dict[str, Any],
+        critic_parts: Iterable[Tensor],
+        policy_parts: Iterable[Tensor],
+        coins: Tensor | None,
+    ) -> None:
+        """One EM step; the parts are the row positions of each optimizer step, among the critic's and the policy's
+        own rows.
+        """
         self.samples = samples
         estep, mstep = self.config.algorithm.estep, self.config.algorithm.mstep
         count = len(samples["tokens"])
@@ -59,19 +67,34 @@ class Replay:
         if self.critic is not None and estep.order == "after_values":
             values = [v.detach() for v in self.values(range(count))]
         if self.critic is not None:
-            self.recalibrate([i for i in range(count) if samples["labeled"][i]])
-        chosen = [i for i in range(count) if mstep.rows == "all" or not samples["labeled"][i] or not self.has_d_u]
+            self.recalibrate([i for i in range(count) if samples["for_critic"][i]], critic_parts)
+        chosen = self.policy_rows()
         if self.critic is not None and estep.order == "before":
             values = [v.detach() for v in self.values(range(count))]
         rewards = self.rewards(chosen, values, coins)
         advantages = self.advantages(chosen, rewards, values)
         with torch.no_grad():
             old = self.log_probs(chosen)
-        for part in parts:
+        for part in policy_parts:
             at = part.tolist()
             new = self.log_probs([chosen[k] for k in at])
-            losses = [self.policy_loss(n, old[k], advantages[k]) for n, k in zip(new, at, strict=True)]
+            losses = [
+                self.policy_loss(n, old[k], advantages[k]) * self.correction(old[k], self.sampled(chosen[k]))
+                for n, k in zip(new, at, strict=True)
+            ]
             self.actor.step(self.mean(losses, mstep.loss_agg))
+
+    def policy_rows(self) -> list[int]:
+        both = self.config.algorithm.mstep.rows == "all" or not self.has_d_u
+        return [
+            i
+            for i, chosen in enumerate(self.samples["for_actor"])
+            if chosen and (both or not self.samples["labeled"][i])
+        ]
+
+    def sampled(self, i: int) -> Tensor:
+        """The sampler's log-probabilities of row i's tokens."""
+        return self.samples["log_probs"][i, : len(self.samples["tokens"][i])]
 
     @property
     def has_d_u(self) -> bool:
@@ -103,13 +126,14 @@ class Replay:
 
     # ------------------------------------------------------------ E-step
 
-    def recalibrate(self, rows: list[int]) -> None:
+    def recalibrate(self, rows: list[int], parts: Iterable[Tensor]) -> None:
         assert self.critic is not None and self.config.critic is not None
         estep, last = self.config.algorithm.estep, self.config.algorithm.mstep.terminal_value == "post_last"
         old = [v.detach() for v in self.values(rows)]
-        for _ in range(estep.updates):
+        for part in parts:
             losses = []
-            for k, head in enumerate(self.heads(rows)):
+            at = part.tolist()
+            for k, head in zip(at, self.heads([rows[k] for k in at]), strict=True):
                 y = float(self.samples["outcome"][rows[k]])
                 states = len(head) if last else len(head) - 1
                 head, before = head[:states], old[k][:states]
@@ -151,7 +175,14 @@ class Replay:
                 found.append(float(coins[k]))
             else:
                 found.append(self.agreement(i))
+        for term in self.config.algorithm.reward_terms:
+            for k, i in enumerate(rows):
+                found[k] -= term.coefficient * self.overlength(len(self.samples["tokens"][i]), term.buffer_tokens)
         return found
+
+    def overlength(self, length: int, buffer: int) -> float:
+        """How far into the last ``buffer`` tokens a response has run: 0 ... 1."""
+        return max(0.0, (length - (self.config.data.max_response_tokens - buffer)) / buffer)
 
     def agreement(self, i: int) -> float:
         """TTRL's vote or EMPO's frequency for row i."""
@@ -206,3 +237,12 @@ class Replay:
         if mstep.dual_clip is not None:
             loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * mstep.dual_clip), loss)
         return loss
+
+    def correction(self, old: Tensor, sampled: Tensor) -> Tensor:
+        """Factor of each token's loss for a sampler with other probabilities."""
+        settings = self.config.algorithm.mstep.correction
+        ratio = (old - sampled).exp()
+        weight = {"none": torch.ones_like(ratio), "token": ratio, "sequence": ratio.prod().expand_as(ratio)}
+        judged = {"none": torch.ones_like(ratio), "token": ratio, "sequence": ratio.log().mean().exp()}
+        fine = (judged[settings.mask_level] >= settings.mask_low) & (judged[settings.mask_level] <= settings.mask_high)
+        return torch.minimum(weight[settings.weights], torch.tensor(settings.cap)) * fine
