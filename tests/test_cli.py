@@ -34,7 +34,7 @@ def config_file(tmp_path: Path) -> Path:
     """A valid sft job on one rank."""
     model = tmp_path / "model"
     model.mkdir()
-    shape = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "intermediate_size": 8,
+    shape = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "hidden_size": 8, "intermediate_size": 8,
              "num_hidden_layers": 2, "vocab_size": 10, "max_position_embeddings": 64}  # fmt: skip
     (model / "config.json").write_text(json.dumps(shape))
     (model / "model.safetensors").touch()

@@ -15,16 +15,18 @@ class Architecture:
     Attributes:
         module: its module in ``tempo_megatron.model.families``.
         experts: every MLP is a mixture of experts.
+        projection_norm: k is normalised over all its heads at once, which heads copied to more ranks could not follow.
     """
 
     module: str
     experts: bool = False
+    projection_norm: bool = False
 
 
 #: Policy class in ``architectures`` of config.json -> family.
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
-    "Olmo3ForCausalLM": Architecture("olmo3"),
+    "Olmo3ForCausalLM": Architecture("olmo3", projection_norm=True),
     "Qwen2ForCausalLM": Architecture("qwen2"),
     "Qwen3ForCausalLM": Architecture("qwen3"),
     "Qwen3MoeForCausalLM": Architecture("qwen3_moe", experts=True),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tempo_megatron.config.architectures import ARCHITECTURES, is_critic, policy_name
 from tempo_megatron.config.schema import ParallelConfig
+from tempo_megatron.config.stages import stage_sizes
 from tempo_megatron.errors import TempoError
 
 
@@ -17,12 +18,15 @@ from tempo_megatron.errors import TempoError
 class ModelShape:
     """The numbers of a Hugging Face ``config.json`` that layouts must agree with.
 
-    ``experts`` is 0 and ``expert_intermediate_size`` is 0 in a dense model.
+    ``experts`` is 0 and ``expert_intermediate_size`` is 0 in a dense model; ``copies_kv_heads``: more tensor ranks than
+    KV heads may share them.
     """
 
     file: Path
     attention_heads: int
     key_value_heads: int
+    head_dim: int
+    copies_kv_heads: bool
     intermediate_size: int
     layers: int
     vocab_size: int
@@ -71,6 +75,8 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         attention_heads=heads,
         # older files leave it out or null: multi-head attention
         key_value_heads=heads if values.get("num_key_value_heads") is None else number("num_key_value_heads"),
+        head_dim=number("hidden_size") // heads if values.get("head_dim") is None else number("head_dim"),
+        copies_kv_heads=not family.projection_norm,
         intermediate_size=number("intermediate_size"),
         layers=number("num_hidden_layers"),
         vocab_size=number("vocab_size"),
@@ -93,39 +99,51 @@ def check_layout(shape: ModelShape, layout: ParallelConfig, key: str, world_size
 
 
 def _tensor_sizes(shape: ModelShape) -> list[int]:
-    # key-value heads are not copied to several ranks: Megatron's norms of k could not follow
-    sizes = [shape.attention_heads, shape.key_value_heads] + ([] if shape.experts else [shape.intermediate_size])
-    return divisors(math.gcd(*sizes))
+    whole = [shape.attention_heads] + ([] if shape.experts else [shape.intermediate_size])
+    kv, rows = shape.key_value_heads, _qkv_rows(shape)
+    return [
+        size
+        for size in divisors(math.gcd(*whole))
+        if kv % size == 0 or (shape.copies_kv_heads and size % kv == 0 and rows % size == 0)
+    ]
+
+
+def _qkv_rows(shape: ModelShape) -> int:
+    """Rows of the q, k and v weights together, which Megatron cuts evenly, in the middle of KV heads if need be."""
+    return (shape.attention_heads + 2 * shape.key_value_heads) * shape.head_dim
 
 
 def _check_tensor(shape: ModelShape, layout: ParallelConfig, key: str) -> None:
     tensor, valid = layout.tensor_model_parallel_size, _tensor_sizes(shape)
-    if tensor not in valid:
-        heads = f"num_attention_heads {shape.attention_heads}"
-        kv = f"num_key_value_heads {shape.key_value_heads}"
-        every = (
-            f"{heads} and {kv}" if shape.experts else f"{heads}, {kv} and intermediate_size {shape.intermediate_size}"
-        )
-        raise TempoError(
-            f"{key}.tensor_model_parallel_size: {tensor} must divide {every} ({shape.file}); "
-            f"nearest valid: {nearest(tensor, valid)}"
-        )
+    if tensor in valid:
+        return
+    heads, kv = f"num_attention_heads {shape.attention_heads}", f"num_key_value_heads {shape.key_value_heads}"
+    whole = [heads] if shape.experts else [heads, f"intermediate_size {shape.intermediate_size}"]
+    if shape.copies_kv_heads:
+        fault = f"must divide {' and '.join(whole)}, and divide {kv} or be a multiple of it that divides the "
+        fault += f"{_qkv_rows(shape)} rows of q, k and v"
+    else:
+        fault = f"must divide {', '.join(whole)} and {kv}, whose norm over all heads cannot follow copied ones"
+    raise TempoError(
+        f"{key}.tensor_model_parallel_size: {tensor} {fault} ({shape.file}); nearest valid: {nearest(tensor, valid)}"
+    )
 
 
 def _check_pipeline(shape: ModelShape, layout: ParallelConfig, key: str) -> None:
     pipeline, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
-    valid = divisors(shape.layers)
-    if pipeline not in valid:
+    layers, sizes = f"num_hidden_layers {shape.layers} ({shape.file})", stage_sizes(shape.layers, layout)
+    if pipeline > shape.layers:
+        raise TempoError(f"{key}.pipeline_model_parallel_size: {pipeline} must be at most {layers}")
+    names = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+    said = {name: size for name in names if (size := getattr(layout, name)) is not None}
+    if said and (sum(sizes) != shape.layers or min(sizes) < 1):
+        numbers, others = " + ".join(f"{name} {size}" for name, size in said.items()), pipeline - len(said)
+        needed = f"leave at least {others} of {layers} to the other stages" if others else f"be {layers}"
+        raise TempoError(f"{key}: {numbers} must {needed} with pipeline_model_parallel_size {pipeline}")
+    if chunks > min(sizes):
         raise TempoError(
-            f"{key}.pipeline_model_parallel_size: {pipeline} must divide num_hidden_layers {shape.layers} "
-            f"({shape.file}); nearest valid: {nearest(pipeline, valid)}"
-        )
-    valid = divisors(shape.layers // pipeline)
-    if chunks not in valid:
-        raise TempoError(
-            f"{key}.virtual_pipeline_model_parallel_size: {chunks} must divide the {shape.layers // pipeline} layers "
-            f"of a stage (num_hidden_layers {shape.layers} / pipeline_model_parallel_size {pipeline}, {shape.file}); "
-            f"nearest valid: {nearest(chunks, valid)}"
+            f"{key}.virtual_pipeline_model_parallel_size: {chunks} must be at most {min(sizes)}, the layers of the "
+            f"smallest stage: the {pipeline} stages have {', '.join(map(str, sizes))} of {layers}"
         )
 
 

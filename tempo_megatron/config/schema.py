@@ -27,9 +27,20 @@ class ParallelConfig(Section):
     """Megatron layout of one role; data parallelism is what remains of the world."""
 
     tensor_model_parallel_size: int = Field(
-        1, ge=1, description="ranks that share each layer; must divide the heads, the KV heads and the MLP width"
+        1,
+        ge=1,
+        description="ranks that share each layer; must divide the heads and the MLP width; more than KV heads: several "
+        "use the same one",
     )
-    pipeline_model_parallel_size: int = Field(1, ge=1, description="pipeline stages; must divide the layers")
+    pipeline_model_parallel_size: int = Field(
+        1, ge=1, description="pipeline stages; where they do not divide the layers, some hold one layer more"
+    )
+    num_layers_in_first_pipeline_stage: int | None = Field(
+        None, ge=1, description="layers of the first stage; the others share the rest as evenly as can be"
+    )
+    num_layers_in_last_pipeline_stage: int | None = Field(
+        None, ge=1, description="layers of the last stage; the others share the rest as evenly as can be"
+    )
     virtual_pipeline_model_parallel_size: int = Field(
         1, ge=1, description="chunks of layers per stage (interleaved schedule); 1: one run of layers per stage"
     )
@@ -44,16 +55,20 @@ class ParallelConfig(Section):
     def _consistent(self) -> ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
-        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
-                f"virtual_pipeline_model_parallel_size: {self.virtual_pipeline_model_parallel_size} needs "
-                "pipeline_model_parallel_size > 1"
-            )
+        of_stages = {
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size > 1,
+            "num_layers_in_first_pipeline_stage": self.num_layers_in_first_pipeline_stage is not None,
+            "num_layers_in_last_pipeline_stage": self.num_layers_in_last_pipeline_stage is not None,
+        }
+        for name, given in of_stages.items():
+            if given and self.pipeline_model_parallel_size == 1:
+                raise ValueError(f"{name}: {getattr(self, name)} needs pipeline_model_parallel_size > 1")
         return self
 
     def megatron_sizes(self) -> dict[str, int | None]:
         """The sizes by the names that Megatron's groups and its TransformerConfig both know them by."""
-        sizes: dict[str, int | None] = self.model_dump(exclude={"sequence_parallel"})
+        layers = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+        sizes: dict[str, int | None] = self.model_dump(exclude={"sequence_parallel", *layers})
         if self.virtual_pipeline_model_parallel_size == 1:
             sizes["virtual_pipeline_model_parallel_size"] = None
         return sizes

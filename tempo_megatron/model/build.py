@@ -29,7 +29,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 from transformers import PretrainedConfig
 
-from tempo_megatron.config.schema import RoleConfig
+from tempo_megatron.config.schema import ParallelConfig, RoleConfig
+from tempo_megatron.config.stages import chunk_sizes
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import Family
@@ -108,6 +109,7 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **layout.megatron_sizes(),
+        pipeline_model_parallel_layout=_pipeline_layout(config.num_hidden_layers, layout),
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -134,6 +136,15 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         **recompute,
         **family.transformer_config(config),
     )
+
+
+def _pipeline_layout(layers: int, layout: ParallelConfig) -> list[list[str]] | None:
+    """Megatron's list of what each run of layers holds; None where all hold equally many, which Megatron splits."""
+    sizes = chunk_sizes(layers, layout)
+    if len(set(sizes)) == 1:
+        return None
+    runs = [["decoder"] * size for size in sizes]
+    return [["embedding", *runs[0]], *runs[1:-1], [*runs[-1], "loss"]]
 
 
 @dataclass(frozen=True)

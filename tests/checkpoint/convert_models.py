@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 from tempo_megatron.demo.model import make_tokenizer
+from tests.model.parity_cases import off_constants
 
 FAMILIES = ("qwen3", "qwen2", "llama-tied", "olmo3", "qwen3-moe")
 
@@ -55,10 +56,7 @@ def write_folder(folder: Path, family: str, role: str = "actor", dtype: torch.dt
     v_head = role == "critic" and family == "olmo3"
     auto = hf.AutoModelForTokenClassification if role == "critic" and not v_head else hf.AutoModelForCausalLM
     model = auto.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith(".bias"):
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    off_constants(model)
     tensors = dict(model.to(dtype).state_dict())
     if v_head:
         tensors["v_head.summary.weight"] = torch.randn(1, config.hidden_size, dtype=dtype)

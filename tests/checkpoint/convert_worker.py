@@ -29,6 +29,7 @@ LAYOUTS = {
     "dp2": ParallelConfig(),
     "tp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2vpp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "pp2first1": ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1),
     "ep2": ParallelConfig(expert_model_parallel_size=2),
 }
 

@@ -64,12 +64,15 @@ class Chain:
         return f"{self.model} {self.dtype} {'distributed' if self.distributed else 'plain'}"
 
 
+#: One KV head of two ranks; stages of 3 and 2 layers, of 1 and 4, of 3 and 2 in two chunks each.
+UNEVEN = ("tp2 sp", "pp2", "pp2 first1", "pp2 vpp2", "tp2")
 CHAINS = [
     Chain("llama-tied", "critic", "float32", True, ("tp2 sp", "pp2 vpp2", "cp2", "", "cp2", "pp2 vpp2", "tp2 sp")),
     Chain("llama-tied", "critic", "bfloat16", True, ("", "pp2 vpp2", "tp2 sp")),
     Chain("llama-tied", "critic", "bfloat16", False, ("tp2", "pp2 vpp2", "")),
     Chain("qwen3-moe", "actor", "float32", True, ("ep2", "", "tp2 sp etp2", "pp2 vpp2", "cp2 ep2", "tp2 sp ep2")),
     Chain("qwen3-moe", "actor", "float32", False, ("ep2", "", "ep2")),
+    Chain("qwen2", "actor", "float32", True, tuple(f"{name} kv1 layers5" for name in UNEVEN)),
 ]
 
 
@@ -185,7 +188,8 @@ def main() -> None:
     root = Path(sys.argv[1])
     gc.freeze()  # Megatron collects garbage whenever it saves or loads
     for chain in CHAINS:
-        save_reference(config_of(chain.family), chain.role, root / chain.model)
+        config = config_of(chain.family, **Layout(chain.layouts[0]).model_changes)
+        save_reference(config, chain.role, root / chain.model)
     for chain in CHAINS:
         for line in hops(root, chain):
             if dist.get_rank() == 0:

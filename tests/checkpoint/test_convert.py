@@ -22,6 +22,8 @@ SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 LAYOUTS = ["", "--tp 2", "--pp 4", "--tp 2 --pp 2", "--tp 2 --pp 2 --vpp 2"]
 MOE_LAYOUTS = ["", "--ep 4", "--tp 2 --ep 2", "--pp 2 --vpp 2 --ep 2"]
 CASES = [(family, layout) for family in FAMILIES for layout in (MOE_LAYOUTS if family == "qwen3-moe" else LAYOUTS)]
+#: Stages of 1, 2 and 1 layers; four ranks of two KV heads, whose qkv is cut within a head.
+CASES += [("olmo3", "--pp 3"), ("qwen3-moe", "--tp 4 --pp 3 --ep 2"), ("qwen2", "--tp 4 --pp 3")]
 CRITIC_CASES = [
     ("qwen3", "--tp 2"),
     ("qwen2", "--tp 2 --pp 2"),

@@ -20,6 +20,7 @@ CASES = [
     ("llama-tied", "critic", "--tp 2", "dp2"),
     ("olmo3", "actor", "--tp 2 --pp 2", "pp2vpp2"),
     ("qwen3-moe", "actor", "--ep 4", "ep2"),
+    ("qwen2", "critic", "--tp 4 --pp 3", "pp2first1"),
 ]
 
 

@@ -18,6 +18,7 @@ from tempo_megatron.errors import TempoError
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
     "num_attention_heads": 8,
+    "hidden_size": 64,
     "num_key_value_heads": 4,
     "intermediate_size": 96,
     "num_hidden_layers": 6,
@@ -94,22 +95,24 @@ def test_a_valid_job_passes(job: Job) -> None:
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_tensor_parallel_must_divide_heads(job: Job, role: str) -> None:
     message = job.layout(role, 3, 1).refusal(6)
-    assert message.startswith(f"{role}.parallel.tensor_model_parallel_size: 3 must divide num_attention_heads 8, ")
+    assert message.startswith(f"{role}.parallel.tensor_model_parallel_size: 3 must divide num_attention_heads 8 and ")
     assert message.endswith("nearest valid: 2 or 4")
 
 
-def test_tensor_parallel_must_divide_kv_heads_and_intermediate_size(job: Job) -> None:
-    assert job.layout("actor", 8, 1).refusal(8).endswith("nearest valid: 4")
+def test_tensor_parallel_must_divide_intermediate_size_but_may_be_more_than_the_kv_heads(job: Job) -> None:
+    job.layout("actor", 8, 1).check(8)
+    job.model("actor", architectures=["Olmo3ForCausalLM"])  # its norm of k is over all heads
+    assert job.refusal(8).endswith("nearest valid: 4")
     job.model("actor", num_key_value_heads=None)  # multi-head attention: as many as attention heads
     job.check(8)
     job.model("actor", num_key_value_heads="absent", intermediate_size=100)
     assert job.refusal(8).endswith("nearest valid: 4")
 
 
-def test_pipeline_parallel_must_divide_layers(job: Job) -> None:
-    message = job.layout("critic", 1, 4).refusal(4)
-    assert message.startswith("critic.parallel.pipeline_model_parallel_size: 4 must divide num_hidden_layers 6 ")
-    assert message.endswith("nearest valid: 3 or 6")
+def test_pipeline_stages_need_a_layer_each(job: Job) -> None:
+    job.layout("critic", 1, 4).check(4)
+    message = job.layout("critic", 1, 7).refusal(7)
+    assert message.startswith("critic.parallel.pipeline_model_parallel_size: 7 must be at most num_hidden_layers 6 ")
 
 
 def test_model_parallel_must_divide_the_world(job: Job) -> None:
@@ -197,7 +200,7 @@ def test_checkpoints_are_judged_by_their_own_config(job: Job) -> None:
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
     Path(job.model("hf", num_hidden_layers=5)).rename(checkpoint / "hf")
-    message = job.set("actor.init", str(job.folder / "run")).layout("actor", 1, 2).refusal(2)
+    message = job.set("actor.init", str(job.folder / "run")).layout("actor", 1, 6).refusal(6)
     assert f"num_hidden_layers 5 ({checkpoint / 'hf' / 'config.json'})" in message
 
 

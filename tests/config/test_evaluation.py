@@ -14,7 +14,13 @@ from tempo_megatron.config.evaluation import EvaluationRequest, evaluation_confi
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 
-SHAPE = {"num_attention_heads": 4, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 10}
+SHAPE = {
+    "num_attention_heads": 4,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 10,
+}
 
 
 def write_hf(folder: Path, kind: str = "CausalLM") -> Path:

@@ -19,6 +19,8 @@ DENSE = ModelShape(
     file=Path("m/config.json"),
     attention_heads=16,
     key_value_heads=4,
+    head_dim=8,
+    copies_kv_heads=True,
     intermediate_size=96,
     layers=12,
     vocab_size=101,
@@ -27,6 +29,7 @@ DENSE = ModelShape(
     expert_intermediate_size=0,
 )
 MOE = ModelShape(**{**vars(DENSE), "experts": 8, "expert_intermediate_size": 24, "intermediate_size": 90})
+OLMO = ModelShape(**{**vars(DENSE), "copies_kv_heads": False})
 
 SHORT = {
     "tp": "tensor_model_parallel_size",
@@ -36,6 +39,8 @@ SHORT = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
     "sp": "sequence_parallel",
+    "first": "num_layers_in_first_pipeline_stage",
+    "last": "num_layers_in_last_pipeline_stage",
 }
 
 
@@ -55,6 +60,13 @@ def refusal(shape: ModelShape, world: int, **sizes: Any) -> str:
     [
         (DENSE, 1, {}),
         (DENSE, 24, {"tp": 4, "pp": 3, "vpp": 4, "cp": 2, "sp": True}),
+        (DENSE, 16, {"tp": 16}),  # four ranks to a KV head
+        (MOE, 8, {"tp": 8, "sp": True}),
+        (DENSE, 5, {"pp": 5}),
+        (DENSE, 2, {"pp": 2, "vpp": 4}),
+        (DENSE, 12, {"pp": 12}),
+        (DENSE, 3, {"pp": 3, "vpp": 2, "first": 2, "last": 3}),
+        (DENSE, 2, {"pp": 2, "first": 2, "last": 10}),
         (DENSE, 7, {}),  # whatever remains is data parallelism
         (MOE, 8, {"ep": 8}),
         (MOE, 8, {"tp": 2, "sp": True, "etp": 2, "ep": 4}),
@@ -71,30 +83,47 @@ def test_layouts_that_fit(shape: ModelShape, world: int, sizes: dict[str, Any]) 
     [
         (
             DENSE,
-            8,
-            {"tp": 8},
-            "tensor_model_parallel_size: 8 must divide num_attention_heads 16, num_key_value_heads 4 and "
-            "intermediate_size 96 (m/config.json); nearest valid: 4",
+            6,
+            {"tp": 6},
+            "tensor_model_parallel_size: 6 must divide num_attention_heads 16 and intermediate_size 96, and divide "
+            "num_key_value_heads 4 or be a multiple of it that divides the 192 rows of q, k and v (m/config.json); "
+            "nearest valid: 4 or 8",
         ),
         (
             MOE,
+            32,
+            {"tp": 32, "sp": True},
+            "tensor_model_parallel_size: 32 must divide num_attention_heads 16, and divide num_key_value_heads 4 or be "
+            "a multiple of it that divides the 192 rows of q, k and v (m/config.json); nearest valid: 16",
+        ),
+        (
+            ModelShape(**{**vars(DENSE), "key_value_heads": 1, "head_dim": 6}),
             8,
-            {"tp": 8, "sp": True},
-            "tensor_model_parallel_size: 8 must divide num_attention_heads 16 and num_key_value_heads 4 "
-            "(m/config.json); nearest valid: 4",
+            {"tp": 8},
+            "tensor_model_parallel_size: 8 must divide num_attention_heads 16 and intermediate_size 96, and divide "
+            "num_key_value_heads 1 or be a multiple of it that divides the 108 rows of q, k and v (m/config.json); "
+            "nearest valid: 4",
+        ),
+        (
+            OLMO,
+            8,
+            {"tp": 8},
+            "tensor_model_parallel_size: 8 must divide num_attention_heads 16, intermediate_size 96 and "
+            "num_key_value_heads 4, whose norm over all heads cannot follow copied ones (m/config.json); "
+            "nearest valid: 4",
+        ),
+        (
+            DENSE,
+            13,
+            {"pp": 13},
+            "pipeline_model_parallel_size: 13 must be at most num_hidden_layers 12 (m/config.json)",
         ),
         (
             DENSE,
             5,
-            {"pp": 5},
-            "pipeline_model_parallel_size: 5 must divide num_hidden_layers 12 (m/config.json); nearest valid: 4 or 6",
-        ),
-        (
-            DENSE,
-            2,
-            {"pp": 2, "vpp": 4},
-            "virtual_pipeline_model_parallel_size: 4 must divide the 6 layers of a stage (num_hidden_layers 12 / "
-            "pipeline_model_parallel_size 2, m/config.json); nearest valid: 3 or 6",
+            {"pp": 5, "vpp": 3},
+            "virtual_pipeline_model_parallel_size: 3 must be at most 2, the layers of the smallest stage: the 5 stages "
+            "have 2, 3, 3, 2, 2 of num_hidden_layers 12 (m/config.json)",
         ),
         (
             DENSE,
@@ -132,6 +161,30 @@ def test_layouts_that_fit(shape: ModelShape, world: int, sizes: dict[str, Any]) 
 )
 def test_layouts_that_do_not_fit_the_model(shape: ModelShape, world: int, sizes: dict[str, Any], told: str) -> None:
     assert refusal(shape, world, **sizes) == f"actor.parallel.{told}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (
+            {"pp": 4, "first": 10},
+            "num_layers_in_first_pipeline_stage 10 must leave at least 3 of num_hidden_layers 12 (m/config.json) to "
+            "the other stages with pipeline_model_parallel_size 4",
+        ),
+        (
+            {"pp": 3, "last": 13},
+            "num_layers_in_last_pipeline_stage 13 must leave at least 2 of num_hidden_layers 12 (m/config.json) to the "
+            "other stages with pipeline_model_parallel_size 3",
+        ),
+        (
+            {"pp": 2, "first": 5, "last": 6},
+            "num_layers_in_first_pipeline_stage 5 + num_layers_in_last_pipeline_stage 6 must be num_hidden_layers 12 "
+            "(m/config.json) with pipeline_model_parallel_size 2",
+        ),
+    ],
+)
+def test_stages_that_leave_too_few_layers(sizes: dict[str, Any], told: str) -> None:
+    assert refusal(DENSE, sizes["pp"], **sizes) == f"actor.parallel: {told}"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +263,8 @@ SIZES = st.sampled_from([1, 1, 1, 2, 3, 4])
         file=st.just(Path("config.json")),
         attention_heads=NUMBERS,
         key_value_heads=NUMBERS,
+        head_dim=st.sampled_from([1, 2, 8]),
+        copies_kv_heads=st.booleans(),
         intermediate_size=NUMBERS,
         layers=NUMBERS,
         vocab_size=st.just(101),
@@ -228,8 +283,13 @@ def test_what_is_let_through_divides_everything_that_it_must(
     tp, pp, vpp, cp, ep, etp = (sizes[key] for key in ("tp", "pp", "vpp", "cp", "ep", "etp"))
     rules = [
         shape.attention_heads % tp == 0,
-        shape.key_value_heads % tp == 0,
-        shape.layers % (pp * vpp) == 0,
+        shape.key_value_heads % tp == 0
+        or (
+            shape.copies_kv_heads
+            and tp % shape.key_value_heads == 0
+            and (shape.attention_heads + 2 * shape.key_value_heads) * shape.head_dim % tp == 0
+        ),
+        shape.layers // pp >= vpp,
         world % (tp * pp * cp) == 0,
         world % (etp * ep * pp) == 0,
     ]
@@ -256,6 +316,7 @@ def test_experts_under_either_name(tmp_path: Path, key: str) -> None:
     values = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_attention_heads": 8,
+        "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 6,
         "vocab_size": 100,
@@ -266,7 +327,7 @@ def test_experts_under_either_name(tmp_path: Path, key: str) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(values))
     shape = read_model_shape(file, "actor.init")
-    assert (shape.experts, shape.expert_intermediate_size, shape.key_value_heads) == (8, 24, 8)
+    assert (shape.experts, shape.expert_intermediate_size, shape.key_value_heads, shape.head_dim) == (8, 24, 8, 8)
     file.write_text(json.dumps({**values, key: "eight"}))
     with pytest.raises(TempoError) as caught:
         read_model_shape(file, "actor.init")

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GenericForTokenClassification
 from transformers.models.olmo3.modeling_olmo3 import Olmo3PreTrainedModel
 
 from tempo_megatron.training.microbatch import Sequences
-from tests.model.parity_cases import config_of
+from tests.model.parity_cases import config_of, off_constants
 
 TEMPERATURE = 0.7
 
@@ -25,7 +25,7 @@ class Olmo3ForTokenClassification(GenericForTokenClassification, Olmo3PreTrained
 
 
 def reference(config: hf.PretrainedConfig, role: str) -> hf.PreTrainedModel:
-    """A random model in which no parameter is what transformers starts it as, where a misplaced one goes unnoticed."""
+    """A random model, the same at every call."""
     torch.manual_seed(3)
     config = copy.deepcopy(config)
     config.num_labels = 1
@@ -37,15 +37,7 @@ def reference(config: hf.PretrainedConfig, role: str) -> hf.PreTrainedModel:
     else:
         model = hf.AutoModelForTokenClassification.from_config(config)
     model = model.float().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if is_constant(p):  # norms at one, biases at zero
-                p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def is_constant(tensor: torch.Tensor) -> bool:
-    return bool((tensor == tensor.flatten()[0]).all())
+    return off_constants(model)
 
 
 def data() -> Sequences:
@@ -83,8 +75,9 @@ class Wanted:
 
 
 @cache
-def wanted(family: str, role: str) -> Wanted:
-    model = reference(config_of(family), role)
+def wanted(family: str, role: str, **changes: int) -> Wanted:
+    """Of the model ``config_of(family, **changes)``."""
+    model = reference(config_of(family, **changes), role)
     outputs = hf_outputs(model, data(), role)
     tokens = sum(len(w) for w in outputs)
     parts = [(w * torch.tensor([weight_of(i, t) for t in range(len(w))])).sum() for i, w in enumerate(outputs)]

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch_ranks
 from tests.model.parity_cases import FAMILIES, LAYOUTS, RANKS, ROLES, Layout, ParityCase, all_cases
 
 TABLE = ROOT / "docs" / "parity.md"
@@ -58,8 +58,8 @@ def run(folder: Path, cases: Sequence[ParityCase]) -> list[dict[str, Any]]:
     (ranks,) = {case.ranks for case in cases}
     listing = folder / f"cases-{ranks}.json"
     listing.write_text(json.dumps([asdict(case) for case in cases]))
-    command = ["-m", "tests.model.parity_worker", folder, listing]
-    result = launch(command, ranks, 120 + 8 * len(cases), env={"OMP_NUM_THREADS": "1"}).check()
+    timeout_s = 120 + 8 * len(cases)
+    result = launch_ranks("tests.model.parity_worker", folder, listing, nproc=ranks, timeout_s=timeout_s).check()
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 

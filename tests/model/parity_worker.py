@@ -52,7 +52,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups, folder: Path) -> dict[str, Any]:
     """The case's numbers on rank 0, nothing on the others."""
-    config = config_of(family)
+    config = config_of(family, **layout.model_changes)
     engine = build(config, role, layout, groups)
     read = HFTensors(folder)
     load_hf_weights(engine.models, config, role, engine.groups, read)
@@ -75,7 +75,7 @@ def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups,
     after = dict(engine.weight_stream(1))
     if dist.get_rank() != 0:
         return {}
-    want = wanted(family, role)
+    want = wanted(family, role, **layout.model_changes)
     # The step that AdamW takes tells the gradient, whichever optimizer has reduced and applied it
     steps = {n: (before[n] - w) / LR for n, w in after.items()}
     wanted_steps = {n: g / (g.abs() + ADAM_EPS) for n, g in want.gradients.items()}
@@ -98,8 +98,9 @@ def main() -> None:
         groups = ModelParallelGroups(layout.parallel, 60)
         for case in same_layout:
             family, role = case["family"], case["role"]
-            folder = shared / f"{family}-{role}"
-            save_reference(config_of(family), role, folder)
+            changes = layout.model_changes
+            folder = shared / "-".join([family, role, *(f"{key}-{value}" for key, value in changes.items())])
+            save_reference(config_of(family, **changes), role, folder)
             result = compare(family, role, layout, groups, folder)
             if dist.get_rank() == 0:
                 print(json.dumps({**case, **result}), flush=True)

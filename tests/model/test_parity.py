@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.hf_reference import is_constant, reference
-from tests.model.parity_cases import FAMILIES, LAYOUTS, RANKS, ROLES, Layout, all_cases, config_of, rotation
+from tests.model.hf_reference import reference
+from tests.model.parity_cases import (
+    FAMILIES,
+    LAYOUTS,
+    RANKS,
+    ROLES,
+    Layout,
+    all_cases,
+    config_of,
+    is_constant,
+    rotation,
+)
 from tests.model.parity_table import MEASURES, TABLE, chosen, is_wrong, main, render, run
 
 

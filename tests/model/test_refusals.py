@@ -15,6 +15,7 @@ from tempo_megatron.config.architectures import ARCHITECTURES
 from tempo_megatron.config.layout import read_model_shape
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import FAMILIES, family_of
+from tempo_megatron.model.rope import head_dim
 from tests.model.published import PUBLISHED, write_config
 
 
@@ -34,6 +35,8 @@ def test_published_configs_pass(tmp_path: Path, family: str) -> None:
     assert family_of(config).architecture == PUBLISHED[family]["architectures"][0]
     shape = read_model_shape(tmp_path / "config.json", "actor.init")
     assert (shape.attention_heads, shape.key_value_heads, shape.layers) == (8, 4, 4)
+    assert shape.head_dim == head_dim(config)
+    assert shape.copies_kv_heads == (family_of(config).qk_norm != "projection")
     assert shape.experts == (8 if family == "qwen3-moe" else 0)
 
 
