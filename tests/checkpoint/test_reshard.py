@@ -18,7 +18,7 @@ MOVED = 5e-4
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_any_layout_to_any(tmp_path: Path) -> None:
-    """A critic, with a float32 head when it is bfloat16; a mixture of experts; biases, copied KV heads, uneven stages."""
+    """A critic, with a float32 head when it is bfloat16; experts; biases, copied KV heads and uneven stages."""
     result = launch_ranks("tests.checkpoint.reshard_worker", tmp_path, nproc=2, timeout_s=280).check()
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 21

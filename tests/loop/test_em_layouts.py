@@ -14,10 +14,12 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     Olmo3Config,
+    Qwen2Config,
     Qwen3MoeConfig,
 )
 
 from tests.loop.cases import Case, Inputs, make_inputs, run_cases, small_tempo
+from tests.model.parity_cases import off_constants
 
 TOLERANCE = 1e-4
 
@@ -133,19 +135,26 @@ def write_family(family: str, inputs: Inputs, folder: Path) -> Path:
     if family == "qwen3-moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
         config: Any = Qwen3MoeConfig(**shape, **experts, head_dim=32, rope_parameters=rope)
+    elif family == "qwen2":  # one KV head, and layers that two stages do not divide
+        shape |= {"num_key_value_heads": 1, "num_hidden_layers": 5, "tie_word_embeddings": True}
+        config = Qwen2Config(**shape, rope_parameters=rope, sliding_window=4, use_sliding_window=False)
     else:  # windows and YaRN that the task's 14 positions reach beyond
         yarn = {**rope, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
         ropes = {"sliding_attention": rope, "full_attention": yarn}
         config = Olmo3Config(**shape, sliding_window=4, rope_parameters=ropes)
     torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    off_constants(AutoModelForCausalLM.from_config(config).float()).save_pretrained(folder)
     AutoTokenizer.from_pretrained(inputs.folder / "model").save_pretrained(folder)
     return folder
 
 
+NO_EXPORT = {"checkpoint.export_hf": "false"}
+#: run -> family and layout
 FAMILIES = {
-    "qwen3-moe": {"actor.parallel.expert_model_parallel_size": 2},
-    "olmo3": {**layout(tp=2, sp=True, rollout_tp=2), "checkpoint.export_hf": "false"},
+    "qwen3-moe": ("qwen3-moe", {"actor.parallel.expert_model_parallel_size": 2}),
+    "olmo3": ("olmo3", {**layout(tp=2, sp=True, rollout_tp=2), **NO_EXPORT}),
+    "qwen2-copied-kv-head": ("qwen2", {**layout(tp=2, sp=True, rollout_tp=2), **NO_EXPORT}),
+    "qwen2-uneven-stages": ("qwen2", {**layout(pp=2, rollout_tp=2), **NO_EXPORT}),
 }
 
 
@@ -155,10 +164,10 @@ def test_families_roll_out_what_they_train(tmp_path: Path) -> None:
     """vLLM's and Megatron's log-probabilities agree after EM steps; critics start from the policies, with new heads."""
     inputs = make_inputs(tmp_path / "inputs")
     cases = []
-    for family, changes in FAMILIES.items():
+    for name, (family, changes) in FAMILIES.items():
         model = write_family(family, inputs, tmp_path / family)
         settings = {"actor.init": model, "critic.init": model, "critic.init_head": "true", "steps": 3}
-        cases.append(Case(f"run-{family}", small_tempo(inputs, **settings, **changes)))
+        cases.append(Case(f"run-{name}", small_tempo(inputs, **settings, **changes)))
     for name, run in run_cases(cases, 2, tmp_path, 250).items():
         assert len(run["samples"]) == 3, name  # of untrained weights, after one EM step, after two
         for batch, seen in zip(run["samples"], run["seen"]["actor"], strict=True):
