@@ -47,8 +47,11 @@ both with a window that is switched off. OLMo-3: window of 4, YaRN on the full l
 Qwen3-MoE: 8 experts, 2 per token.
 
 tp: tensor, sp: sequence, pp: pipeline, vpp: interleaved chunks per stage, cp: context, ep: expert, etp: expert-tensor
-parallel; dp: data parallel, what remains of the ranks. dist. opt.: the distributed optimizer. A dash: dense models have
-no experts to share, and Megatron trains experts under tensor parallelism with sequence parallelism only (both refused).
+parallel; dp: data parallel, what remains of the ranks. dist. opt.: the distributed optimizer. layers, kv: a model with
+that many layers or key-value heads, so that stages are uneven or several tensor ranks use one head; first, last: layers
+of the first or the last stage. A dash is a layout that is refused: dense models have no experts to share, Megatron
+trains experts under tensor parallelism with sequence parallelism only, and OLMo-3's norm over all heads of k cannot
+follow copies of them.
 
 """
 
