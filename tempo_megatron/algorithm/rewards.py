@@ -8,7 +8,7 @@ one or the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tempo_megatron.algorithm.advantages import TerminalPosition, check_outcomes, response_lengths, terminal_rewards
 from tempo_megatron.config.methods import METHODS
-from tempo_megatron.config.schema import Config, LengthPenaltyConfig
+from tempo_megatron.config.schema import Config
 
 
 class ResponseRows(Protocol):
@@ -211,16 +211,17 @@ REWARDS: Mapping[str, Callable[[Config], TerminalReward]] = {
     "random": lambda c: RandomReward(c.seed),
 }
 
-#: Term of the configuration, by name -> its strategy object.
-TERMS: Mapping[str, Callable[[Config, LengthPenaltyConfig], RewardTerm]] = {
-    "length_penalty": lambda c, t: LengthPenalty(c.data.max_response_tokens, t.buffer_tokens, t.coefficient),
-}
+
+def reward_terms(config: Config) -> Iterator[RewardTerm]:
+    """The strategy objects of the terms that the config asks for."""
+    settings = config.algorithm.reward_terms
+    if (penalty := settings.length_penalty) is not None:
+        yield LengthPenalty(config.data.max_response_tokens, penalty.buffer_tokens, penalty.coefficient)
 
 
 def terminal_reward(config: Config) -> ComposedReward:
     """The strategy object of the config's method, with the config's terms."""
-    terms = tuple(TERMS[term.name](config, term) for term in config.algorithm.reward_terms)
-    return ComposedReward(REWARDS[METHODS[config.stage].reward](config), terms)
+    return ComposedReward(REWARDS[METHODS[config.stage].reward](config), tuple(reward_terms(config)))
 
 
 def _outcome_or(batch: ResponseRows, unlabeled: Tensor) -> Tensor:

@@ -134,17 +134,12 @@ def _check_gate(config: Config) -> None:
 
 
 def _check_reward_terms(config: Config) -> None:
-    names: set[str] = set()
-    for i, term in enumerate(config.algorithm.reward_terms):
-        key = f"algorithm.reward_terms.{i}"
-        if term.name in names:
-            raise TempoError(f"{key}.name: {term.name} is there twice; raise the coefficient of the first instead")
-        names.add(term.name)
-        longest = config.data.max_response_tokens
-        if term.buffer_tokens > longest:
-            raise TempoError(
-                f"{key}.buffer_tokens: {term.buffer_tokens} must be at most data.max_response_tokens {longest}"
-            )
+    penalty, longest = config.algorithm.reward_terms.length_penalty, config.data.max_response_tokens
+    if penalty is not None and penalty.buffer_tokens > longest:
+        raise TempoError(
+            f"algorithm.reward_terms.length_penalty.buffer_tokens: {penalty.buffer_tokens} must be at most "
+            f"data.max_response_tokens {longest}"
+        )
 
 
 def _check_evaluation_sets(config: Config) -> None:

@@ -360,14 +360,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class LengthPenaltyConfig(Section):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), added to the reward of every row.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13); `null`, the default: none.
 
     Up to `data.max_response_tokens - buffer_tokens` tokens it is 0; from there it falls linearly to `-coefficient`.
     """
 
-    name: Literal["length_penalty"] = Field(description="which term this is")
     coefficient: float = Field(1.0, gt=0, description="the reward that a response of full length loses")
     buffer_tokens: int = Field(4096, ge=1, description="tokens over which it falls; at most data.max_response_tokens")
+
+
+class RewardTermsConfig(Section):
+    """What is added to the reward of every row of the M-step, in every method."""
+
+    length_penalty: LengthPenaltyConfig | None = None
 
 
 class AlgorithmConfig(Section):
@@ -376,9 +381,7 @@ class AlgorithmConfig(Section):
     )
     estep: EStepConfig = EStepConfig()
     mstep: MStepConfig = MStepConfig()
-    reward_terms: list[LengthPenaltyConfig] = Field(
-        [], description="added to what a response is worth in the M-step, in every method; each at most once"
-    )
+    reward_terms: RewardTermsConfig = RewardTermsConfig()
     vote: VoteConfig = VoteConfig()
     entropy: EntropyConfig = EntropyConfig()
     filter: FilterConfig = FilterConfig()

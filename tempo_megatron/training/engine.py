@@ -1,6 +1,6 @@
 """A Megatron model with its optimizer, for the actor or the critic.
 
-Rows go in as token lists, outputs come back on every rank as padded tables indexed by row, whatever the
+Rows go in as token lists, outputs come back on every rank by row, padded, whatever the
 layout, packing and number of micro-batches.  A loss is given as a function of one micro-batch's outputs that
 returns that micro-batch's share of the global loss: shares of all micro-batches and ranks add up.
 """
@@ -38,7 +38,7 @@ from tempo_megatron.patching import replace_value
 from tempo_megatron.training import mixed_dtypes
 from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
 
-#: outputs of one micro-batch -- tables ``[n, L]`` (actor) or ``[n, L + 1]`` (critic) -- and the rows they belong to
+#: outputs of one micro-batch -- per token ``[n, L]`` (actor) or per state ``[n, L + 1]`` (critic) -- and their rows
 #: -> (share of the global loss, additive statistics)
 LossFunction = Callable[[dict[str, Tensor], list[int]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -50,7 +50,7 @@ class StepResult:
     Attributes:
         loss: the global loss before the step.
         sums: statistics of the loss function, summed over micro-batches and ranks.
-        outputs: tables as ``MegatronEngine.forward`` returns them, before the step.
+        outputs: as ``MegatronEngine.forward`` returns them, before the step.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
     """
@@ -139,7 +139,7 @@ class MegatronEngine:
         self.scheduler.step(schedule["num_steps"])
 
     def forward(self, sequences: Sequences) -> dict[str, Tensor]:
-        """Outputs of every row, on every rank, as CPU float32 tables.
+        """Outputs of every row, on every rank, CPU float32, by name.
 
         Actor: ``log_probs [N, L]`` of the response tokens at the rollout temperature and ``entropy [N, L]``.
         Critic: ``values [N, L + 1]``; column t is V(x, y_<t), column T_i the value after the last token.
@@ -183,7 +183,7 @@ class MegatronEngine:
         return HFWeightStream(self.models, self.hf_config, self.role, self.groups, bucket_mib << 20)
 
     def _run(self, sequences: Sequences, loss: LossFunction | None) -> list[Any]:
-        """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, tables, sums)."""
+        """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, outputs, sums)."""
         groups, layout = self.groups, self.config.parallel
         interleaved = layout.virtual_pipeline_model_parallel_size > 1
         microbatches = make_microbatches(
@@ -219,21 +219,21 @@ class MegatronEngine:
         return output, partial(self._finish, mb, loss)
 
     def _finish(self, mb: MicroBatch, loss: LossFunction | None, output: Tensor) -> Any:
-        """Last stage: model output ``[1, t, *]`` -> loss share and (rows, detached tables, sums)."""
+        """Last stage: model output ``[1, t, *]`` -> loss share and (rows, detached outputs, sums)."""
         no_tokens = torch.zeros((), dtype=torch.int, device=output.device)
         if not mb.rows:  # a filler so that every data-parallel rank runs as many micro-batches
             return output.float().sum() * 0, no_tokens, ([], {}, {"_loss": 0.0})
-        tables = self._tables(mb, output[0])
-        kept = {k: v.detach().cpu() for k, v in tables.items()}
+        outputs = self._by_row(mb, output[0])
+        kept = {k: v.detach().cpu() for k, v in outputs.items()}
         if loss is None:
             return output.new_zeros(()), no_tokens, (mb.rows, kept, {})
-        share, sums = loss(tables, mb.rows)
+        share, sums = loss(outputs, mb.rows)
         return share, no_tokens, (mb.rows, kept, {**sums, "_loss": share.detach()})
 
-    def _tables(self, mb: MicroBatch, output: Tensor) -> dict[str, Tensor]:
-        """Outputs ``[t / cp, *]`` of this context rank's tokens -> padded tables of the micro-batch's rows."""
+    def _by_row(self, mb: MicroBatch, output: Tensor) -> dict[str, Tensor]:
+        """Outputs ``[t / cp, *]`` of this context rank's tokens -> padded outputs of the micro-batch's rows."""
         if self.role == "critic":
-            head = mb.table(mb.gather(output.squeeze(-1), self.groups.cp_group), extra=1)
+            head = mb.by_row(mb.gather(output.squeeze(-1), self.groups.cp_group), final_state=True)
             if isinstance(self.config, CriticConfig) and self.config.head == "sigmoid":
                 return {"values": head.sigmoid(), "logits": head}
             return {"values": head}
@@ -246,7 +246,7 @@ class MegatronEngine:
         )
         empty = log_probs.new_zeros(output.shape[0])
         return {
-            name: mb.table(mb.gather(empty.index_put((mb.predicting,), flat), self.groups.cp_group), extra=0)
+            name: mb.by_row(mb.gather(empty.index_put((mb.predicting,), flat), self.groups.cp_group), final_state=False)
             for name, flat in (("log_probs", log_probs), ("entropy", entropy))
         }
 
@@ -256,10 +256,10 @@ class MegatronEngine:
         width = sequences.longest_response + (1 if self.role == "critic" else 0)
         full = torch.zeros(len(names), len(sequences), width)
         if self.groups.owns_outputs:
-            for rows, tables, _ in results:
+            for rows, outputs, _ in results:
                 for k, name in enumerate(names):
                     if rows:
-                        full[k, rows, : tables[name].shape[1]] = tables[name].float()
+                        full[k, rows, : outputs[name].shape[1]] = outputs[name].float()
         sum_over_world(full)
         return dict(zip(names, full, strict=True))
 

@@ -78,12 +78,13 @@ class MicroBatch:
         every = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=cp_group)
         return every[self.order]
 
-    def table(self, flat: Tensor, extra: int) -> Tensor:
-        """Outputs ``[t]`` of the pack -> ``[n, L + extra]``, 0 beyond each row's T_i + extra; differentiable.
+    def by_row(self, flat: Tensor, *, final_state: bool) -> Tensor:
+        """Outputs ``[t]`` of the pack -> ``[n, L]``, 0 beyond each row's T_i; differentiable.
 
+        With ``final_state`` also the output after the last token, where a value is read: ``[n, L + 1]``, T_i + 1.
         Column c of row i is the output at the token before y_c; L is the longest response of the micro-batch.
         """
-        counts = self.response_lengths + extra
+        counts = self.response_lengths + int(final_state)
         width = int(counts.max()) if len(counts) else 0
         columns = torch.arange(width, device=flat.device)
         inside = columns < counts.unsqueeze(1)

@@ -29,7 +29,7 @@ from tempo_megatron.algorithm.rewards import (
     terminal_reward,
 )
 from tempo_megatron.config.methods import METHODS, Reward, estimator
-from tempo_megatron.config.schema import Config
+from tempo_megatron.config.schema import Config, RewardTermsConfig
 
 NAN = math.nan
 
@@ -156,11 +156,10 @@ def test_length_penalty_is_dapos(longest: int, cache: int, lengths: list[int]) -
 
 @pytest.mark.parametrize("stage", METHODS)
 def test_a_term_is_added_in_every_method(stage: str) -> None:
-    term = {"name": "length_penalty", "buffer_tokens": 2, "coefficient": 0.25}
+    term = {"length_penalty": {"buffer_tokens": 2, "coefficient": 0.25}}
     values = {"stage": stage, "output_dir": "x", "steps": 1, "actor": {"init": "x"}, "data": {"max_response_tokens": 4}}
     plain, added = (
-        terminal_reward(Config.model_validate({**values, "algorithm": {"reward_terms": terms}}))
-        for terms in ([], [term])
+        terminal_reward(Config.model_validate({**values, "algorithm": {"reward_terms": terms}})) for terms in ({}, term)
     )
     labeled = METHODS[stage].labeled == "needed"
     unlabeled = METHODS[stage].unlabeled
@@ -172,6 +171,14 @@ def test_a_term_is_added_in_every_method(stage: str) -> None:
     difference = added(batch, state_values) - plain(batch, state_values)
     torch.testing.assert_close(difference, torch.where(lengths == 4, -0.25, 0.0))
     assert plain.added(batch) == {} and list(added.added(batch)) == ["length_penalty"]
+
+
+def test_every_term_of_the_configuration_is_made() -> None:
+    """Each section with its defaults gives the term of its name."""
+    every: dict[str, dict[str, float]] = {name: {} for name in RewardTermsConfig.model_fields}
+    values = {"stage": "grpo", "output_dir": "x", "steps": 1, "actor": {"init": "x"}}
+    config = Config.model_validate({**values, "algorithm": {"reward_terms": every}})
+    assert [term.name for term in terminal_reward(config).terms] == list(every)
 
 
 def test_terms_add_up() -> None:

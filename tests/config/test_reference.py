@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tempo_megatron.config.reference import leaf_fields, render
-from tempo_megatron.config.schema import PRESETS, Config
+from tempo_megatron.config.schema import PRESETS, Config, RewardTermsConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -24,9 +24,10 @@ def test_the_committed_page_is_up_to_date() -> None:
 
 def test_every_key_of_a_configuration_is_a_field_of_the_page() -> None:
     role = {"init": "models/a"}
-    config = Config.model_validate(
-        {"stage": "tempo", "output_dir": "runs/x", "steps": 1, "actor": role, "critic": {**role, "init_head": True}}
-    )
+    config = Config.model_validate({
+        "stage": "tempo", "output_dir": "runs/x", "steps": 1, "actor": role, "critic": {**role, "init_head": True},
+        "algorithm": {"reward_terms": {name: {} for name in RewardTermsConfig.model_fields}},
+    })  # fmt: skip
     fields = dict(leaf_fields(Config))
     assert {key for key in fields if "[]" not in key} == settings(config.model_dump())
     assert "evaluation.sets[].files" in fields

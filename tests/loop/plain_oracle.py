@@ -175,9 +175,9 @@ class Replay:
                 found.append(float(coins[k]))
             else:
                 found.append(self.agreement(i))
-        for term in self.config.algorithm.reward_terms:
+        if (penalty := self.config.algorithm.reward_terms.length_penalty) is not None:
             for k, i in enumerate(rows):
-                found[k] -= term.coefficient * self.overlength(len(self.samples["tokens"][i]), term.buffer_tokens)
+                found[k] -= penalty.coefficient * self.overlength(len(self.samples["tokens"][i]), penalty.buffer_tokens)
         return found
 
     def overlength(self, length: int, buffer: int) -> float:

@@ -29,7 +29,7 @@ STEPS = 2
 NO_CRITIC = {"critic": "null"}
 D_U_ALONE = {**NO_CRITIC, "data.labeled_prompts_per_step": 0}
 
-PENALTY = {"algorithm.reward_terms": "[{name: length_penalty, coefficient: 0.5, buffer_tokens: 3}]"}
+PENALTY = {"algorithm.reward_terms.length_penalty": "{coefficient: 0.5, buffer_tokens: 3}"}
 FILTER = {"algorithm.filter.enabled": "true", "algorithm.filter.max_rounds": 20}
 #: vLLM in bfloat16 beside a trainer in float32, so that there is something to correct; and hot enough for responses of
 #: different lengths.

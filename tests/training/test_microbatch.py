@@ -103,11 +103,11 @@ def test_every_response_token_is_predicted_once_and_comes_back_to_its_place(
 
             # a model whose output is the token itself: what stands at y_c's place is the token before it
             before = gathered(ranks, [each.input_ids[0].float() for each in ranks])
-            for extra in (0, 1):
-                table = mb.table(before, extra)
-                for got, row in zip(table.tolist(), mb.rows, strict=True):
+            for final_state in (False, True):
+                found = mb.by_row(before, final_state=final_state)
+                for got, row in zip(found.tolist(), mb.rows, strict=True):
                     prompt, response = sequences.prompts[row], sequences.responses[row]
-                    width = len(response) + extra
+                    width = len(response) + final_state
                     assert got[:width] == [*prompt, *response][len(prompt) - 1 :][:width]
                     assert not any(got[width:])
 
@@ -116,7 +116,7 @@ def test_every_response_token_is_predicted_once_and_comes_back_to_its_place(
                 torch.zeros(each.input_ids.shape[1]).index_put((each.predicting,), each.targets.float())
                 for each in ranks
             ]
-            for got, row in zip(mb.table(gathered(ranks, flat), 0).tolist(), mb.rows, strict=True):
+            for got, row in zip(mb.by_row(gathered(ranks, flat), final_state=False).tolist(), mb.rows, strict=True):
                 assert got[: len(sequences.responses[row])] == sequences.responses[row]
             predicted = torch.cat([each.targets for each in ranks]).tolist()
             assert sorted(predicted) == sorted(token for row in mb.rows for token in sequences.responses[row])
@@ -188,13 +188,13 @@ def test_packs_without_rows(cp: int) -> None:
             assert mb.tokens == (2 if cp == 1 else 4 * cp)
             assert not mb.input_ids.any()
             assert len(mb.predicting) == len(mb.targets) == len(mb.first) == 0
-            assert mb.table(torch.ones(mb.tokens), 1).shape == (0, 0)
+            assert mb.by_row(torch.ones(mb.tokens), final_state=True).shape == (0, 0)
 
 
-def test_gradients_reach_the_tokens_that_a_table_reads() -> None:
+def test_gradients_reach_the_tokens_that_are_read() -> None:
     (ranks,) = Settings(align=4).pack(rows_of([(3, 2), (1, 1)]), 0)
     outputs = torch.ones(ranks[0].tokens, requires_grad=True)
-    (ranks[0].table(outputs, 1) * torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]])).sum().backward()
+    (ranks[0].by_row(outputs, final_state=True) * torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]])).sum().backward()
     assert outputs.grad is not None
     assert outputs.grad.tolist() == [1.0, 2.0, 0.0, 0.0, 3.0, 4.0, 5.0, 0.0]  # 9 weighs what is beyond the row
 
