@@ -187,6 +187,8 @@ def test_a_damaged_tokenizer_json(tmp_path: Path, damage: Callable[[Path], Any],
         ({"added_tokens_decoder": {"5": "<x>"}}, "tokenizer.json: transformers cannot use it: Found a <class 'str'>"),
         ({"added_tokens_decoder": {"x": {"content": "<x>"}}}, "tokenizer.json: transformers cannot use it: invalid"),
         ({"added_tokens_decoder": []}, "tokenizer.json: transformers cannot use it: 'list' object has no attribute"),
+        ({"model_max_length": "long"}, "tokenizer_config.json: transformers cannot use it: '>' not supported between"),
+        ({"model_input_names": 1}, "tokenizer_config.json: transformers cannot use it: argument of type 'int' is not"),
         ({"split_special_tokens": True}, "tokenizer.json: tokenizer_config.json makes the tokenizer split '<|im_"),
     ],
 )
