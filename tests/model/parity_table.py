@@ -72,18 +72,24 @@ def is_wrong(result: dict[str, Any]) -> bool:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     families = [family for family in FAMILIES if any(r["family"] == family for r in results)]
-    worst: dict[tuple[int, str, int], dict[str, float]] = defaultdict(dict)
+    worst: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
     for r in results:
-        cells = worst[r["ranks"], r["layout"], r["dp"]]
+        cells = worst[r["ranks"], r["layout"]]
         error = max(r[m] for m in MEASURES) if r["roundtrip"] else float("inf")
         cells[r["family"]] = max(error, cells.get(r["family"], 0.0))
     lines = ["| ranks | layout | dist. opt. | " + " | ".join(families) + " |", "|---" * (3 + len(families)) + "|"]
-    for (ranks, name, dp), cells in worst.items():
-        layout = Layout(name)
-        shown = " ".join([*layout.shown.split(), *([f"dp{dp}"] if dp > 1 else [])]) or "single"
+    for (ranks, name), cells in worst.items():
         numbers = [f"{cells[f]:.0e}" if f in cells else "-" for f in families]
-        lines.append(f"| {ranks} | {shown} | {'yes' if layout.distributed else ''} | {' | '.join(numbers)} |")
+        distributed = "yes" if Layout(name).distributed else ""
+        lines.append(f"| {ranks} | {row_name(ranks, name)} | {distributed} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
+
+
+def row_name(ranks: int, name: str) -> str:
+    """What a layout is called in the table: with its data parallelism, and the optimizer in a column of its own."""
+    layout = Layout(name)
+    dp = ranks // layout.parallel.model_parallel_size
+    return " ".join([*layout.shown.split(), *([f"dp{dp}"] if dp > 1 else [])]) or "single"
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
@@ -92,13 +98,21 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 
 def chosen(family: str | None, role: str | None, layout: str | None) -> list[ParityCase]:
-    """The cases of the table that are asked for; a layout that it does not have, on as many ranks as it needs."""
+    """The cases of the table that are asked for; a layout that it does not have, on as many ranks as it needs.
+
+    A layout is named as in the table or without its data parallelism, for every number of ranks that has it;
+    "distopt" asks for those with the distributed optimizer.
+    """
     cases = list(all_cases())
     if layout is not None:
         words = set(layout.split())
-        cases = [case for case in cases if set(case.layout.split()) - {"distopt"} == words - {"distopt"}]
-        if "distopt" in words:
-            cases = [case for case in cases if Layout(case.layout).distributed]
+        names = {case: (row_name(case.ranks, case.layout), Layout(case.layout).shown) for case in cases}
+        cases = [
+            case
+            for case in cases
+            if words - {"distopt"} in [set(name.split()) for name in names[case] if name]
+            and (Layout(case.layout).distributed or "distopt" not in words)
+        ]
         if not cases:
             wanted = Layout(layout)
             ranks = math.lcm(wanted.parallel.model_parallel_size, wanted.parallel.expert_parallel_size)
@@ -123,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.model.parity_table", description=__doc__)
     parser.add_argument("--family", choices=FAMILIES, help="default: all")
     parser.add_argument("--role", choices=ROLES, help="default: both")
-    names = ", ".join(sorted({Layout(name).shown for ranks in RANKS for name in LAYOUTS[ranks]} - {""}))
+    names = ", ".join(dict.fromkeys(row_name(ranks, name) for ranks in RANKS for name in LAYOUTS[ranks]))
     parser.add_argument(
         "--layout", metavar="WORDS", help=f"one of: {names}; or another of the same words; default: all"
     )

@@ -80,7 +80,6 @@ def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups,
     steps = {n: (before[n] - w) / LR for n, w in after.items()}
     wanted_steps = {n: g / (g.abs() + ADAM_EPS) for n, g in want.gradients.items()}
     return {
-        "dp": engine.groups.dp_size,
         "forward": max((got[i, : len(w)] - w).abs().max().item() for i, w in enumerate(want.outputs)),
         "loss": abs(result.loss - want.loss) / abs(want.loss),
         "gradient": max(relative(step, wanted_steps[n]) for n, step in steps.items()),

@@ -12,7 +12,6 @@ from tests.model.parity_cases import (
     LAYOUTS,
     RANKS,
     ROLES,
-    Layout,
     all_cases,
     config_of,
     is_constant,
@@ -64,6 +63,8 @@ def test_no_parameter_is_at_a_constant(family: str, role: str) -> None:
 def test_parts_of_the_table_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert {(c.ranks, c.role) for c in chosen("qwen2", "critic", "sp tp2")} == {(2, "critic"), (4, "critic")}
     assert [(c.ranks, c.layout) for c in chosen("llama", "actor", "tp2 distopt")] == [(4, "tp2 distopt")]
+    assert [(c.ranks, c.layout) for c in chosen("llama", "actor", "single")] == [(1, ""), (1, "distopt")]
+    assert [(c.ranks, c.layout) for c in chosen("llama", "actor", "dp2 tp2")] == [(4, "tp2 distopt")]
     assert [(c.ranks, c.layout) for c in chosen("llama", "actor", "tp8 sp")] == [(8, "tp8 sp")]
     for arguments, told in (
         (["--layout", "tp2 xx"], "'xx' is none of sp, distopt, tpN"),
@@ -81,7 +82,6 @@ def test_table_in_the_docs_is_of_these_cases() -> None:
         {
             **vars(case),
             **dict.fromkeys(MEASURES, 0.0),
-            "dp": case.ranks // Layout(case.layout).parallel.model_parallel_size,
             "roundtrip": True,
         }
         for case in all_cases()
