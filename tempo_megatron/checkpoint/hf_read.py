@@ -31,6 +31,17 @@ ADAPTER = "adapter_config.json"
 #: safetensors' names of the dtypes that weights may have.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+#: What transformers raises over values of a config.json that it does not expect (an unknown dtype, labels as text).
+NOT_A_CONFIG = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+
 
 def load_hf_config(folder: Path) -> PretrainedConfig:
     """config.json of an HF folder.
@@ -43,7 +54,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         raise TempoError(f"{path}: missing; an HF model folder has a config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except NOT_A_CONFIG as error:
         raise TempoError(f"{path}: not a config that transformers knows: {_one_line(error)[:200]}") from error
     try:
         family_of(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
         )
     if tokenizer.eos_token_id is None:
         raise TempoError(f"{name}: the tokenizer has no eos_token; set it in {TOKENIZER_CONFIG}")
+
+
+def response_decoder(
+    tokenizer: PreTrainedTokenizerBase, keep: Callable[[str], bool]
+) -> Callable[[Sequence[Sequence[int]]], list[str]]:
+    """Token ids of responses -> their texts, without special tokens but for those whose text ``keep`` takes.
+
+    Some folders mark ``</think>`` as special; a text without it would be judged as if all of it were the answer.
+    """
+    added = tokenizer.added_tokens_decoder
+    hidden = {id for id, token in added.items() if token.special and not keep(token.content)}
+    return lambda responses: [tokenizer.decode([id for id in ids if id not in hidden]) for ids in responses]
 
 
 def _of_its_file(folder: Path) -> PreTrainedTokenizerBase:

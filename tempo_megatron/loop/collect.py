@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tempo_megatron.algorithm.diagnostics import summary_statistics
 from tempo_megatron.algorithm.filtering import zero_variance_groups
 from tempo_megatron.data.rollout import RolloutBatch, Rollouts
+from tempo_megatron.data.tokenizer import response_decoder
 from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
 from tempo_megatron.loop.runtime import Runtime
@@ -21,6 +22,7 @@ from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier, Verif
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.sampling import sample_seed
+from tempo_megatron.verifiers.reasoning import is_tag
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,6 @@ def _groups(batch: RolloutBatch, rows: Tensor) -> int:
     return len(torch.unique(batch.group[rows]))
 
 
-def decoder(runtime: Runtime) -> Callable[[list[list[int]]], list[str]]:
-    """Response token ids -> texts without special tokens."""
-    # transformers takes no sequences at all, which a replica without prompts has, for one empty sequence
-    return lambda ids: runtime.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
+def decoder(runtime: Runtime) -> Callable[[Sequence[Sequence[int]]], list[str]]:
+    """Response token ids -> texts without special tokens, but for tags of reasoning, which the verifier looks for."""
+    return response_decoder(runtime.tokenizer, keep=is_tag)

@@ -40,6 +40,11 @@ def open_tag(prompt: str) -> str:
     return last.group() if last is not None and last.end() == len(tail) and not _closes(last) else ""
 
 
+def is_tag(token: str) -> bool:
+    """Whether a token's text is a tag that opens or closes reasoning."""
+    return _TAG.fullmatch(token.strip()) is not None
+
+
 def _last_tag(text: str) -> re.Match[str] | None:
     found = deque(_TAG.finditer(text), maxlen=1)
     return found[0] if found else None

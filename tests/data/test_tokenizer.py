@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
-from tempo_megatron.data.tokenizer import PROBES, check_token_ids, check_tokenizer, load_tokenizer, stop_token_ids
+from tempo_megatron.data.tokenizer import (
+    PROBES,
+    check_token_ids,
+    check_tokenizer,
+    load_tokenizer,
+    response_decoder,
+    stop_token_ids,
+)
 from tempo_megatron.errors import TempoError
+from tempo_megatron.verifiers.reasoning import is_tag
 from tests.data.tokenizer_files import KINDS, SPECIAL, stored, write_tokenizer
 
 CLASSES = (
@@ -98,6 +106,24 @@ def test_decoding_keeps_spaces_before_punctuation(tmp_path: Path, clean: bool) -
     folder_changes = {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": clean}
     tokenizer = load_tokenizer(write_tokenizer(folder, clean_up_tokenization_spaces=clean, **folder_changes), 1000)
     assert tokenizer.batch_decode([ids_of(tokenizer, "f(x) , do n't .")]) == ["f(x) , do n't ."]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_responses_keep_tags_of_reasoning(tmp_path: Path, kind: str) -> None:
+    own = Tokenizer.from_str(stored(kind))
+    own.add_special_tokens(["<think>", "</think>"])
+    own.save(str(write_tokenizer(tmp_path, kind) / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, 1000)
+    decode = response_decoder(tokenizer, keep=is_tag)
+    ids = own.encode("<think>is it 1 ?</think>\n2<|im_end|>", add_special_tokens=False).ids
+    assert decode([ids]) == [tokenizer.decode(ids[:-1])]
+    assert "</think>" in decode([ids])[0]
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        == response_decoder(tokenizer, keep=lambda token: False)([ids])[0]
+    )
+    assert decode([]) == []  # a replica that was dealt no prompts
+    assert decode([[], [tokenizer.eos_token_id]]) == ["", ""]
 
 
 # ---------------------------------------------------------------- what lies beside it

@@ -107,6 +107,27 @@ def test_model_type_that_transformers_does_not_know(tmp_path: Path) -> None:
     assert "model type `mystery`" in told
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("dtype", value) for value in ("float", [1], 5)),
+        *(("id2label", value) for value in ("x", 3, [1])),
+        *(("quantization_config", value) for value in ("fp8", 8, [1])),
+        *(("rope_scaling", value) for value in ("yarn", 8, [1])),
+        *(("hidden_size", value) for value in ("64", 6.4, -1, None)),
+        *(("layer_types", value) for value in ("full_attention", 4, {"x": 1})),
+    ],
+)
+def test_values_that_no_config_has(tmp_path: Path, key: str, value: object) -> None:
+    """Whatever transformers raises or lets pass: one line or a good config, never a traceback."""
+    write_config(tmp_path, "qwen3", **{key: value})
+    try:
+        load_hf_config(tmp_path)
+    except TempoError as error:
+        assert str(error).startswith(f"{tmp_path / 'config.json'}: ")
+        assert "\n" not in str(error)
+
+
 # ---------------------------------------------------------------- features
 
 
