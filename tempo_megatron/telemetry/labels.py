@@ -123,6 +123,7 @@ STEP_LABELS = {
     "reward/labeled_mean": Label("accuracy, D_L"),
     "reward/labeled_readable": Label("with an answer, D_L"),
     "reward/terminal": Label("reward, all rows"),
+    "reward/length_penalty": Label("length penalty, all rows"),
     "reward/unlabeled_terminal": Label("reward, D_U"),
     "value": Label("value of a token"),
     "advantage": Label("advantage"),
