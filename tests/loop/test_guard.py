@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tempo_megatron.checkpoint.load import read_trainer_state
 from tempo_megatron.telemetry.metrics import deterministic_view, read_metrics
 from tests.loop.cases import Case, make_inputs, run_cases, small_tempo
 
@@ -82,6 +83,9 @@ def test_a_run_beyond_its_bounds_goes_back_or_holds(tmp_path: Path) -> None:
     assert [r["guard/holds"] for r in records["hold"]] == [0, 1, 1]
     assert all("critic/loss" in r for r in [*records["back"], *records["hold"]]), "E-steps go on"
 
+    saved = sorted((tmp_path / "all-kept" / "checkpoints").iterdir())[:4]
+    moved = [read_trainer_state(folder)["moved"] for folder in saved]
+    assert moved == [[], ["actor", "critic"], [], ["critic"]], "what was taken back has not moved"
     kept = sorted(f.name for f in (tmp_path / "back" / "checkpoints").iterdir())
     assert kept[0] == "step_00000000", "the last good checkpoint outlives `keep`"
     _assert_resumes(tmp_path, results["all-kept"], back)

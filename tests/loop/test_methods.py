@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from tempo_megatron.algorithm.rewards import RandomReward
+from tempo_megatron.checkpoint.load import read_trainer_state
 from tempo_megatron.config.load import load_config
 from tempo_megatron.loop.batching import minibatches
 from tempo_megatron.telemetry.metrics import read_metrics
@@ -309,6 +310,20 @@ def test_frozen_critic_does_not_move(runs: Runs) -> None:
     weights = runs.results["frozen-dp2"]["weights"]
     start = AutoModelForTokenClassification.from_pretrained(runs.critic, num_labels=1).state_dict()
     assert all(torch.equal(weights[f"critic.{key}"], start[key]) for key in start)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "moved", "critic_updates"),
+    [("tempo-anchored", ["actor", "critic"], STEPS), ("frozen", ["actor"], STEPS), ("ttrl", ["actor"], 0)],
+)
+def test_a_checkpoint_says_whose_weights_should_have_moved(
+    runs: Runs, name: str, moved: list[str], critic_updates: int
+) -> None:
+    """An E-step at rate 0 counts as one, and moves nothing."""
+    (checkpoint,) = (runs.folder / f"{name}-dp2" / "checkpoints").iterdir()
+    state = read_trainer_state(checkpoint)
+    assert (state["moved"], state["policy_updates"], state["critic_updates"]) == (moved, STEPS, critic_updates)
 
 
 @pytest.mark.timeout(600)
