@@ -10,6 +10,7 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from tempo_megatron.checkpoint.hf_read import HFTensors, load_hf_config
 from tempo_megatron.model.build import model_dims
@@ -171,6 +172,19 @@ def test_tensors_of_critics_are_those_of_token_classifiers(tmp_path: Path, famil
     assert config.architectures == [PUBLISHED[family]["architectures"][0].replace("CausalLM", "TokenClassification")]
     assert expected_tensors(config, "critic") == {name: tensors.shape_of(name) for name in tensors.names}
     assert {name for rule in VALUE_HEAD_RULES for name in rule.hf} <= tensors.names
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_tensors_of_a_critic_are_the_backbone_and_a_head(tmp_path: Path, family: str, tied: bool) -> None:
+    """Of families without a token classifier in transformers, too; tied embeddings are an actor's matter."""
+    config = load_hf_config(write_config(tmp_path, family, tie_word_embeddings=tied))
+    with torch.device("meta"):
+        backbone = hf.AutoModelForCausalLM.from_config(config)
+    tensors = revert_weight_conversion(backbone, dict(backbone.named_parameters()))  # experts one by one
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "lm_head.weight"}
+    wanted |= {"score.weight": (1, config.hidden_size), "score.bias": (1,)}
+    assert expected_tensors(config, "critic") == wanted
 
 
 @pytest.mark.parametrize("tp", TP)
