@@ -10,7 +10,7 @@ from tempo_megatron.checkpoint.hf_read import HFTensors
 from tempo_megatron.config.architectures import is_critic
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
-from tempo_megatron.model.hf_tensors import EMBEDDING, LM_HEAD, Role, expected_tensors, unplaced_tensors
+from tempo_megatron.model.hf_tensors import EMBEDDING, LM_HEAD, Role, expected_tensors, unexpected_tensors
 
 #: Rows of an embedding that are compared at a time.
 ROWS = 4096
@@ -37,7 +37,7 @@ def check_hf_folder(tensors: HFTensors, config: PretrainedConfig, role: Role, *,
         )
     if role == "critic" and not headless:
         _check_labels(tensors, config)
-    extra = sorted(unplaced_tensors(tensors.names, config, role, skip_head=headless))
+    extra = sorted(unexpected_tensors(tensors.names, config, role, skip_head=headless))
     if extra:
         raise TempoError(
             f"{tensors.describe(extra[0])} has no place in {_a(role)} of {family_of(config).architecture}"

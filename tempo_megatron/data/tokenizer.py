@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
             token that it does not have, an id that the model has no embedding for, no end-of-sequence token.
     """
     _check_tokenizer_config(folder / TOKENIZER_CONFIG)
-    tokenizer = _of_its_file(folder) if (folder / TOKENIZER).is_file() else _of_its_class(folder)
+    tokenizer = _from_tokenizer_json(folder) if (folder / TOKENIZER).is_file() else _from_named_class(folder)
     tokenizer.clean_up_tokenization_spaces = False  # true would take spaces out of decoded text
     check_tokenizer(tokenizer, vocab_size)
     return tokenizer
@@ -80,7 +80,7 @@ def response_decoder(
     return lambda responses: [tokenizer.decode([id for id in ids if id not in hidden]) for ids in responses]
 
 
-def _of_its_file(folder: Path) -> PreTrainedTokenizerBase:
+def _from_tokenizer_json(folder: Path) -> PreTrainedTokenizerBase:
     path = folder / TOKENIZER
     stored = _read_tokenizer(path)
     with _refused(path):
@@ -99,7 +99,7 @@ def _of_its_file(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _of_its_class(folder: Path) -> PreTrainedTokenizerBase:
+def _from_named_class(folder: Path) -> PreTrainedTokenizerBase:
     vocabulary = next((folder / name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()), None)
     if vocabulary is None or (vocabulary.name == "vocab.json" and not (folder / "merges.txt").is_file()):
         raise TempoError(

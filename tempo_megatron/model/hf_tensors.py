@@ -42,7 +42,7 @@ def expected_tensors(config: PretrainedConfig, role: Role) -> dict[str, tuple[in
     return shapes
 
 
-def unplaced_tensors(names: Iterable[str], config: PretrainedConfig, role: Role, *, skip_head: bool) -> set[str]:
+def unexpected_tensors(names: Iterable[str], config: PretrainedConfig, role: Role, *, skip_head: bool) -> set[str]:
     """Tensors that a checkpoint holds and this role has no place for.
 
     Not among them because other tensors or config.json determine them: rotary buffers, and the output layer of a

@@ -142,13 +142,13 @@ def test_failed_preparation_leaves_the_previous_demo_and_can_be_repeated(
 def test_real_model_folder_is_a_plain_float_checkpoint(smollm2: Path) -> None:
     from tempo_megatron.checkpoint.hf_read import HFTensors, load_hf_config
     from tempo_megatron.model.families import family_of
-    from tempo_megatron.model.hf_tensors import unplaced_tensors
+    from tempo_megatron.model.hf_tensors import unexpected_tensors
 
     config = load_hf_config(smollm2)
     family_of(config).check(config)  # refuses what is left of a quantization
     assert config.tie_word_embeddings
     tensors = HFTensors(smollm2)
-    assert not unplaced_tensors(tensors.names, config, "actor", skip_head=False)
+    assert not unexpected_tensors(tensors.names, config, "actor", skip_head=False)
     assert "lm_head.weight" not in tensors.names
     assert tensors("model.embed_tokens.weight").dtype == torch.float32
 
