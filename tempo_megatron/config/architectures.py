@@ -35,6 +35,9 @@ ARCHITECTURES = {
 #: The same backbones with a score head: a critic (one label per token), and a reward model (one label per text).
 TOKEN_CLASSIFIER, TEXT_CLASSIFIER = "ForTokenClassification", "ForSequenceClassification"
 
+#: OpenRLHF saves the names of its own classes; with the head ``score`` they are text classifiers.
+OPENRLHF_CRITICS = ("CriticModel", "RewardModel")
+
 
 def is_critic(architecture: str) -> bool:
     """Whether transformers' class of this name has a score head instead of an output layer."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tempo_megatron.config.architectures import ARCHITECTURES, is_critic, policy_name
+from tempo_megatron.config.architectures import ARCHITECTURES, OPENRLHF_CRITICS, TEXT_CLASSIFIER, is_critic, policy_name
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.config.stages import stage_sizes
 from tempo_megatron.errors import TempoError
@@ -59,6 +59,8 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         valid = ", ".join(ARCHITECTURES)
         if not critic and is_critic(named):
             valid += " (a model with a score head is a critic, not a policy)"
+        elif critic and named in OPENRLHF_CRITICS:
+            valid += f" (of OpenRLHF: with the head score.weight, its name here is that of its family{TEXT_CLASSIFIER})"
         raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
 
     def number(name: str) -> int:

@@ -186,6 +186,14 @@ def test_critic_may_be_a_classifier(job: Job, architecture: str) -> None:
     assert told.endswith("(a model with a score head is a critic, not a policy)")
 
 
+@pytest.mark.parametrize("architecture", ["CriticModel", "RewardModel", "Qwen3ForProcessRewardModel"])
+def test_critics_of_other_programs(job: Job, architecture: str) -> None:
+    job.model("critic", architectures=[architecture])
+    told = job.refusal()
+    assert f"architectures: {architecture} is not supported; supported: " in told
+    assert ("(of OpenRLHF: with the head score.weight, " in told) is not architecture.startswith("Qwen3")
+
+
 def test_both_roles_need_one_vocabulary(job: Job) -> None:
     job.model("critic", vocab_size=101)
     assert job.refusal().startswith("critic.init: vocab_size 101 (")
