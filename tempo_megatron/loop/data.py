@@ -14,6 +14,9 @@ from tempo_megatron.data.sft import read_sft
 from tempo_megatron.errors import TempoError
 from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 
+#: The verifier's name for the files with the answers of D_U, which only the oracle asks about.
+ORACLE_SOURCE = "data.oracle_files"
+
 
 @dataclass(frozen=True)
 class Pool:

@@ -10,7 +10,7 @@ from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.locate import resolve_init
-from tempo_megatron.loop.data import PromptData, SftData
+from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData, SftData
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import on_all_ranks, rank
 from tempo_megatron.parallel.groups import ModelParallelGroups
@@ -20,9 +20,6 @@ from tempo_megatron.telemetry.phases import PhaseLedger
 from tempo_megatron.telemetry.progress import Progress
 from tempo_megatron.training.engine import MegatronEngine
 from tempo_megatron.verifiers.service import VerifierService
-
-#: The verifier's name for the files with the answers of D_U, which only the oracle asks about.
-ORACLE_SOURCE = "data.oracle_files"
 
 
 class Runtime:

@@ -12,8 +12,7 @@ import torch
 from tempo_megatron.config.methods import Method
 from tempo_megatron.data.rollout import RolloutBatch, Rollouts
 from tempo_megatron.errors import RunError
-from tempo_megatron.loop.data import PromptData
-from tempo_megatron.loop.runtime import ORACLE_SOURCE
+from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.verifiers.service import VerifierService
 from tempo_megatron.verifiers.verdict import Verdict

@@ -20,8 +20,7 @@ from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.errors import RunError
-from tempo_megatron.loop.data import Pool, PromptData
-from tempo_megatron.loop.runtime import ORACLE_SOURCE
+from tempo_megatron.loop.data import ORACLE_SOURCE, Pool, PromptData
 from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier
 from tempo_megatron.parallel import distributed
 from tempo_megatron.verifiers.service import VerifierService
