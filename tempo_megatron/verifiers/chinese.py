@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_MARKS = r"[*_$ \t]{0,6}"
+_MARKS = r"[*_ \t]{0,6}"
 #: Part of ``statements._STATEMENT`` (verbose); its group ``chinese`` is what was found.
 STATEMENT = rf"""
     (?P<chinese>

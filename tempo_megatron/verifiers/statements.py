@@ -192,6 +192,8 @@ def _stated_value(text: str) -> str | None:
     """Up to the end of the sentence or a reason; None where what follows could change it: "24. Or 25"."""
     bare = _BOLD.sub("", text).strip(' \t\r*_`"\u201c\u201d')
     end = _VALUE_END.search(bare)
+    if bare.startswith("~"):  # about; LaTeX's blank inside a box
+        return None
     if end is None:
         return bare or None
     value, rest = bare[: end.start()], bare[end.start() :]

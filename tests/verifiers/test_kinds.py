@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers import Verdict, answer_problem, cluster_answers, kind_names, registry, verify
 from tempo_megatron.verifiers.boxed import last_boxed
-from tempo_megatron.verifiers.maths import value
+from tempo_megatron.verifiers.maths import parse
 from tempo_megatron.verifiers.registry import kind_named
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, CheckFailedError
 
@@ -219,12 +219,12 @@ def test_a_bound_of_the_worker_or_a_bug_is_no_property_of_a_text(
 
 
 def test_a_parser_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def parse(*args: object, **kwargs: object) -> None:
+    def no_memory(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("latex2sympy2_extended.latex2sympy", parse)
+    monkeypatch.setattr("latex2sympy2_extended.latex2sympy", no_memory)
     with pytest.raises(MemoryError):
-        value.warm_up.__wrapped__()
+        parse.warm_up.__wrapped__()
 
 
 def test_an_answer_beyond_computing_leaves_other_texts_unverified() -> None:

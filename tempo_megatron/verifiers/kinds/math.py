@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from tempo_megatron.verifiers.boxed import last_boxed
 from tempo_megatron.verifiers.maths.compare import equal, is_computable, normal_form
+from tempo_megatron.verifiers.maths.parse import warm_up
 from tempo_megatron.verifiers.maths.text import MAX_CHARS, clean
-from tempo_megatron.verifiers.maths.value import warm_up
 from tempo_megatron.verifiers.statements import final_value
 from tempo_megatron.verifiers.verdict import CheckFailedError, Kind, Verdict, boxed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from tempo_megatron.verifiers.maths.arithmetic import UnreadableError
 from tempo_megatron.verifiers.maths.intervals import solutions
 from tempo_megatron.verifiers.maths.names import is_in_order
 from tempo_megatron.verifiers.maths.shape import name_of, shape
@@ -24,7 +25,6 @@ from tempo_megatron.verifiers.maths.shapes import (
 from tempo_megatron.verifiers.maths.text import clean, thousands_or_list, words
 from tempo_megatron.verifiers.maths.units import units_agree
 from tempo_megatron.verifiers.maths.value import (
-    UnreadableError,
     constant,
     ratio_is_constant,
     rational,
@@ -40,6 +40,7 @@ _DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 #: Of what is said of things, not computed; compared as a text.
 _STATEMENT = re.compile(
     r"\\(?:perp|parallel|cong|sim|subset(?:eq)?|Rightarrow|Leftrightarrow|triangle|mathbb)(?![a-zA-Z])"
+    r"|\\text\s*\{[^{}]*[a-zA-Z]{2}"
 )
 _RATIO = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")  # compared as a text
 _MAX_ITEMS = 32

@@ -44,8 +44,12 @@ def _bare(argument: str) -> str:
     return argument[1:-1] if argument.startswith("{") else argument
 
 
-def rows_as_list(text: str) -> str:
-    r"""``\begin{cases} x=1 \\ y=2 \end{cases}`` as ``x=1, y=2``; the cases of a function, which have ``&``, stay."""
+def unfolded(text: str) -> str:
+    r"""``\begin{cases} x=1 \\ y=2 \end{cases}`` as ``x=1, y=2``; the cases of a function, which have ``&``, stay.
+
+    And ``{10 \choose 3}`` as ``\binom{10}{3}``, before its braces can be taken for a pair around the whole.
+    """
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     text = _LEFT_BRACE.sub(r"\\begin{cases}\2\\end{cases}", text)
     return _CASES.sub(
         lambda found: ", ".join(row for r in found[2].split("\\\\") if (row := r.strip(" \n\t,;."))), text
@@ -53,8 +57,7 @@ def rows_as_list(text: str) -> str:
 
 
 def choices(text: str) -> str:
-    r"""``C_{10}^{3}``, ``{}_{10}C_3`` and ``{10 \choose 3}`` as ``\binom{10}{3}``; ``A_{10}^{3}`` as its number."""
-    text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+    r"""``C_{10}^{3}`` and ``{}_{10}C_3`` as ``\binom{10}{3}``; ``A_{10}^{3}`` as its number."""
     return _WAYS.sub(_ways, _WAYS_BEFORE.sub(_ways_before, text))
 
 

@@ -21,4 +21,4 @@ def bare_number(text: str) -> str:
         return ""
     if inner := _TEXT.fullmatch(value.strip()):
         value = inner[1]
-    return _NAME.sub("", value.strip()).strip()
+    return _NAME.sub("", value.strip()).removeprefix("=").strip()

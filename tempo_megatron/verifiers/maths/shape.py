@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from tempo_megatron.verifiers.maths.arithmetic import UnreadableError
 from tempo_megatron.verifiers.maths.names import is_name
 from tempo_megatron.verifiers.maths.shapes import (
     Approximation,
@@ -21,7 +22,7 @@ from tempo_megatron.verifiers.maths.shapes import (
 )
 from tempo_megatron.verifiers.maths.text import split_top_level
 from tempo_megatron.verifiers.maths.units import split_unit
-from tempo_megatron.verifiers.maths.value import UnreadableError, constant, is_near
+from tempo_megatron.verifiers.maths.value import constant, is_near
 
 _BLANK = re.compile(";")
 _COMMA = re.compile(r",|\\lor(?![a-zA-Z])")
@@ -66,8 +67,11 @@ def name_of(of: Shape) -> str | None:
     """The variable of an assignment such as ``x = 3`` or ``f(x) = 2x``, else None."""
     if isinstance(of, Named):
         return of.name
-    is_assignment = isinstance(of, Relation) and set(of.operators) == {"="} and is_name(of.sides[0])
-    return of.sides[0] if isinstance(of, Relation) and is_assignment else None
+    if not isinstance(of, Relation) or set(of.operators) != {"="} or not is_name(of.sides[0]):
+        return None
+    letter = re.compile(rf"(?<![\\a-zA-Z{{]){of.sides[0]}(?![a-zA-Z])") if len(of.sides[0]) == 1 else None
+    is_equation = letter is not None and any(letter.search(side) for side in of.sides[1:])  # x = 2x - 1
+    return None if is_equation else of.sides[0]
 
 
 def _blanks(parts: list[str]) -> Shape:
@@ -104,7 +108,7 @@ def _assigned(of: Shape) -> Shape:
 
 def _two_signs(part: str, item: Shape) -> tuple[Shape, ...]:
     r"""The members of ``\pm 2`` in a list."""
-    return item.items if isinstance(item, Items) and not item.union and not part.startswith(r"\{") else (item,)
+    return item.items if isinstance(item, Items) and not item.union and _PLUS_MINUS.search(part) else (item,)
 
 
 def _relation(text: str, parts: list[str], operators: list[str]) -> Shape:

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from tempo_megatron.verifiers.maths.latex import braced_arguments, choices, rows_as_list
+from tempo_megatron.verifiers.maths.latex import braced_arguments, choices, unfolded
 
 #: Longer answers are refused unread: no true final answer has this length, and parsing one takes long.
 MAX_CHARS = 300
@@ -31,7 +31,7 @@ _SYMBOLS |= {
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 _ROOT = re.compile(r"\u221a\s*(?:([0-9]+)|\(([^()]{1,40})\)|\{([^{}]{1,40})\})")
 
-_NUMBER_GAP = re.compile(r"(?<=[0-9])(?:\\[!,;: ]|\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))")
+_NUMBER_GAP = re.compile(r"(?<=[0-9])(?:\\[!,;: ]|\{,\}|,\s*\\!)\s*(?=[0-9]{3}(?![0-9]))")
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9]|,[0-9])")
 _NUMBER_OR_LIST = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+")
 _NAMED_LIST = re.compile(r"[a-zA-Z\\][^=<>,]{0,20}=\s*" + _NUMBER_OR_LIST.pattern)
@@ -86,7 +86,7 @@ def clean(raw: str) -> str | None:
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found.group()], raw[: MAX_CHARS + 1])
     if len(raw) > MAX_CHARS or any(_is_refused(c) for c in text):
         return None
-    text = _NUMBER_GAP.sub("", rows_as_list(_ROOT.sub(_braced_root, text)))
+    text = _NUMBER_GAP.sub("", unfolded(_ROOT.sub(_braced_root, text)))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = choices(braced_arguments(_unwrap(_without_inner_delimiters(_unwrap(text.strip())))))
@@ -97,9 +97,9 @@ def clean(raw: str) -> str | None:
 
 
 def thousands_or_list(text: str) -> tuple[str, ...]:
-    """The readings of cleaned ``text``: ``100,200`` may be one number or two."""
+    """The readings of cleaned ``text``: ``100,200`` may be one number, or two in this order."""
     if _NUMBER_OR_LIST.fullmatch(text):
-        return text.replace(",", ""), text
+        return text.replace(",", ""), text.replace(",", ";")
     return (text,)
 
 
