@@ -22,7 +22,9 @@ from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier, Verif
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.sampling import sample_seed
-from tempo_megatron.verifiers.reasoning import is_tag
+from tempo_megatron.verifiers.reasoning import is_tag, open_tag
+
+_OPENING_TOKENS = 32  # of a prompt's end: more than a tag has
 
 
 @dataclass(frozen=True)
@@ -197,3 +199,8 @@ def _groups(batch: RolloutBatch, rows: Tensor) -> int:
 def decoder(runtime: Runtime) -> Callable[[Sequence[Sequence[int]]], list[str]]:
     """Response token ids -> texts without special tokens, but for tags of reasoning, which the verifier looks for."""
     return response_decoder(runtime.tokenizer, keep=is_tag)
+
+
+def prompt_opening(runtime: Runtime) -> Callable[[Sequence[int]], str]:
+    """Prompt token ids -> the tag of reasoning that the prompt ends with, as its template renders it."""
+    return lambda ids: open_tag(runtime.tokenizer.decode(ids[-_OPENING_TOKENS:]))

@@ -14,7 +14,7 @@ from tempo_megatron.config.methods import METHODS
 from tempo_megatron.errors import RunError
 from tempo_megatron.locate import is_complete
 from tempo_megatron.loop.batching import critic_values
-from tempo_megatron.loop.collect import Collected, Collector
+from tempo_megatron.loop.collect import Collected, Collector, prompt_opening
 from tempo_megatron.loop.controller import GoBack, RunController
 from tempo_megatron.loop.data import PromptData
 from tempo_megatron.loop.driver import Driver, StepOutcome
@@ -62,7 +62,7 @@ class EMLoop(Driver):
         verifier = on_all_ranks(lambda: start_verifier(session, self.closing))
         self.rollout = start_rollout(session)
         self.closing.callback(self.rollout.close)
-        checks = RolloutVerifier(verifier, self.method, session.data, session.progress.note)
+        checks = RolloutVerifier(verifier, self.method, session.data, session.progress.note, prompt_opening(session))
         self.collector = Collector(session, self.rollout, checks)
         self.evaluator = Evaluator(session, self.rollout, verifier)
         if session.resumed is not None:

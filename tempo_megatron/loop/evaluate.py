@@ -14,9 +14,10 @@ from tempo_megatron.errors import RunError
 from tempo_megatron.evaluation.bootstrap import PromptBootstrap
 from tempo_megatron.evaluation.metrics import prompt_scores
 from tempo_megatron.evaluation.samples import Floats, Ints, Samples, number_answers
-from tempo_megatron.loop.collect import decoder
+from tempo_megatron.loop.collect import decoder, prompt_opening
 from tempo_megatron.loop.data import EvalPrompts, PromptData
 from tempo_megatron.loop.runtime import Runtime
+from tempo_megatron.loop.verification import judged_texts
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
@@ -91,11 +92,12 @@ class Evaluator:
     def _score(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[list[Verdict], Ints]:
         """Rank 0: every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``."""
         assert self.verifier is not None
-        items = list(zip(batch.record_ids, batch.responses, strict=True))
+        texts = judged_texts(batch, prompt_opening(self.runtime))
+        items = list(zip(batch.record_ids, texts, strict=True))
         verdicts = self.verifier.score_records(prompts.settings.name, items)
         n = prompts.settings.samples_per_prompt
         starts = range(0, len(batch), n)
-        groups = [(r.answer_type, batch.responses[i : i + n]) for r, i in zip(prompts.records, starts, strict=True)]
+        groups = [(r.answer_type, texts[i : i + n]) for r, i in zip(prompts.records, starts, strict=True)]
         rows = [
             # the reader of the prompts may not know the kind of answer (verl); the verdict does
             [c.cluster if v.extracted is not None else None for c, v in zip(found, verdicts[i : i + n], strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,20 @@ from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.verifiers.service import VerifierService
 from tempo_megatron.verifiers.verdict import Verdict
+
+#: Token ids of a prompt -> the tag of reasoning that it ends with, or an empty text.
+Opening = Callable[[Sequence[int]], str]
+
+
+def judged_texts(rollouts: Rollouts, opening: Opening) -> list[str]:
+    """The responses, each behind the tag of reasoning that its prompt ends with.
+
+    Where a template opens reasoning, a response that never closes it does not tell so itself.
+    """
+    openings = {
+        record: opening(ids) for record, ids in zip(rollouts.record_ids, rollouts.prompt_token_ids, strict=True)
+    }
+    return [openings[r] + text for r, text in zip(rollouts.record_ids, rollouts.responses, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -99,11 +113,18 @@ class RolloutVerifier:
     Args:
         service: on rank 0, which alone has the processes and asks them; None on the others.
         tell: called on rank 0 with a line about checks that failed.
+        opening: of a prompt.
     """
 
     def __init__(
-        self, service: VerifierService | None, method: Method, data: PromptData, tell: Callable[[str], None]
+        self,
+        service: VerifierService | None,
+        method: Method,
+        data: PromptData,
+        tell: Callable[[str], None],
+        opening: Opening,
     ) -> None:
+        self._opening = opening
         self.service, self._asks, self._answers, self._tell = service, method.asks, data.answers, tell
         pools = [pool for pool in (data.labeled, data.unlabeled) if pool is not None]
         self._kinds = {record.id: record.answer_type for pool in pools for record in pool.records}
@@ -131,18 +152,18 @@ class RolloutVerifier:
         """Rank 0: everything that is asked about these rows."""
         assert self.service is not None
         before = self.service.failures.copy()
-        n = len(rollouts)
+        n, texts = len(rollouts), judged_texts(rollouts, self._opening)
         outcome, oracle, cluster = [math.nan] * n, [math.nan] * n, [-1] * n
         labeled, unlabeled = (side.nonzero().flatten().tolist() for side in (rollouts.labeled, ~rollouts.labeled))
-        verdicts = self._score(rollouts, labeled)
+        verdicts = self._score(rollouts, texts, labeled)
         for row, verdict in zip(labeled, verdicts, strict=True):
             outcome[row] = _outcome(verdict)
         if self._asks == "truth":
-            items = [(rollouts.record_ids[i], rollouts.responses[i]) for i in unlabeled]
+            items = [(rollouts.record_ids[i], texts[i]) for i in unlabeled]
             for row, verdict in zip(unlabeled, self.service.score_records(ORACLE_SOURCE, items), strict=True):
                 oracle[row] = _outcome(verdict)
         if self._asks == "equality":
-            for members, clusters in self._compare(rollouts):
+            for members, clusters in self._compare(rollouts, texts):
                 for row, number in zip(members, clusters, strict=True):
                     cluster[row] = number
         failures = self.service.failures - before
@@ -158,20 +179,20 @@ class RolloutVerifier:
         )
         return _Findings(outcome, oracle, cluster, counts)
 
-    def _score(self, rollouts: Rollouts, rows: list[int]) -> list[Verdict]:
+    def _score(self, rollouts: Rollouts, texts: list[str], rows: list[int]) -> list[Verdict]:
         assert self.service is not None
         answers = [self._answers[rollouts.record_ids[i]] for i in rows]
-        verdicts = self.service.score([(rollouts.responses[i], *a) for i, a in zip(rows, answers, strict=True)])
+        verdicts = self.service.score([(texts[i], *a) for i, a in zip(rows, answers, strict=True)])
         if verdicts and not any(v.verified for v in verdicts):
             raise RunError(f"none of {len(verdicts)} labelled responses could be verified: {verdicts[0].reason}")
         return verdicts
 
-    def _compare(self, rollouts: Rollouts) -> list[tuple[list[int], list[int]]]:
+    def _compare(self, rollouts: Rollouts, texts: list[str]) -> list[tuple[list[int], list[int]]]:
         """The rows of each unlabelled prompt, and the clusters of their answers."""
         assert self.service is not None
         groups = torch.unique(rollouts.group[~rollouts.labeled]).tolist()
         members = [(rollouts.group == g).nonzero().flatten().tolist() for g in groups]
-        asked = [(self._kinds[rollouts.record_ids[m[0]]], [rollouts.responses[i] for i in m]) for m in members]
+        asked = [(self._kinds[rollouts.record_ids[m[0]]], [texts[i] for i in m]) for m in members]
         found = self.service.cluster(asked)
         return [
             (m, [-1 if c.cluster is None else c.cluster for c in clusters])

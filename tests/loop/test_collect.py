@@ -87,7 +87,7 @@ def collector(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> Collector:
     runtime: Any = SimpleNamespace(config=config, data=data, ledger=SimpleNamespace(phase=lambda name: nullcontext()))
     monkeypatch.setattr(verification, "on_rank0", lambda fn: fn())
     service: Any = Verifier()
-    made = Collector(runtime, None, RolloutVerifier(service, METHODS["tempo"], data, told.append))  # type: ignore[arg-type]
+    made = Collector(runtime, None, RolloutVerifier(service, METHODS["tempo"], data, told.append, lambda ids: ""))  # type: ignore[arg-type]
     monkeypatch.setattr(made, "_generate", batch_of)
     return made
 

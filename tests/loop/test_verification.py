@@ -56,6 +56,10 @@ def pool(*ids: str) -> Pool:
     return Pool(records, [[1]] * len(ids), PromptSampler(len(ids), 0))
 
 
+def no_tag(prompt: object) -> str:
+    return ""
+
+
 DATA = PromptData(pool("l0"), pool("u0", "u1"), {"l0": ("7", "int")}, [])
 
 
@@ -70,7 +74,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierServic
 
 
 def test_labelled_rows_get_outcomes_and_the_others_none(service: VerifierService) -> None:
-    found = RolloutVerifier(service, METHODS["tempo"], DATA, print).verify(sampled())
+    found = RolloutVerifier(service, METHODS["tempo"], DATA, print, no_tag).verify(sampled())
     assert found.batch.outcome[:3].tolist() == [1, 0, 0] and found.batch.outcome[3:].isnan().all()
     assert found.batch.oracle_outcome.isnan().all() and found.batch.answer_cluster.tolist() == [-1] * 9
     assert found.counts == CheckCounts(labeled=3, truncated=1, checked=3, right=1, readable=2)
@@ -83,20 +87,30 @@ def test_labelled_rows_get_outcomes_and_the_others_none(service: VerifierService
 
 
 def test_the_oracle_hears_the_truth(service: VerifierService) -> None:
-    batch = RolloutVerifier(service, METHODS["oracle"], DATA, print).verify(sampled()).batch
+    batch = RolloutVerifier(service, METHODS["oracle"], DATA, print, no_tag).verify(sampled()).batch
     assert batch.oracle_outcome[3:].tolist() == [0, 0, 1, 0, 1, 0]
     assert batch.oracle_outcome[:3].isnan().all() and batch.answer_cluster.tolist() == [-1] * 9
 
 
 def test_a_vote_hears_which_answers_are_equal(service: VerifierService) -> None:
-    batch = RolloutVerifier(service, METHODS["ttrl"], DATA, print).verify(sampled()).batch
+    batch = RolloutVerifier(service, METHODS["ttrl"], DATA, print, no_tag).verify(sampled()).batch
     assert batch.answer_cluster.tolist() == [-1, -1, -1, 0, 0, 1, -1, 0, 1]
     assert batch.oracle_outcome.isnan().all()
 
 
+def test_a_prompt_that_opens_reasoning_leaves_the_response_in_it(service: VerifierService) -> None:
+    rows = [("l0", r"\boxed{7}? Wait", True), ("l0", r"\boxed{8}? No. </think> \boxed{7}", False), ("l0", "7", False)]
+    answers = [*rows, ("u0", r"\boxed{3}", True), ("u0", r"a guess </think> \boxed{3}", False)]
+    verifier = RolloutVerifier(service, METHODS["ttrl"], DATA, print, lambda ids: "<think>")
+    batch = verifier.verify(sampled(answers)).batch
+    assert batch.outcome[:3].tolist() == [0, 1, 0]
+    assert batch.answer_cluster.tolist() == [-1, -1, -1, -1, 0]
+    assert batch.responses == [text for _, text, _ in answers]
+
+
 def test_nothing_sampled_is_nothing_found(service: VerifierService) -> None:
     for stage in ("tempo", "oracle", "ttrl"):
-        found = RolloutVerifier(service, METHODS[stage], DATA, print).verify(sampled([]))
+        found = RolloutVerifier(service, METHODS[stage], DATA, print, no_tag).verify(sampled([]))
         assert len(found.batch) == 0 and found.counts == CheckCounts()
         assert found.counts.metrics() == {"verify/unverified": 0}
 
@@ -108,7 +122,7 @@ def test_failures_are_told_and_train_nothing(service: VerifierService, tmp_path:
     columns = {"id": ["u0"], "source": ["made"], "prompt": ["?"], "answer": ["4"], "answer_type": ["int"]}
     pq.write_table(pa.table(columns), file)
     with VerifierService({ORACLE_SOURCE: [str(file)]}, VerifierConfig(workers=1, timeout_s=1e-6)) as hasty:
-        verifier = RolloutVerifier(hasty, METHODS["oracle"], DATA, told.append)
+        verifier = RolloutVerifier(hasty, METHODS["oracle"], DATA, told.append, no_tag)
         found = verifier.verify(sampled([row for row in SAMPLED if row[0] == "u0"]))
         assert len(found.batch) == 0 and found.counts.unverified == 4
         (cause,) = found.counts.failures
