@@ -36,10 +36,12 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z'. -]*[A-Za-z.]")
 _LONG_WORD = re.compile(r"[A-Za-z]{3}")  # shorter ones may be products of variables
 _LETTER = re.compile(r"\(?\s*([A-Z])\s*\)?")
 _BLANKS = re.compile(r"(?<![0-9]) | (?![0-9])")  # all but those between two digits
+_CHINESE = re.compile("[\u2460-\u2473\u4e00-\u9fff]")
 _DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 #: Of what is said of things, not computed; compared as a text.
 _STATEMENT = re.compile(
-    r"\\(?:perp|parallel|cong|sim|subset(?:eq)?|Rightarrow|Leftrightarrow|triangle|mathbb)(?![a-zA-Z])"
+    r"\\(?:perp|parallel|cong|sim|subset(?:eq)?|Rightarrow|Leftrightarrow|triangle|mathbb|land|neg|forall|exists"
+    r"|equiv|complement)(?![a-zA-Z])"
     r"|\\text\s*\{[^{}]*[a-zA-Z]{2}"
 )
 _RATIO = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")  # compared as a text
@@ -220,6 +222,8 @@ def _equal_statements(gold: Shape, got: Shape) -> bool:
     """Assignments, equations, inequalities and sets by a condition, or one of them and a bare value."""
     if isinstance(gold, Relation) and isinstance(got, Relation) and _same_statement(gold, got):
         return True
+    if isinstance(gold, SetBuilder) and isinstance(got, SetBuilder) and gold.name == got.name:
+        return _equal(gold.condition, got.condition)
     return _equal_values(_values_of(gold), _values_of(got))
 
 
@@ -324,6 +328,8 @@ def _rounded(exact: str, decimal: str) -> bool:
 
 
 def _is_text(text: str) -> bool:
+    if _CHINESE.search(text):
+        return True
     return text.startswith(r"\text") or (_WORDS.fullmatch(text) is not None and _LONG_WORD.search(text) is not None)
 
 

@@ -17,7 +17,7 @@ _GEOMETRIC = (
     r"[A-Z]{2,4}|\|[A-Z]{2}\||m?\s*\\angle\s*[A-Z0-9]{1,3}|\\triangle\s*[A-Z]{3}|\[[A-Z]{3,6}\]"
     r"|\|?\s*\\(?:overline|overrightarrow|vec|widehat|hat)\s*\{\s*[a-zA-Z]{1,3}\s*\}\s*\|?"
 )
-_WORDS = r"\\text\s*\{[a-zA-Z ]{1,30}\}"
+_WORDS = r"\\text\s*\{(?![a-zA-Z ]*\b(?i:not?|never|wrong|except|false)\b)[a-zA-Z ]{1,30}\}"
 _NAME = re.compile(rf"{_LETTER}(?:{_SUBSCRIPT})?(?:{_ARGUMENTS})?|{_EVENT}|{_GEOMETRIC}|{_WORDS}")
 _TUPLE = re.compile(rf"\({_LETTER}(?:{_SUBSCRIPT})?(?:\s*,\s*{_LETTER}(?:{_SUBSCRIPT})?){{1,3}}\)")
 

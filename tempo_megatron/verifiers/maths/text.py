@@ -24,6 +24,7 @@ _SYMBOLS = {
     "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
 }  # fmt: skip
 _SYMBOLS |= {
+    "\u22a5": r"\perp ", "\u2225": r"\parallel ", "\u2032": "'",
     "\u3002": ".", "\u3001": ",", "\u3000": " ", "\u2220": r"\angle ", "\u25b3": r"\triangle ",
     # full-width forms, which Chinese text is written with; not the tilde, which may stand for a range
     **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)},
@@ -49,6 +50,10 @@ _REWRITES = [
     ),
     (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname)(?=\s*\{)"), r"\\text"),
     (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10} "),
+    (re.compile(r"\\underline\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
+    (re.compile(r"(?<=[\s0-9a-z})\]$])\s*或者?\s*(?=[\s0-9({\[\\$a-z-])"), r" \\lor "),
     (re.compile(r"\\vee(?![a-zA-Z])"), r"\\lor"),
     (re.compile(r"\\text\s*\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}"), r"\1"),
     (re.compile(r"\\leq(?:slant)?(?![a-zA-Z])"), r"\\le "),

@@ -46,6 +46,16 @@ _TEXT = re.compile(r"\s*\\text\s*\{([^{}]{1,60})\}\s*(?:\^\s*\{?\s*([23])\s*\}?)
 _BARE = re.compile(r"(?<=[0-9})])\s+([A-Za-z][A-Za-z. /]{1,40}?)(?:\^\s*\{?\s*([23])\s*\}?)?\Z")
 _CURRENCY = re.compile(r"\A(-?)\s*(?:\\\$|\$|\\text\s*\{\s*\\?\$\s*\})\s*(?=[-0-9.\\])")
 _NAME = re.compile(r"([A-Za-z][A-Za-z'-]*\.?(?:[a-z]\.)?)(?:\^\(?([23])\)?)?|/")
+#: Units in Chinese, and words for what is counted.
+_CHINESE_NAMES = {
+    "centimeter": "厘米", "millimeter": "毫米", "kilometer": "千米 公里", "meter": "米", "decimeter": "分米",
+    "centimeter^2": "平方厘米", "meter^2": "平方米", "kilometer^2": "平方千米", "centimeter^3": "立方厘米",
+    "meter^3": "立方米", "gram": "克", "kilogram": "千克 公斤", "ton": "吨", "liter": "升", "milliliter": "毫升",
+    "degree": "度", "second": "秒", "minute": "分钟", "hour": "小时", "day": "天", "week": "周", "year": "年 岁",
+    "yuan": "元", "people": "人", "unit": "个 只 条 张 本 辆 次 种 件 位 棵 组 名 项 块 道 支",
+}  # fmt: skip
+_CHINESE = {name: unit for unit, names in _CHINESE_NAMES.items() for name in names.split()}
+_CHINESE_TAIL = re.compile(r"(?<=[0-9}])\s*(?:\\text\s*\{\s*)?([\u4e00-\u9fff]{1,4})\s*\}?\Z")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]|'")
 _NUMBERS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 
@@ -69,6 +79,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         return text[: degree.start()], Unit(f"degree {scale}" if scale else "degree", True)
     if (base := _BASE.search(text)) and _BASE_DIGITS.fullmatch(text[: base.start()].strip()):
         return text[: base.start()], Unit(f"base {_NUMBERS.get(base[1], base[1])}", False)
+    if (counted := _CHINESE_TAIL.search(text)) and counted[1] in _CHINESE:
+        return text[: counted.start()], Unit(_CHINESE[counted[1]], True)
     for pattern in (_TEXT, _BARE):
         tail = pattern.search(text)
         if tail and re.search(r"[0-9})i]\s*\Z", text[: tail.start()] + " ") and (unit := _unit(tail[1], tail[2])):
