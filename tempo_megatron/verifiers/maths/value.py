@@ -79,12 +79,15 @@ def rounds_to(exact: Number, decimal: str) -> bool:
 
 
 def is_near(exact: Number, decimal: str) -> bool:
-    """Is ``decimal`` a number with a point that differs from ``exact`` by less than one of its last digit?"""
+    """Is ``decimal`` a number with a point that is ``exact`` rounded, or cut off, at its last digit?"""
     value = rational(decimal)
     if value is None or "." not in decimal or is_complex(exact):
         return False
+    unit = Fraction(1, 10 ** len(decimal.split(".")[1]))
     with mpmath.workdps(DIGITS):
-        return bool(abs(inexact(exact) - inexact(value)) < inexact(Fraction(1, 10 ** len(decimal.split(".")[1]))))
+        is_rounded = abs(inexact(exact) - inexact(value)) <= inexact(unit / 2)
+        is_cut = 0 <= abs(inexact(exact)) - abs(inexact(value)) < inexact(unit) and inexact(exact) * inexact(value) > 0
+    return bool(is_rounded or is_cut)
 
 
 @lru_cache(maxsize=4096)
