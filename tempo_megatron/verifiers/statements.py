@@ -68,7 +68,9 @@ _DISPLAYS = {"$$": "$$", "\\[": "\\]"}
 _BOLD = re.compile(r"(?<!\S)(?:\*\*|__)|(?:\*\*|__)(?=[\s.,;:]|\Z)")
 #: Where the value of a statement ends; not at a decimal point.
 _VALUE_END = re.compile(r"[.．](?=\s|\Z)|。|,?[ ]+(?:because|since)\b|[,，]?因为")
-_CHANGES = re.compile(r"\W*+(?:n?or|and|but|not|if|unless|maybe|perhaps|possibly|plus|times|或|但|和)", re.IGNORECASE)
+_CHANGES = re.compile(
+    r"\W*+(?:(?:n?or|and|but|not|if|unless|maybe|perhaps|possibly|plus|times)\b|或|但|和)", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"[.!?][*_\"'\u201d)\]]*+\s++(?![a-z])|\n(?![ \t]*+[a-z])")
 _WORD_BEFORE = re.compile(r"(?:\b(most)\s{1,4})?([A-Za-z'\u2019-]+)[\s*_]{0,4}$")
 #: Any other word before "answer" may take it back: "the second-best answer is", "his answer is".

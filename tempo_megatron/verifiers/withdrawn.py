@@ -16,7 +16,7 @@ _WITHDRAWN = re.compile(
       {_SOME}?[ ]?(?:wrong|incorrect|mistaken|an?[ ]error|a[ ]mistake)\b
     | {_IT}(?:[ ](?:is|was)(?:n['\u2019]t|[ ]not)|['\u2019]s[ ]not|[ ]can(?:not|['\u2019]t|[ ]not)[ ]be
         |[ ]does(?:n['\u2019]t|[ ]not)[ ](?:seem|look))
-      {_SOME}?[ ]?(?:right|correct|the[ ]answer)\b
+      {_SOME}?[ ]?(?:right(?![ -](?:angle|triang|side|hand|isos))|correct|the[ ]answer)\b
     | {_IT}[ ](?:(?:does|did)(?:n['\u2019]t|[ ]not)|fails[ ]to)[ ](?:work|hold|fit|check|satisfy|match)
     | \b(?:i|we)(?:[ ]have|['\u2019]ve)?[ ](?:made|make)[ ]an?[ ](?:[a-z]{{1,12}}[ ])?(?:mistake|error)\b
     | \b(?:i|we)(?:[ ]was|[ ]were|['\u2019]m|[ ]am)[ ](?:wrong|mistaken)\b
