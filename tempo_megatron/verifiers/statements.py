@@ -47,7 +47,8 @@ _DENIAL = re.compile(
     |den(?:y|ies|ied)|disagree\w*+|contradict\w*+|refut\w*+|reject\w*+|impossible|unlikely|hardly|unclear|unsure|uncertain\w*+
     |wonder\w*+|least|except|might|may|maybe|perhaps|possibl[ey]|could)\b|n['\u2019]t\b
     |\b(?:opposite|contrary|reverse)\b
-    |\b(?:thinks|believes|says|said|claim\w*+|argues|guess\w*+)(?:[ ]that)?(?:[ ]the)?[\s*_]*+$
+    |\b(?:thinks|believes|says|said|claim\w*+|argues|guess\w*+)(?:[ ]that)?
+      (?:[ ](?:the|my|our))?(?:[ ](?:final|correct|right|best))?[\s*_]*+$
     |\b(?:when|whenever|once|until|why|how|where|case|provided|were)(?:[ ]the)?[\s*_]*+$""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -68,6 +69,7 @@ _DISPLAYS = {"$$": "$$", "\\[": "\\]"}
 _BOLD = re.compile(r"(?<!\S)(?:\*\*|__)|(?:\*\*|__)(?=[\s.,;:]|\Z)")
 #: Where the value of a statement ends; not at a decimal point.
 _VALUE_END = re.compile(r"[.．](?=\s|\Z)|。|,?[ ]+(?:because|since)\b|[,，]?因为")
+_ADVERB = re.compile(r"\A\s*(?:therefore|thus|hence|then|indeed|simply|just),?\s", re.IGNORECASE)
 _CHANGES = re.compile(
     r"\W*+(?:(?:n?or|and|but|not|if|unless|maybe|perhaps|possibly|plus|times)\b|或|但|和)", re.IGNORECASE
 )
@@ -192,11 +194,11 @@ def final_value(response: str) -> str | None:
 
 def _stated_value(text: str) -> str | None:
     """Up to the end of the sentence or a reason; None where what follows could change it: "24. Or 25"."""
-    bare = _BOLD.sub("", text).strip(' \t\r*_`"\u201c\u201d')
+    bare = _ADVERB.sub("", _BOLD.sub("", text)).strip(' \t\r*_`"\u201c\u201d')
     end = _VALUE_END.search(bare)
     if bare.startswith("~"):  # about; LaTeX's blank inside a box
         return None
     if end is None:
         return bare or None
-    value, rest = bare[: end.start()], bare[end.start() :]
-    return value.strip() if value.strip() and not _CHANGES.match(rest) else None
+    value, rest = bare[: end.start()].strip(' `"\u201c\u201d'), bare[end.start() :]
+    return value if value and not _CHANGES.match(rest) else None
