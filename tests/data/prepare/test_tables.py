@@ -42,7 +42,7 @@ def test_bare_json_list_and_blank_lines(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", "row 0 is list, expected an object"),
         ("a.jsonl", b'{"a": 1}\n3\n', "row 1 is integer, expected an object"),
         ("a.jsonl.gz", b"no gzip", "not a readable .gz file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-12], "not a readable .gz file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-12], "not a readable .gz file"),
         ("a.json", b'{"rows": []}', "neither a list of objects nor an object with a list 'examples'"),
         ("a.csv", b'a,b\n"x,1\n', "not a readable .csv file"),
         ("a.csv", b"a,b\nx,1\nLet x=1,2,3\n", "row 1 has more fields than the first line names columns"),
