@@ -29,7 +29,7 @@ def build_models() -> None:
     from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, ParallelConfig, RoleConfig
     from tempo_megatron.parallel.groups import ModelParallelGroups
     from tempo_megatron.training.engine import MegatronEngine
-    from tests.model.parity_worker import configs
+    from tests.model.parity_cases import config_of
 
     layout = ParallelConfig()
     groups = ModelParallelGroups(layout, 60)
@@ -39,7 +39,7 @@ def build_models() -> None:
         for name in ("qwen3", "qwen3-moe", "olmo3"):
             role, kind = ("critic", CriticConfig) if name == "qwen3" else ("actor", RoleConfig)
             config = kind(**settings, optimizer=optimizer)
-            MegatronEngine(role, config, configs()[name], groups, seed=1).start_optimizer()
+            MegatronEngine(role, config, config_of(name), groups, seed=1).start_optimizer()
     finally:
         groups.close()
 

@@ -348,7 +348,7 @@ def test_refusals(folder: Callable[..., Path], tmp_path: Path, capsys: pytest.Ca
     assert "has no value head (score.weight); --init-head makes a fresh one" in refused("--hf", policy, "--critic")
     assert "--init-head is for critics: add --critic" in refused("--hf", policy, "--init-head")
     assert "tensor_model_parallel_size: 3 must divide" in refused("--hf", policy, "--tp", "3")
-    assert "pipeline_model_parallel_size: 3 must divide" in refused("--hf", policy, "--pp", "3")
+    assert "pipeline_model_parallel_size: 5 must be at most" in refused("--hf", policy, "--pp", "5")
     assert "--tp 0" in refused("--hf", policy, "--tp", "0")
     assert not there.exists()
     broken = shutil.copytree(critic, tmp_path / "broken")

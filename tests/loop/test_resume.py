@@ -82,7 +82,7 @@ def test_em_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_weights(results["sft"]["weights"], resumed["sft-again"]["weights"])
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_train_command_goes_on_by_itself(tmp_path: Path) -> None:
     """``resume: auto`` continues in the same folder; records beyond the checkpoint are replaced."""
     inputs = make_inputs(tmp_path / "inputs")
@@ -95,13 +95,14 @@ def test_train_command_goes_on_by_itself(tmp_path: Path) -> None:
     for name, steps in (("whole", [6]), ("halves", [3, 6])):
         for n in steps:
             arguments = [*config, *overrides, f"output_dir={tmp_path / name}", f"steps={n}", "checkpoint.every=3"]
-            result = launch(["-m", "tempo_megatron", "train", *arguments], 1, 60).check()
+            result = launch(["-m", "tempo_megatron", "train", *arguments], 1, 120).check()
         runs[name] = [deterministic_view(r) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
     assert "resumed from" in result.stderr
     assert runs["whole"] == runs["halves"]
     assert len(runs["whole"]) == 6
     # the schedule goes on at its position; its rates are what the resumed run is told
     changed = ["steps=7", "actor.optimizer.lr=2e-4", "actor.optimizer.min_lr=0.0"]
-    launch(["-m", "tempo_megatron", "train", *config, *overrides, f"output_dir={tmp_path / 'halves'}", *changed], 1, 60)
+    arguments = [*config, *overrides, f"output_dir={tmp_path / 'halves'}", *changed]
+    launch(["-m", "tempo_megatron", "train", *arguments], 1, 120)
     whole, more = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
     assert more[-1]["step"] == 7 and more[-1]["sft/lr"] < 3e-4 < whole[-1]["sft/lr"]
