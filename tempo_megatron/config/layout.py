@@ -60,7 +60,7 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         if not critic and is_critic(named):
             valid += " (a model with a score head is a critic, not a policy)"
         elif critic and named in OPENRLHF_CRITICS:
-            valid += f" (of OpenRLHF: with the head score.weight it is read under the name of its family + {TEXT_CLASSIFIER})"
+            valid += f" (of OpenRLHF: where the head is score.weight, name it FAMILY{TEXT_CLASSIFIER})"
         raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
 
     def number(name: str) -> int:

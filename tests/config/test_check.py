@@ -191,7 +191,7 @@ def test_critics_of_other_programs(job: Job, architecture: str) -> None:
     job.model("critic", architectures=[architecture])
     told = job.refusal()
     assert f"architectures: {architecture} is not supported; supported: " in told
-    assert ("(of OpenRLHF: with the head score.weight, " in told) is not architecture.startswith("Qwen3")
+    assert ("(of OpenRLHF: where the head is score.weight, " in told) is not architecture.startswith("Qwen3")
 
 
 def test_both_roles_need_one_vocabulary(job: Job) -> None:
