@@ -12,6 +12,7 @@ from pathlib import Path
 from tempo_megatron.config.layout import ModelShape, check_layout, divisors, nearest, read_model_shape
 from tempo_megatron.config.methods import METHODS, Method, estimator
 from tempo_megatron.config.schema import Config, RoleConfig
+from tempo_megatron.data.answer_kinds import check_answer_types
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
 
@@ -23,6 +24,7 @@ def check_config(config: Config, world_size: int) -> None:
         TempoError: the first fault found: key, value and what would be right.
     """
     _check_stage(config)
+    check_answer_types(config.data.answer_types)
     _check_exist("data.train_files", config.data.train_files)
     _check_exist("data.oracle_files", config.data.oracle_files)
     _check_evaluation_sets(config)
@@ -42,6 +44,7 @@ def check_evaluation(config: Config, world_size: int) -> None:
     """
     if not config.evaluation.sets:
         raise TempoError("evaluation.sets: [] is empty; give --set NAME=FILE, or a configuration with evaluation.sets")
+    check_answer_types(config.data.answer_types)
     _check_evaluation_sets(config)
     _check_output(config)
     _check_rollout(config, _check_models(config, world_size, packs=True), world_size)

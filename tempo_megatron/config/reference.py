@@ -115,6 +115,8 @@ def _type_name(annotation: Any) -> str:
         return " / ".join(f"`{value}`" for value in arguments)
     if origin is list:
         return "list of sections" if _inner_section(annotation) else f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {' to '.join(map(_type_name, arguments))}"
     if origin is tuple:
         return "[" + ", ".join(map(_type_name, arguments)) + "]"
     if arguments:  # X | None

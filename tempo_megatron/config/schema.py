@@ -164,6 +164,14 @@ class DataConfig(Section):
         [],
         description="stage oracle only: prompt parquet with the answers of the unlabelled records",
     )
+    answer_types: dict[str, str] = Field(
+        {},
+        description="source of records -> kind of answer (docs/verifiers.md), over what its files state; "
+        "by default a source whose files state none gets the kind that its labelled answers have, told in the log",
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        {}, description="variables of the chat template, such as enable_thinking: false; for training and evaluation"
+    )
     max_prompt_tokens: int = Field(2048, ge=1, description="a longer prompt is refused")
     max_response_tokens: int = Field(16384, ge=1, description="a response is cut off there and counts as truncated")
     sft_batch_size: int = Field(256, ge=1, description="sequences per optimizer step of the sft stage")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from tempo_megatron.data.chat_template import Messages, render_prompts
 from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.sft import SftRecord
 from tempo_megatron.errors import TempoError
@@ -12,23 +13,26 @@ from tempo_megatron.errors import TempoError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Token ids of a conversation up to where the assistant begins.  Raises TempoError without a chat template."""
-    return _encode_conversations(tokenizer, [messages])[0]
-
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[PromptRecord], max_prompt_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[PromptRecord],
+    max_prompt_tokens: int,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Prompt token ids of each record.
+    """Prompt token ids of each record, up to where the assistant begins.
+
+    Args:
+        tokenizer: with its chat template.
+        records: whose messages to encode.
+        max_prompt_tokens: the longest prompt.
+        template_variables: ``data.chat_template_kwargs``.
 
     Raises:
-        TempoError: no chat template; or a prompt is longer than ``max_prompt_tokens`` or has no tokens.
+        TempoError: the chat template cannot be used (see ``ChatTemplate``); or a prompt is longer than
+            ``max_prompt_tokens`` or has no tokens.
     """
-    prompts = _encode_conversations(tokenizer, [r.messages for r in records])
+    prompts = _encode_conversations(tokenizer, [(r.id, r.messages) for r in records], template_variables)
     for record, ids in zip(records, prompts, strict=True):
         if len(ids) > max_prompt_tokens:
             raise TempoError(
@@ -40,17 +44,20 @@ def encode_prompts(
 
 
 def encode_sft(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[SftRecord], max_total: int
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[SftRecord],
+    max_total: int,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompt ids, and response ids with EOS at the end, of each record.
 
     The two are encoded apart, as in a rollout, where the model continues given prompt tokens.
 
     Raises:
-        TempoError: no chat template; or prompt and response together are longer than ``max_total``.
+        TempoError: the chat template cannot be used; or prompt and response together are longer than ``max_total``.
     """
     eos = tokenizer.eos_token_id
-    prompts = _encode_conversations(tokenizer, [r.messages for r in records])
+    prompts = _encode_conversations(tokenizer, [(r.id, r.messages) for r in records], template_variables)
     responses = [[*ids, eos] for ids in _encode_texts(tokenizer, [r.response for r in records])]
     for record, prompt, response in zip(records, prompts, responses, strict=True):
         _check_not_empty(record.id, prompt)
@@ -67,16 +74,14 @@ def _check_not_empty(name: str, ids: list[int]) -> None:
         raise TempoError(f"prompt {name!r} has no tokens; the chat template made an empty text of it")
 
 
-def _encode_conversations(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[list[int]]:
+def _encode_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[tuple[str, Messages]],
+    template_variables: Mapping[str, Any] | None,
+) -> list[list[int]]:
     if not conversations:
         return []
-    if not tokenizer.chat_template:
-        raise TempoError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja to it")
-    keys = [tuple(tuple(message.items()) for message in messages) for messages in conversations]
-    distinct = dict(zip(keys, conversations, strict=True))  # many attempts at one problem share a prompt
-    texts = tokenizer.apply_chat_template(list(distinct.values()), tokenize=False, add_generation_prompt=True)
-    encoded = dict(zip(distinct, _encode_texts(tokenizer, texts), strict=True))
-    return [list(encoded[key]) for key in keys]
+    return _encode_texts(tokenizer, render_prompts(tokenizer, conversations, template_variables or {}))
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

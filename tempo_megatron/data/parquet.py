@@ -142,6 +142,11 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
+def number_text(value: float) -> str:
+    """142.0 as ``142``, 0.5 as ``0.5``."""
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
 def fields_of(kind: pa.DataType) -> dict[str, pa.DataType]:
     """Field types of a struct by name; none for any other type."""
     return {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}

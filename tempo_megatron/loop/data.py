@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from tempo_megatron.config.schema import Config, EvalSet
+from tempo_megatron.data.answer_kinds import check_sources
 from tempo_megatron.data.encode import encode_prompts, encode_sft
-from tempo_megatron.data.prompts import PromptRecord, read_eval_prompts, read_prompts_isolated
+from tempo_megatron.data.isolated import read_eval_isolated, read_prompts_isolated
+from tempo_megatron.data.prompts import PromptRecord, PromptSet
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.data.sft import read_sft
 from tempo_megatron.errors import TempoError
@@ -64,21 +68,36 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> PromptData 
     data = config.data
     if config.stage == "sft":
         demonstrations = on_all_ranks(lambda: read_sft(data.train_files))
-        return SftData(*encode_sft(tokenizer, demonstrations, data.max_prompt_tokens + data.max_response_tokens))
-    records = on_rank0(lambda: read_prompts_isolated(data.train_files))
-    token_ids = encode_prompts(tokenizer, records, data.max_prompt_tokens)
+        longest = data.max_prompt_tokens + data.max_response_tokens
+        return SftData(*encode_sft(tokenizer, demonstrations, longest, data.chat_template_kwargs))
+    records = on_rank0(lambda: _told(read_prompts_isolated(data.train_files, data.answer_types), "training data"))
+    token_ids = encode_prompts(tokenizer, records, data.max_prompt_tokens, data.chat_template_kwargs)
     if data.oracle_files:
-        on_rank0(lambda: _check_oracle(records, data.oracle_files))
+        on_rank0(lambda: _check_oracle(records, config))
+    eval_sets = read_eval_sets(config, tokenizer)
+    check_sources(data.answer_types, _sources([records, *(s.records for s in eval_sets)]))
     return PromptData(
         labeled=_pool(records, token_ids, config, labeled=True),
         unlabeled=_pool(records, token_ids, config, labeled=False),
         answers={r.id: (r.answer, r.answer_type) for r in records if r.labeled and r.answer is not None},
-        eval_sets=read_eval_sets(config, tokenizer),
+        eval_sets=eval_sets,
     )
 
 
-def _check_oracle(records: list[PromptRecord], files: list[str]) -> None:
-    known = {r.id for r in read_eval_prompts(files)}
+def _told(found: PromptSet, what: str) -> list[PromptRecord]:
+    """The records; what there is to say of them goes to the terminal."""
+    for note in found.notes:
+        print(f"{what}: {note}", file=sys.stderr, flush=True)
+    return found.records
+
+
+def _sources(groups: Iterable[list[PromptRecord]]) -> set[str]:
+    return {record.source for records in groups for record in records}
+
+
+def _check_oracle(records: list[PromptRecord], config: Config) -> None:
+    files = config.data.oracle_files
+    known = {r.id for r in _told(read_eval_isolated(files, config.data.answer_types), "oracle")}
     unknown = [r.id for r in records if not r.labeled and r.id not in known]
     if unknown:
         raise TempoError(
@@ -110,5 +129,8 @@ def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Confi
 
 
 def _eval_prompts(settings: EvalSet, config: Config, tokenizer: PreTrainedTokenizerFast) -> EvalPrompts:
-    records = on_rank0(lambda: read_eval_prompts(settings.files))[: settings.limit]
-    return EvalPrompts(settings, records, encode_prompts(tokenizer, records, config.data.max_prompt_tokens))
+    data = config.data
+    what = f"evaluation set {settings.name}"
+    records = on_rank0(lambda: _told(read_eval_isolated(settings.files, data.answer_types), what))[: settings.limit]
+    token_ids = encode_prompts(tokenizer, records, data.max_prompt_tokens, data.chat_template_kwargs)
+    return EvalPrompts(settings, records, token_ids)

@@ -93,7 +93,8 @@ def start_verifier(runtime: Runtime, closing: ExitStack) -> VerifierService | No
     sources = {s.name: s.files for s in runtime.config.evaluation.sets}
     if runtime.config.data.oracle_files:
         sources[ORACLE_SOURCE] = runtime.config.data.oracle_files
-    return closing.enter_context(VerifierService(sources, runtime.config.verifier))
+    config = runtime.config
+    return closing.enter_context(VerifierService(sources, config.verifier, config.data.answer_types))
 
 
 def roles_of(config: Config) -> dict[Role, RoleConfig]:

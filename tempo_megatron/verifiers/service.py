@@ -32,13 +32,19 @@ class VerifierService:
     Args:
         sources: name of each evaluation set -> its parquet files (``data.prompts``), read by the workers.
         config: number of workers, their limits, and the judge.
+        answer_types: kinds of answer by source of records (``data.answer_types``).
 
     Raises:
         TempoError: a file of ``sources`` can't be used, or it needs a judge and none is configured.
         RunError: a worker did not start.
     """
 
-    def __init__(self, sources: Mapping[str, Sequence[str]], config: VerifierConfig | None = None) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Sequence[str]],
+        config: VerifierConfig | None = None,
+        answer_types: Mapping[str, str] | None = None,
+    ) -> None:
         self._config = VerifierConfig() if config is None else config
         files = {name: [str(f) for f in paths] for name, paths in sources.items()}
         limit_s = self._config.timeout_s
@@ -47,7 +53,7 @@ class VerifierService:
         self.failures: Counter[str] = Counter()
         self._closed = False
         self._pool = WorkerPool(
-            (files, self._config),
+            (files, dict(answer_types or {}), self._config),
             self._config.workers,
             patience_s=limit_s + _GRACE_S,
             start_timeout_s=_START_TIMEOUT_S,

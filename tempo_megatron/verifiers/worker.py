@@ -5,11 +5,10 @@ Every item gets its own reply at once, so that the parent knows which one it was
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any
 
 from tempo_megatron.config.schema import JudgeConfig, VerifierConfig
 from tempo_megatron.data.prompts import read_eval_answers
@@ -17,23 +16,21 @@ from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.kinds import judge
 from tempo_megatron.verifiers.process import recv_json, send_json
 from tempo_megatron.verifiers.registry import answer_problem, answered, extract, kind_named, verify
+from tempo_megatron.verifiers.time_limit import OutOfTime, limited
 from tempo_megatron.verifiers.verdict import CheckFailedError
 
 Answers = Mapping[str, Mapping[str, tuple[str, str]]]  # source -> record id -> (answer, kind)
-Result = TypeVar("Result")
 
 EXIT_OUT_OF_MEMORY = 71
 
 
-class _OutOfTime(BaseException):
-    """Not an Exception: libraries under check catch those."""
-
-
-def serve(conn: Connection, sources: dict[str, list[str]], settings: VerifierConfig) -> None:
+def serve(
+    conn: Connection, sources: dict[str, list[str]], answer_types: dict[str, str], settings: VerifierConfig
+) -> None:
     """Replies to requests until the pipe closes, an item runs out of time, or memory is exhausted."""
     try:
         judge.configure(settings.judge)
-        answers = _read_answers(sources, settings)
+        answers = _read_answers(sources, answer_types, settings)
         send_json(conn, {"ready": True})
         while _handle(conn, recv_json(conn), answers, settings):
             pass
@@ -45,8 +42,8 @@ def serve(conn: Connection, sources: dict[str, list[str]], settings: VerifierCon
         sys.exit(EXIT_OUT_OF_MEMORY)
 
 
-def _read_answers(sources: dict[str, list[str]], settings: VerifierConfig) -> Answers:
-    answers = {name: read_eval_answers(files) for name, files in sources.items()}
+def _read_answers(sources: dict[str, list[str]], answer_types: dict[str, str], settings: VerifierConfig) -> Answers:
+    answers = {name: read_eval_answers(files, answer_types) for name, files in sources.items()}
     kinds = {kind for records in answers.values() for _, kind in records.values()}
     for kind in sorted(kinds):
         _prepare(kind, settings.judge)
@@ -77,10 +74,10 @@ def _reply(operation: str, item: list[str], answers: Answers, settings: Verifier
     try:
         work, kind = _work(operation, item, answers)
         limit_s = judge.longest_wait(settings.judge) if kind == judge.KIND.name else settings.timeout_s
-        return {"result": _limited(work, limit_s)}
+        return {"result": limited(work, limit_s)}
     except TempoError as error:
         return {"refused": str(error)}
-    except _OutOfTime:
+    except OutOfTime:
         # The library was interrupted anywhere: nobody knows what state its caches are in
         return {"failure": "timeout", "reason": f"timeout: took more than {limit_s:g} s", "ended": True}
     except MemoryError:
@@ -125,17 +122,3 @@ def _record(source: str, record: str, answers: Answers) -> tuple[str, str]:
     if record not in answers[source]:
         raise TempoError(f"verifier: source {source!r} has no record {record!r}")
     return answers[source][record]
-
-
-def _limited(work: Callable[[], Result], seconds: float) -> Result:
-    """``work()``, interrupted after ``seconds``.  Raises _OutOfTime."""
-
-    def expire(_signal: int, _frame: object) -> None:
-        raise _OutOfTime
-
-    signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # again and again: a library may swallow the first
-    try:
-        return work()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)

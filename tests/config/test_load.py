@@ -260,3 +260,20 @@ def test_any_value_survives_the_dump(tmp_path_factory: pytest.TempPathFactory, t
     path = tmp_path_factory.getbasetemp() / "dump.yaml"
     path.write_text(dump_config(config), "utf-8")
     assert load_config(path) == config
+
+
+def test_mappings_of_the_users_own_keys(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("stage: sft\noutput_dir: o\nsteps: 1\nactor: {init: m}\ndata: {answer_types: {AMC-TTT: int}}\n")
+    config = load_config(path, ["data.chat_template_kwargs.enable_thinking=false", "data.answer_types.gpqa=choice"])
+    assert config.data.answer_types == {"AMC-TTT": "int", "gpqa": "choice"}
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+    for wrong, told in (
+        ("answer_types.x=3", "data.answer_types.x: 3"),
+        ("chat_template_kwargs.x=[1]", "chat_template_kwargs.x"),
+    ):
+        with pytest.raises(TempoError, match=told) as refused:
+            load_config(path, [f"data.{wrong}"])
+        assert "\n" not in str(refused.value)

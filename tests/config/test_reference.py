@@ -13,7 +13,7 @@ def settings(values: dict[str, Any], prefix: str = "") -> set[str]:
     """Dotted keys of a dumped configuration that are not sections."""
     keys: set[str] = set()
     for name, value in values.items():
-        keys |= settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+        keys |= settings(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name}
     return keys
 
 

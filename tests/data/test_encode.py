@@ -3,7 +3,11 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+<<<<<<< HEAD
 from tempo_megatron.data.encode import encode_prompt, encode_prompts, encode_sft
+=======
+from tempo_megatron.data.encode import check_tokenizer, encode_prompts, encode_sft
+>>>>>>> 8398f7e (Data: kinds of answer from the whole column or a setting, golds that accept themselves, chat template variables and faults)
 from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.sft import SftRecord
 from tempo_megatron.data.tokenizer import check_tokenizer
@@ -35,7 +39,7 @@ def ids(text: str) -> list[int]:
 
 def test_prompts_go_through_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "system", "content": "1"}, {"role": "user", "content": "23"}]
-    assert encode_prompt(tokenizer, messages) == ids("+1=23:")
+    assert encode_prompts(tokenizer, [PromptRecord("s", "s", messages, None, "int", False)], 6) == [ids("+1=23:")]
     records = [prompt("a", "12"), prompt("b", "3", "4"), prompt("c", "12")]
     assert encode_prompts(tokenizer, records, 5) == [ids("=12:"), ids("=3=4:"), ids("=12:")]
     assert encode_prompts(tokenizer, [], 5) == []
@@ -61,7 +65,7 @@ def test_empty_prompt_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_no_template_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     with pytest.raises(TempoError, match="no chat template"):
-        encode_prompt(tokenizer, [{"role": "user", "content": "1"}])
+        encode_prompts(tokenizer, [prompt("a", "1")], 9)
 
 
 def test_sft_ends_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -82,7 +86,7 @@ def test_special_tokens_are_not_added_twice(tokenizer: PreTrainedTokenizerFast) 
     eos = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", eos)])
     assert tokenizer("1")["input_ids"] == [eos, *ids("1")]
-    assert encode_prompt(tokenizer, [{"role": "user", "content": "1"}]) == ids("=1:")
+    assert encode_prompts(tokenizer, [prompt("a", "1")], 9) == [ids("=1:")]
 
 
 def test_check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:

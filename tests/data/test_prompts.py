@@ -8,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import tempo_megatron.data.prompts as prompts_module
+import tempo_megatron.data.schemas as schemas_module
+from tempo_megatron.data import isolated
+from tempo_megatron.data.isolated import read_eval_isolated, read_prompts_isolated
 from tempo_megatron.data.prompts import (
     PromptRecord,
     read_eval_answers,
     read_eval_prompts,
-    read_prompts,
-    read_prompts_isolated,
+    read_eval_set,
 )
 from tempo_megatron.data.sft import SftRecord, read_sft
 from tempo_megatron.errors import RunError, TempoError
@@ -53,12 +55,16 @@ def write(path: Path, columns: dict[str, Any], **changes: Any) -> str:
     return str(path)
 
 
+def read(files: list[str]) -> list[PromptRecord]:
+    return prompts_module.read_prompts(files).records
+
+
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
 def test_plain(tmp_path: Path) -> None:
-    assert read_prompts([write(tmp_path / "a.parquet", PLAIN)]) == [
+    assert read([write(tmp_path / "a.parquet", PLAIN)]) == [
         PromptRecord("l0", "dapo", PLAIN["messages"][0], "42", "int", True),
         PromptRecord("l1", "dapo", user("1+1?"), "two", "exact", True),
         PromptRecord("u0", "aime", user("x?"), None, "int", False),
@@ -68,7 +74,7 @@ def test_plain(tmp_path: Path) -> None:
 def test_plain_with_prompt_strings_integer_ids_and_categories(tmp_path: Path) -> None:
     source = pa.array(PLAIN["source"]).dictionary_encode()
     path = write(tmp_path / "a.parquet", PLAIN, messages=None, prompt=["p", "q", "r"], id=[7, 8, 9], source=source)
-    records = read_prompts([path])
+    records = read([path])
     assert [(r.id, r.source, r.messages) for r in records] == [
         ("7", "dapo", user("p")),
         ("8", "dapo", user("q")),
@@ -77,17 +83,17 @@ def test_plain_with_prompt_strings_integer_ids_and_categories(tmp_path: Path) ->
 
 
 def test_verl(tmp_path: Path) -> None:
-    assert read_prompts([write(tmp_path / "mix.parquet", VERL)]) == [
-        PromptRecord("mix/10", "dapo", user("a"), "1,034", "int", True),
-        PromptRecord("mix/11", "dapo", user("b"), r"\frac{1}{2}", "exact", True),
-        PromptRecord("mix/20", "aime", user("c"), None, "exact", False),
+    assert read([write(tmp_path / "mix.parquet", VERL)]) == [
+        PromptRecord("mix/10", "dapo", user("a"), "1,034", "math", True),
+        PromptRecord("mix/11", "dapo", user("b"), r"\frac{1}{2}", "math", True),
+        PromptRecord("mix/20", "aime", user("c"), None, "int", False),
         PromptRecord("mix/21", "aime", user("d"), "8", "int", True),
     ]
 
 
 def test_verl_without_labels_is_labeled(tmp_path: Path) -> None:
     reward = [{"style": "rule", "ground_truth": str(i)} for i in range(4)]
-    records = read_prompts([write(tmp_path / "a.parquet", VERL, reward_model=reward)])
+    records = read([write(tmp_path / "a.parquet", VERL, reward_model=reward)])
     assert [(r.answer, r.labeled) for r in records] == [(str(i), True) for i in range(4)]
 
 
@@ -99,22 +105,22 @@ def test_verl_lists_of_one_answer(tmp_path: Path) -> None:
         {"ground_truth": None, "is_labeled": False},
     ]
     path = write(tmp_path / "a.parquet", VERL, reward_model=reward)
-    assert [r.answer for r in read_prompts([path])] == ["5", None, None, None]
+    assert [r.answer for r in read([path])] == ["5", None, None, None]
     reward[2]["is_labeled"] = True
     path = write(tmp_path / "a.parquet", VERL, reward_model=reward)
     with pytest.raises(TempoError, match=r"a\.parquet: row 2: reward_model\.ground_truth has 2 answers, expected one"):
-        read_prompts([path])
+        read([path])
 
 
 @pytest.mark.parametrize("info", [None, [{"index": 1}] * 4, [{"index": 1}, {"index": None}] * 2, [{"split": "s"}] * 4])
 def test_verl_ids_fall_back_to_rows(tmp_path: Path, info: Any) -> None:
-    records = read_prompts([write(tmp_path / "a.parquet", VERL, extra_info=info)])
+    records = read([write(tmp_path / "a.parquet", VERL, extra_info=info)])
     assert [r.id for r in records] == ["a/0", "a/1", "a/2", "a/3"]
 
 
 def test_files_of_both_schemas_together(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.parquet", PLAIN), write(tmp_path / "b.parquet", VERL)]
-    assert [r.id for r in read_prompts(files)] == ["l0", "l1", "u0", "b/10", "b/11", "b/20", "b/21"]
+    assert [r.id for r in read(files)] == ["l0", "l1", "u0", "b/10", "b/11", "b/20", "b/21"]
 
 
 SECRET = "the-answer-nobody-may-see"
@@ -130,29 +136,24 @@ def with_secrets(tmp_path: Path, secret: str) -> list[str]:
 
 def test_unlabeled_answers_have_no_influence(tmp_path: Path) -> None:
     """Permuted, corrupt or missing answers of unlabeled rows: the same records."""
-    read = [read_prompts(with_secrets(tmp_path, secret)) for secret in ("8", SECRET, "", "\x00")]
-    assert all(records == read[0] for records in read)
+    found = [read(with_secrets(tmp_path, secret)) for secret in ("8", SECRET, "", "\x00")]
+    assert all(records == found[0] for records in found)
 
 
 def test_dropped_answers_never_become_python_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     for name in ("_read_plain", "_read_verl"):
-        original = getattr(prompts_module, name)
+        original = getattr(schemas_module, name)
 
         def spy(columns: Any, keep: Any, original: Any = original) -> Any:
             rows = original(columns, keep)
             seen.extend(rows)
             return rows
 
-        monkeypatch.setattr(prompts_module, name, spy)
-    read_prompts(with_secrets(tmp_path, SECRET))
+        monkeypatch.setattr(schemas_module, name, spy)
+    read(with_secrets(tmp_path, SECRET))
     assert len(seen) == 7
     assert SECRET not in repr(seen)
-
-
-def test_unlabeled_answers_on_demand(tmp_path: Path) -> None:
-    records = read_prompts([write(tmp_path / "a.parquet", PLAIN)], drop_unlabeled_answers=False)
-    assert [r.answer for r in records] == ["42", "two", "123"]
 
 
 def test_isolated_reading_is_the_same_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,15 +167,27 @@ def test_isolated_reading_is_the_same_in_another_process(tmp_path: Path, monkeyp
         "labeled": [True, False] * (count // 2),
     }
     files = [*with_secrets(tmp_path, SECRET), write(tmp_path / "c.parquet", columns)]
-    expected = read_prompts(files)
-    monkeypatch.setattr(prompts_module, "_read", None)  # this process couldn't
-    assert read_prompts_isolated(files) == expected
+    expected = prompts_module.read_prompts(files, {"aime": "math"})
+    monkeypatch.setattr(isolated, "read_prompts", None)  # this process couldn't
+    assert read_prompts_isolated(files, {"aime": "math"}) == expected
 
 
 def test_isolated_reading_tells_user_errors(tmp_path: Path) -> None:
     with pytest.raises(TempoError, match=r"a\.parquet: no such file") as error:
-        read_prompts_isolated([str(tmp_path / "a.parquet")])
+        read_prompts_isolated([str(tmp_path / "a.parquet")], {})
     assert not isinstance(error.value, RunError)
+
+
+def test_isolated_evaluation_prompts_have_kinds_and_no_answers(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.parquet", PLAIN, labeled=None), write(tmp_path / "b.parquet", VERL)]
+    found = read_eval_isolated(files, {})
+    expected = read_eval_set(files)
+    assert found.notes == expected.notes and len(found.notes) == 2
+    assert {r.answer for r in found.records} == {None} and None not in {r.answer for r in expected.records}
+    assert [(r.id, r.answer_type) for r in found.records] == [(r.id, r.answer_type) for r in expected.records]
+    bad = write(tmp_path / "c.parquet", PLAIN, answer=["42", "two", None])
+    with pytest.raises(TempoError, match=r"row 2: record 'u0' has no answer; an evaluation record needs one"):
+        read_eval_isolated([bad], {})
 
 
 def test_evaluation_reads_prompts_and_answers_apart(tmp_path: Path) -> None:
@@ -187,8 +200,8 @@ def test_evaluation_reads_prompts_and_answers_apart(tmp_path: Path) -> None:
         "l0": ("42", "int"),
         "l1": ("two", "exact"),
         "u0": ("123", "int"),
-        "b/10": ("1,034", "int"),
-        "b/11": (r"\frac{1}{2}", "exact"),
+        "b/10": ("1,034", "math"),
+        "b/11": (r"\frac{1}{2}", "math"),
         "b/20": ("7", "int"),
         "b/21": ("8", "int"),
     }
@@ -209,7 +222,7 @@ def test_evaluation_needs_every_answer_but_not_for_prompts(tmp_path: Path) -> No
         ({"messages": None}, "no column 'messages' or 'prompt'; it has id, source,"),
         ({"labeled": None}, "no column 'labeled'"),
         ({"answer": None}, "no column 'answer'"),
-        ({"answer": [1, 2, 3]}, "column 'answer' is int64, expected string"),
+        ({"answer": [True, False, True]}, "column 'answer' is bool, expected string or number"),
         ({"labeled": ["yes", "no", "no"]}, "column 'labeled' is string, expected bool"),
         ({"labeled": [True, None, False]}, "row 1: column 'labeled' is empty"),
         ({"id": [1.0, 2.0, 3.0]}, "column 'id' is double, expected string or integer"),
@@ -236,7 +249,7 @@ def test_evaluation_needs_every_answer_but_not_for_prompts(tmp_path: Path) -> No
 def test_bad_plain_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "bad.parquet", PLAIN, **changes)
     with pytest.raises(TempoError, match=rf"bad\.parquet: {message}") as error:
-        read_prompts([path])
+        read([path])
     assert "\n" not in str(error.value)
 
 
@@ -251,8 +264,8 @@ def test_bad_plain_files(tmp_path: Path, changes: dict[str, Any], message: str) 
             "column 'reward_model' is struct<.*>, expected struct with a field",
         ),
         (
-            {"reward_model": [{"ground_truth": 1.5}] * 4},
-            r"column 'reward_model\.ground_truth' is double, expected string",
+            {"reward_model": [{"ground_truth": True}] * 4},
+            r"column 'reward_model\.ground_truth' is bool, expected string or number",
         ),
         (
             {"reward_model": [{"ground_truth": "1", "is_labeled": "yes"}] * 4},
@@ -264,20 +277,20 @@ def test_bad_plain_files(tmp_path: Path, changes: dict[str, Any], message: str) 
 def test_bad_verl_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "bad.parquet", VERL, **changes)
     with pytest.raises(TempoError, match=rf"bad\.parquet: {message}"):
-        read_prompts([path])
+        read([path])
 
 
 def test_bad_paths(tmp_path: Path) -> None:
     with pytest.raises(TempoError, match=r"data\.train_files: no files given"):
-        read_prompts([])
+        read([])
     with pytest.raises(TempoError, match="a folder; expected a parquet file"):
-        read_prompts([str(tmp_path)])
+        read([str(tmp_path)])
     empty = write(tmp_path / "empty.parquet", {name: pa.array([], pa.string()) for name in PLAIN})
     with pytest.raises(TempoError, match=r"empty\.parquet: holds no rows"):
-        read_prompts([empty])
+        read([empty])
     files = [write(tmp_path / name, PLAIN) for name in ("a.parquet", "b.parquet")]
     with pytest.raises(TempoError, match=r"b\.parquet: row 0: id 'l0' is already taken by .*a\.parquet: row 0"):
-        read_prompts(files)
+        read(files)
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "pages", "empty"])
@@ -292,14 +305,14 @@ def test_corrupt_files(tmp_path: Path, damage: str) -> None:
     }
     path.write_bytes(damaged[damage])
     with pytest.raises(TempoError, match=r"a\.parquet: not a readable parquet file \(.+\)") as error:
-        read_prompts([str(path)])
+        read([str(path)])
     assert "\n" not in str(error.value)
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     broken = pa.StringArray.from_buffers(3, *pa.array([b"42", b"\xff\xfe", b"1"]).buffers()[1:])
     with pytest.raises(TempoError, match=r"a\.parquet: not a readable parquet file"):
-        read_prompts([write(tmp_path / "a.parquet", PLAIN, answer=broken)])
+        read([write(tmp_path / "a.parquet", PLAIN, answer=broken)])
 
 
 def test_sft(tmp_path: Path) -> None:

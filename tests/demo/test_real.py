@@ -43,7 +43,7 @@ def test_train_file_holds_no_answer_of_an_unlabeled_row(files: dict[str, Path]) 
 
 
 def test_halves_share_no_problem_and_have_the_same_mix(files: dict[str, Path]) -> None:
-    records = read_prompts([str(files["train"])])
+    records = read_prompts([str(files["train"])]).records
     halves = [[r.messages[-1]["content"] for r in records if r.labeled is labeled] for labeled in (True, False)]
     example = f"What is {' '.join(map(str, EXAMPLE))}?"
     assert len({*halves[0], *halves[1], example}) == 2 * SET_SIZE + 1
@@ -52,7 +52,7 @@ def test_halves_share_no_problem_and_have_the_same_mix(files: dict[str, Path]) -
 
 
 def test_answers_are_right_and_nothing_else_is_accepted(files: dict[str, Path]) -> None:
-    questions = {r.id: r.messages[-1]["content"] for r in read_prompts([str(files["train"])])}
+    questions = {r.id: r.messages[-1]["content"] for r in read_prompts([str(files["train"])]).records}
     answers = read_eval_answers([str(files["eval_du"])])
     assert len(answers) == SET_SIZE
     for record, (answer, kind) in answers.items():
@@ -160,7 +160,7 @@ def test_real_model_knows_its_sums(smollm2: Path, files: dict[str, Path]) -> Non
     tokenizer = AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(smollm2, local_files_only=True).eval()
     limits = load_config(CONFIG, []).data
-    records = [r for r in read_prompts([str(files["train"])]) if r.labeled]
+    records = [r for r in read_prompts([str(files["train"])]).records if r.labeled]
     prompts = encode_prompts(tokenizer, records, limits.max_prompt_tokens)
     stopped = correct = 0
     tried = 12

@@ -49,13 +49,13 @@ def test_train_file_holds_no_answer_of_an_unlabeled_row(files: dict[str, Path]) 
     labeled = np.array(table["labeled"].to_pylist())
     assert labeled.tolist() == [True] * 256 + [False] * 256
     assert table["answer"].slice(256).null_count == 256
-    records = read_prompts([str(files["train"])])
+    records = read_prompts([str(files["train"])]).records
     assert all((r.answer is not None) == r.labeled for r in records)
     assert len(records) == 512
 
 
 def test_sets_are_disjoint_and_split_by_facts(files: dict[str, Path]) -> None:
-    train = read_prompts([str(files["train"])])
+    train = read_prompts([str(files["train"])]).records
     d_l = {r.messages[0]["content"] for r in train if r.labeled}
     d_u = {r.messages[0]["content"] for r in train if not r.labeled}
     sets = {name: read_eval_prompts([str(files[name])]) for name in ("eval_dl", "eval_du", "eval_hu")}
@@ -143,6 +143,6 @@ def test_task_and_tokenizer_fit(files: dict[str, Path], model_folder: Path) -> N
     assert tokenizer.unk_token_id not in {t for ids in prompts + responses for t in ids}
     for record, ids in zip(records[:50], responses[:50], strict=True):
         assert tokenizer.decode(ids, skip_special_tokens=True) == record.response
-    train = read_prompts([str(files["train"])])
+    train = read_prompts([str(files["train"])]).records
     texts = tokenizer.batch_decode(encode_prompts(tokenizer, train, PROMPT_CHARS))
     assert texts == [r.messages[0]["content"] for r in train]

@@ -88,8 +88,13 @@ def _write_data(bad: Bad) -> None:
     table = pq.read_table(bad.good.data["train"])
     labeled = table.column("labeled")
     pq.write_table(table, bad.data("unanswered"))
-    pq.write_table(table.drop_columns("answer_type"), bad.data("no-column"))
+    pq.write_table(table.drop_columns("source"), bad.data("no-column"))
     pq.write_table(table.filter(labeled), bad.data("no-unlabeled"))
+    verl = [
+        {"data_source": "amc", "prompt": prompt, "reward_model": {"ground_truth": truth}}
+        for prompt, truth in (("1", "2.0"), ('2, after "####"', "3"))
+    ]
+    pq.write_table(pa.Table.from_pylist(verl), bad.data("form"))
     pq.write_table(table.filter(pc.invert(labeled)), bad.data("no-labeled"))
     longer = pa.array(["1" * 9, *table.column("prompt").to_pylist()[1:]])
     pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", longer), bad.data("long"))
@@ -118,7 +123,12 @@ def _write_models(bad: Bad) -> None:
     values = json.loads(tokenizer.read_text())
     values["model"]["vocab"] |= {f"word{i}": i for i in range(len(values["model"]["vocab"]), 64)}
     tokenizer.write_text(json.dumps(values))
+<<<<<<< HEAD
     shutil.copytree(bad.good.model, bad.model("cut-off-generation"))
     (bad.model("cut-off-generation") / "generation_config.json").write_text("{\n")
     shutil.copytree(bad.good.model, bad.model("no-tokenizer-file"))
     (bad.model("no-tokenizer-file") / "tokenizer.json").unlink()
+=======
+    shutil.copytree(bad.good.model, bad.model("template"))
+    (bad.model("template") / "chat_template.jinja").write_text("{{ raise_exception('only tools are welcome') }}")
+>>>>>>> 8398f7e (Data: kinds of answer from the whole column or a setting, golds that accept themselves, chat template variables and faults)

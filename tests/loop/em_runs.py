@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,8 @@ from tempo_megatron.parallel import cpu_shim
 cpu_shim.install()
 
 from tempo_megatron.config.load import load_config  # noqa: E402
-from tempo_megatron.data.prompts import PromptRecord, read_prompts_isolated  # noqa: E402
+from tempo_megatron.data.isolated import read_eval_isolated, read_prompts_isolated  # noqa: E402
+from tempo_megatron.data.prompts import PromptSet  # noqa: E402
 from tempo_megatron.errors import RunError  # noqa: E402
 from tempo_megatron.loop import data, runtime  # noqa: E402
 from tempo_megatron.loop.collect import Collector  # noqa: E402
@@ -70,21 +71,28 @@ _verifiers: dict[str, VerifierService] = {}
 
 
 @contextmanager
-def shared_verifier(sources: dict[str, list[str]], config: Any) -> Iterator[VerifierService]:
+def shared_verifier(
+    sources: dict[str, list[str]], config: Any, answer_types: dict[str, str]
+) -> Iterator[VerifierService]:
     """One set of verifier processes for all cases with the same answers; they end with this process."""
-    key = f"{sources} {config.model_dump_json()}"
+    key = f"{sources} {config.model_dump_json()} {answer_types}"
     if key not in _verifiers:
-        _verifiers[key] = VerifierService(sources, config)
+        _verifiers[key] = VerifierService(sources, config, answer_types)
     yield _verifiers[key]
 
 
 @cache
-def read_once(files: tuple[str, ...]) -> list[PromptRecord]:
+def read_once(read: Callable[..., PromptSet], files: tuple[str, ...], answer_types: tuple[Any, ...]) -> PromptSet:
     """The reading process costs more than a small case; every file is read by one once."""
-    return read_prompts_isolated(files)
+    return read(files, dict(answer_types))
 
 
-data.read_prompts_isolated = lambda files: read_once(tuple(files))
+def shared_reading(read: Callable[..., PromptSet]) -> Callable[..., PromptSet]:
+    return lambda files, answer_types: read_once(read, tuple(files), tuple(answer_types.items()))
+
+
+data.read_prompts_isolated = shared_reading(read_prompts_isolated)  # type: ignore[assignment]
+data.read_eval_isolated = shared_reading(read_eval_isolated)  # type: ignore[assignment]
 runtime.VerifierService = shared_verifier  # type: ignore[assignment,misc]
 runtime.RolloutEngine = shared_rollout_engine  # type: ignore[assignment,misc]
 

@@ -165,6 +165,9 @@ CONFIG = {
         r"actor\.parallel\.pipeline_model_parallel_size: 4 must divide num_hidden_layers 2.*; nearest valid: 2",
         {"actor.parallel.pipeline_model_parallel_size": 4, "launch.nproc_per_node": 4},
     ),
+    "answer-type": Case(
+        r"data\.answer_types\.amc: 'integer' is unknown; known: brackets, .*", {"data.answer_types": "{amc: integer}"}
+    ),
     "world": Case(
         r"actor\.parallel: tensor_model_parallel_size 2 x pipeline_model_parallel_size 2 = 4 must divide the world "
         r"size 2; nearest valid: 1 x 2, 2 x 1, 1 x 1",
@@ -207,8 +210,20 @@ def test_configuration(refused_early: dict[str, dict[str, Any]], name: str) -> N
 
 DATA = {
     "no-column": Case(
-        r".*/no-column\.parquet: no column 'answer_type'; it has id, source, prompt, answer, labeled",
+        r".*/no-column\.parquet: no column 'source'; it has id, prompt, answer, answer_type, labeled",
         {"data.train_files": "[{data:no-column}]"},
+    ),
+    "form-of-answer": Case(
+        r".*/form\.parquet: row 1: the prompt asks for the answer after '####', which kind exact does not read; .*",
+        {"data.train_files": "[{data:form}]", "data.answer_types": "{amc: exact}"},
+    ),
+    "unknown-source": Case(
+        r"data\.answer_types\.amc: no record has this source; the files have dl, du",
+        {"data.answer_types": "{amc: int}"},
+    ),
+    "template-variable": Case(
+        r"data\.chat_template_kwargs\.thinking: the chat template \(.*\) has no such variable; it reads none of its own",
+        {"data.chat_template_kwargs": "{thinking: false}"},
     ),
     "truncated-parquet": Case(
         r".*/truncated\.parquet: not a readable parquet file \(.*\)", {"data.train_files": "[{data:truncated}]"}
@@ -251,6 +266,7 @@ MODELS = {
         r"shape \[65, 63\], config\.json asks for \[64, 64\]",
         {"actor.init": "{model:wide-k}"},
     ),
+<<<<<<< HEAD
     "cut-off-generation-config": Case(
         r".*/cut-off-generation/generation_config\.json: not valid JSON: .*",
         {"actor.init": "{model:cut-off-generation}"},
@@ -258,6 +274,11 @@ MODELS = {
     "empty-tokenizer": Case(
         r".*/no-tokenizer-file/tokenizer\.json: missing; a folder needs it, or else tokenizer\.model, or .*",
         {"actor.init": "{model:no-tokenizer-file}"},
+=======
+    "template-raises": Case(
+        r".*/template/chat_template\.jinja: the chat template cannot render prompt '.*' .*: only tools are welcome",
+        {"actor.init": "{model:template}"},
+>>>>>>> 8398f7e (Data: kinds of answer from the whole column or a setting, golds that accept themselves, chat template variables and faults)
     ),
     "other-tokenizer": Case(
         r".*/other-tokenizer: the tokenizer's largest token id is 63 \(.*\), the model's vocab_size is 24; .*",

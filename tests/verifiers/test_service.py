@@ -227,7 +227,7 @@ def run_module(folder: Path, body: str, *arguments: str) -> subprocess.Popen[str
     package.mkdir()
     main = f"""
 import sys, time
-from tempo_megatron.data.prompts import read_prompts_isolated
+from tempo_megatron.data.isolated import read_prompts_isolated
 from tempo_megatron.verifiers.service import VerifierService
 
 def main(path):

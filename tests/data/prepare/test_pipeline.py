@@ -54,7 +54,7 @@ def test_output_is_read_by_the_prompt_readers(write_rows, tmp_path: Path) -> Non
     out = {role: tmp_path / f"{role}.parquet" for role in ("labeled", "unlabeled", "eval")}
     for role, path in out.items():
         prepare(data_set("aime2024"), [rows], path, Options(role=role, source=f"s-{role}"))  # type: ignore[arg-type]
-    train = read_prompts([str(out["labeled"]), str(out["unlabeled"])])
+    train = read_prompts([str(out["labeled"]), str(out["unlabeled"])]).records
     assert [(r.id, r.answer, r.labeled) for r in train] == [
         ("s-labeled/0", "1", True), ("s-labeled/1", "2", True), ("s-unlabeled/0", None, False),
         ("s-unlabeled/1", None, False)]  # fmt: skip
