@@ -13,14 +13,11 @@ from functools import cache, partial
 
 from tempo_megatron.data.answer_kinds import Row
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers.registry import answer_problem, verify
+from tempo_megatron.verifiers.registry import self_problem, verify
 from tempo_megatron.verifiers.time_limit import OutOfTime, limited
 
 ITEM_S = 5.0  # longest check of one answer
 TOTAL_S = 120.0  # of all answers of one reading; the rest stays unchecked, which is told
-
-#: Checked by a model or by code that is not here, or stated otherwise than by the answer's own text.
-_UNCHECKED = frozenset({"judge", "guess_check", "reasoning_gym"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +63,7 @@ OTHER_FORMS = (
         "It follows.\n<answer>{}</answer>",
     ),
 )
+#: An answer of each kind that is stated by its own text; what others expect is a matter of their own.
 _SAMPLES = {"int": "72", "math": "72", "choice": "B", "text": "yes", "exact": "yes", "brackets": "( )"}
 
 
@@ -94,32 +92,20 @@ def form_problem(messages: Sequence[Mapping[str, str]], kind: str) -> str | None
 
 
 def gold_problem(messages: Sequence[Mapping[str, str]], answer: str, kind: str) -> str | None:
-    """Why ``answer`` would not be accepted from a response that gives it as it was asked to, or None.
+    """Why ``answer`` cannot serve as the known answer of a prompt, or None.
 
-    Args:
-        messages: the prompt.
-        answer: the known one.
-        kind: of ``verifiers``.
+    ``verifiers.self_problem``, and the same in the forms that the prompt asks for; a letter must be one of its options.
     """
-    if fault := answer_problem(answer, kind):
-        return f"answer {answer[:80]!r} of answer_type {kind!r}: {fault}"
-    if kind in _UNCHECKED:
-        return None
-    forms = asked_forms(messages)
-    if kind == "json_grid":
-        verdicts = [verify(answer, answer, kind)]
-    elif forms:
-        verdicts = [verify(form.response.format(answer), answer, kind) for form in forms]
-    else:
-        verdicts = [verify(BOX.response.format(answer), answer, kind)]
-        if not verdicts[0].correct:  # nobody asked for a box: the bare answer is a response, too
-            verdicts = [verify(answer, answer, kind)]
-    if wrong := next((verdict for verdict in verdicts if not verdict.correct), None):
-        return (
-            f"answer {answer[:80]!r} does not accept itself as kind {kind} ({wrong.reason}); correct it, leave the row"
-            " out, or set data.answer_types"
-        )
-    return _option_problem(messages, answer) if kind == "choice" else None
+    problem = self_problem(answer, kind)
+    if problem is None and kind in _SAMPLES:
+        for form in asked_forms(messages):
+            verdict = verify(form.response.format(answer), answer, kind)
+            if not verdict.correct:
+                problem = f"a response that gives this very answer {form.name} would not be right: {verdict.reason}"
+                break
+    if problem is None and kind == "choice":
+        problem = _option_problem(messages, answer)
+    return None if problem is None else f"answer {answer[:80]!r} of answer_type {kind!r}: {problem}"
 
 
 _OPTION = re.compile(r"^\W{0,4}([A-Z])(?:\)|\]|[.:\uff0e\u3001\uff1a\uff09](?=\s|\D))", re.MULTILINE)
@@ -139,7 +125,7 @@ def _option_problem(messages: Sequence[Mapping[str, str]], answer: str) -> str |
     if twice := sorted({letter for letter in listed if listed.count(letter) > 1}):
         return f"option {twice[0]} is lettered twice in the prompt (its options are {', '.join(listed)})"
     if not set(re.findall("[A-Z]", answer.upper())) <= set(listed):
-        return f"answer {answer[:80]!r} is none of the prompt's options {', '.join(listed)}"
+        return f"none of the prompt's options {', '.join(listed)}"
     return None
 
 

@@ -3,11 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-<<<<<<< HEAD
-from tempo_megatron.data.encode import encode_prompt, encode_prompts, encode_sft
-=======
-from tempo_megatron.data.encode import check_tokenizer, encode_prompts, encode_sft
->>>>>>> 8398f7e (Data: kinds of answer from the whole column or a setting, golds that accept themselves, chat template variables and faults)
+from tempo_megatron.data.encode import encode_prompts, encode_sft
 from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.sft import SftRecord
 from tempo_megatron.data.tokenizer import check_tokenizer

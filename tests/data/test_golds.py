@@ -74,10 +74,11 @@ def test_a_form_is_read_or_refused(prompt: str, kind: str) -> None:
     [
         ("42", "int", None), (r"\frac12", "math", None), ("ACD", "choice", None), ("yes", "text", None),
         ("no }{ braces", "exact", None),  # nobody asked for a box: the bare text is right
-        ("{" * 9 + "x" + "}" * 9, "math", "no box"),
-        ("x}", "math", "of answer_type 'math': empty, unbalanced or unprintable"),
-        ("7.5", "int", "of answer_type 'int': not an integer in ASCII digits"),
-        ("first\nsecond", "text", "no final text"),
+        ("{" * 9 + "x" + "}" * 9, "math", "this very answer would not be right: "),
+        ("10!!", "math", "can't be computed"),
+        ("x}", "math", "empty, unbalanced or unprintable"),
+        ("7.5", "int", "not an integer in ASCII digits"),
+        ("first\nsecond", "text", "this very answer would not be right: no final text"),
         ('{"House 1": {"Name": "Ann"}}', "json_grid", None),
         ("( [ ] )", "brackets", None),
         ("free words", "judge", None),
@@ -100,8 +101,8 @@ OPTIONS = "Which?\n\n{}"
         (["(A) 1", "(B) 2"], "B", None),
         (["A. 1", "B. 2", "C. 3"], "AC", None),
         (["A: 1", "B: 2"], "B", None),
-        (["(A) 1", "(B) 2"], "C", "answer 'C' is none of the prompt's options A, B"),
-        (["(A) 1", "(B) 2"], "AD", "answer 'AD' is none of the prompt's options A, B"),
+        (["(A) 1", "(B) 2"], "C", "none of the prompt's options A, B"),
+        (["(A) 1", "(B) 2"], "AD", "none of the prompt's options A, B"),
         (["(A) 1", "(B) 2", "(B) 3"], "A", "option B is lettered twice in the prompt (its options are A, B, B)"),
         (["(A) 1", "(A) 2", "(B) 3"], "B", "option A is lettered twice"),
         (["A. all", "B. some", "C. none", "Which holds?", "(A) 1", "(B) 2"], "B", None),  # a list before the options
@@ -111,7 +112,13 @@ OPTIONS = "Which?\n\n{}"
 )
 def test_letters_are_options_of_the_prompt(options: list[str], answer: str, wrong: str | None) -> None:
     problem = gold_problem(user(OPTIONS.format("\n".join(options))), answer, "choice")
-    assert problem is None if wrong is None else problem is not None and problem.startswith(wrong)
+    assert problem is None if wrong is None else problem is not None and wrong in problem
+
+
+def test_the_asked_form_is_the_checked_form() -> None:
+    assert gold_problem(user("Say it."), "a } b", "exact") is None
+    problem = gold_problem(user(BOXED), "a } b", "exact")
+    assert problem is not None and "this very answer in \\boxed{} would not be right: another text" in problem
 
 
 def row(number: int, **changes: Any) -> Row:

@@ -123,12 +123,9 @@ def _write_models(bad: Bad) -> None:
     values = json.loads(tokenizer.read_text())
     values["model"]["vocab"] |= {f"word{i}": i for i in range(len(values["model"]["vocab"]), 64)}
     tokenizer.write_text(json.dumps(values))
-<<<<<<< HEAD
     shutil.copytree(bad.good.model, bad.model("cut-off-generation"))
     (bad.model("cut-off-generation") / "generation_config.json").write_text("{\n")
     shutil.copytree(bad.good.model, bad.model("no-tokenizer-file"))
     (bad.model("no-tokenizer-file") / "tokenizer.json").unlink()
-=======
     shutil.copytree(bad.good.model, bad.model("template"))
     (bad.model("template") / "chat_template.jinja").write_text("{{ raise_exception('only tools are welcome') }}")
->>>>>>> 8398f7e (Data: kinds of answer from the whole column or a setting, golds that accept themselves, chat template variables and faults)
