@@ -32,7 +32,7 @@ _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}")  # a date is no difference
 
 
 @dataclass(slots=True)
-class Row:
+class PromptRow:
     """A record that is being read.
 
     Attributes:
@@ -63,7 +63,7 @@ class KindChoice:
         return f"answers of source {self.source!r}: kind {self.kind}, {self.records} records ({self.why})"
 
 
-def decide_kinds(rows: Sequence[Row], answer_types: Mapping[str, str]) -> list[KindChoice]:
+def decide_kinds(rows: Sequence[PromptRow], answer_types: Mapping[str, str]) -> list[KindChoice]:
     """Sets ``kind`` of every row that a setting names or whose file states none, and integers in plain digits.
 
     Args:
@@ -77,7 +77,7 @@ def decide_kinds(rows: Sequence[Row], answer_types: Mapping[str, str]) -> list[K
         TempoError: ``answer_types`` names an unknown kind.
     """
     check_answer_types(answer_types)
-    sources: dict[str, list[Row]] = defaultdict(list)
+    sources: dict[str, list[PromptRow]] = defaultdict(list)
     for row in rows:
         sources[row.source].append(row)
     choices = []
@@ -111,16 +111,16 @@ def check_sources(answer_types: Mapping[str, str], sources: Iterable[str]) -> No
                              f"{', '.join(sorted(known))}")  # fmt: skip
 
 
-def _choose(source: str, members: Sequence[Row], answer_types: Mapping[str, str]) -> tuple[str, str]:
+def _choose(source: str, members: Sequence[PromptRow], answer_types: Mapping[str, str]) -> tuple[str, str]:
     if source in answer_types:
-        return answer_types[source], f"data.answer_types.{source}"
+        return answer_types[source], "as set"
     answers = [(row.place, row.answer) for row in members if row.kind is None and row.answer is not None]
     if answers:
         return kind_of_column(answers)
     stated = {row.kind for row in members if row.labeled and row.kind is not None}
     if len(stated) == 1:
         return stated.pop(), "as its labelled records state"
-    return DEFAULT_KIND, "the default: it has no labelled record; data.answer_types names another"
+    return DEFAULT_KIND, "the default: it has no labelled record, and data.answer_types names no kind"
 
 
 def kind_of_column(answers: Sequence[tuple[str, str]]) -> tuple[str, str]:

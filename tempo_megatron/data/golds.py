@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
-from tempo_megatron.data.answer_kinds import Row
+from tempo_megatron.data.answer_kinds import PromptRow
 from tempo_megatron.errors import TempoError
 from tempo_megatron.verifiers.registry import self_problem, verify
 from tempo_megatron.verifiers.time_limit import OutOfTime, limited
@@ -86,7 +86,7 @@ def form_problem(messages: Sequence[Mapping[str, str]], kind: str) -> str | None
         if not reads_form(form, kind):
             return (
                 f"the prompt asks for the answer {form.name}, which kind {kind} does not read; take the request out "
-                "('tempo-megatron data prepare' does), or set data.answer_types to a kind that reads it"
+                "('data prepare' does where it knows it), or set data.answer_types to a kind that reads it"
             )
     return None
 
@@ -129,7 +129,7 @@ def _option_problem(messages: Sequence[Mapping[str, str]], answer: str) -> str |
     return None
 
 
-def check_rows(rows: Sequence[Row], item_s: float | None = None, total_s: float = TOTAL_S) -> str | None:
+def check_rows(rows: Sequence[PromptRow], item_s: float | None = None, total_s: float = TOTAL_S) -> str | None:
     """Refuse prompts that ask for a form of answer that is not read, and known answers that do not accept themselves.
 
     Args:

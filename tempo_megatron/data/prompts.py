@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tempo_megatron.data.answer_kinds import Row, decide_kinds
+from tempo_megatron.data.answer_kinds import PromptRow, decide_kinds
 from tempo_megatron.data.golds import check_rows
 from tempo_megatron.data.parquet import check_files
 from tempo_megatron.data.schemas import Keep, read_rows
@@ -108,7 +108,7 @@ def _checked(files: Sequence[str], keep: Keep, answer_types: Mapping[str, str], 
     return PromptSet([_record(row) for row in rows], notes if unchecked is None else [*notes, unchecked])
 
 
-def _read(files: Sequence[str], keep: Keep, answer_types: Mapping[str, str]) -> tuple[list[Row], list[str]]:
+def _read(files: Sequence[str], keep: Keep, answer_types: Mapping[str, str]) -> tuple[list[PromptRow], list[str]]:
     check_files(files, "data.train_files" if keep == "labeled" else "evaluation.sets.files")
     rows = [row for path in files for row in read_rows(str(path), keep)]
     seen: dict[str, str] = {}
@@ -123,6 +123,6 @@ def _read(files: Sequence[str], keep: Keep, answer_types: Mapping[str, str]) -> 
     return rows, list(map(str, choices))
 
 
-def _record(row: Row) -> PromptRecord:
+def _record(row: PromptRow) -> PromptRecord:
     assert row.kind is not None  # decided by now
     return PromptRecord(row.id, row.source, row.messages, row.answer, row.kind, row.labeled)

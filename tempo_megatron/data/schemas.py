@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tempo_megatron.data.answer_kinds import Row
+from tempo_megatron.data.answer_kinds import PromptRow
 from tempo_megatron.data.parquet import (
     ParquetColumns,
     fields_of,
@@ -28,7 +28,7 @@ from tempo_megatron.verifiers.registry import kind_names
 Keep = Literal["labeled", "eval", "none"]
 
 
-def read_rows(path: str, keep: Keep) -> list[Row]:
+def read_rows(path: str, keep: Keep) -> list[PromptRow]:
     """The rows of one file.
 
     Raises:
@@ -39,7 +39,7 @@ def read_rows(path: str, keep: Keep) -> list[Row]:
     return _read_verl(columns, keep) if is_verl else _read_plain(columns, keep)
 
 
-def _read_plain(columns: ParquetColumns, keep: Keep) -> list[Row]:
+def _read_plain(columns: ParquetColumns, keep: Keep) -> list[PromptRow]:
     ids = _plain_ids(columns)
     sources = columns.filled_strings("source")
     conversations = columns.conversations()
@@ -56,9 +56,9 @@ def _rows(
     answers: Sequence[str | None],
     kinds: Sequence[str | None],
     labeled: Sequence[bool],
-) -> list[Row]:
+) -> list[PromptRow]:
     places = map(columns.at, range(columns.rows))
-    return list(map(Row, ids, sources, conversations, answers, kinds, labeled, places))
+    return list(map(PromptRow, ids, sources, conversations, answers, kinds, labeled, places))
 
 
 def _plain_kinds(columns: ParquetColumns) -> Sequence[str | None]:
@@ -99,7 +99,7 @@ def _kept(answers: pa.ChunkedArray, labeled: pa.ChunkedArray, keep: Keep) -> pa.
     return answers if keep == "eval" else pc.if_else(labeled, answers, pa.scalar(None, answers.type))
 
 
-def _read_verl(columns: ParquetColumns, keep: Keep) -> list[Row]:
+def _read_verl(columns: ParquetColumns, keep: Keep) -> list[PromptRow]:
     sources = columns.filled_strings("data_source")
     conversations = columns.conversations()
     ids = _verl_ids(columns)

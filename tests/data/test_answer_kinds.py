@@ -109,7 +109,7 @@ def test_unlabeled_rows_get_their_kind_without_their_answers(secret: str | None,
     assert [r.answer_type for r in read_prompts([unlabeled, stated]).records] == ["text"] * 3
     found = read_prompts([unlabeled], {"s": "choice"})
     assert [r.answer_type for r in found.records] == ["choice"] * 2
-    assert found.notes == ["answers of source 's': kind choice, 2 records (data.answer_types.s)"]
+    assert found.notes == ["answers of source 's': kind choice, 2 records (as set)"]
 
 
 def test_the_setting_wins_over_column_and_file(tmp_path: Path) -> None:

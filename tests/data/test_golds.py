@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tempo_megatron.data import golds
-from tempo_megatron.data.answer_kinds import Row
+from tempo_megatron.data.answer_kinds import PromptRow
 from tempo_megatron.data.golds import asked_forms, check_rows, form_problem, gold_problem
 from tempo_megatron.errors import TempoError
 
@@ -121,9 +121,9 @@ def test_the_asked_form_is_the_checked_form() -> None:
     assert problem is not None and "this very answer in \\boxed{} would not be right: another text" in problem
 
 
-def row(number: int, **changes: Any) -> Row:
+def row(number: int, **changes: Any) -> PromptRow:
     values = {"messages": user("How many?"), "answer": "1", "kind": "math", "labeled": True}
-    return Row(**{"id": str(number), "source": "s", "place": f"f: row {number}", **values, **changes})
+    return PromptRow(**{"id": str(number), "source": "s", "place": f"f: row {number}", **values, **changes})
 
 
 def test_rows_are_named_and_counted() -> None:
@@ -148,6 +148,6 @@ def test_time_of_one_answer_and_of_all_is_bounded(monkeypatch: pytest.MonkeyPatc
     def slow(*_: Any) -> None:
         time.sleep(30)
 
-    monkeypatch.setattr(golds, "verify", slow)
+    monkeypatch.setattr(golds, "self_problem", slow)
     with pytest.raises(TempoError, match=r"f: row 0: answer '1' takes more than 0\.1 s to check as kind math"):
         check_rows([row(0)], item_s=0.1)

@@ -69,10 +69,15 @@ def _agieval_options(row: Row) -> list[str]:
     """The options without their own letters, which must be A, B, C, ... where all of them have one."""
     options = row.strings("options")
     matches = [match for option in options if (match := _OPTION_LETTER.match(option))]
+    letters = [match[1] or match[2] for match in matches]
     if len(matches) < len(options):
+        if len(matches) > 1 and letters == sorted(set(letters)):
+            raise BadRow("options lettered in part", f"column 'options' has {len(matches)} letters on {len(options)}")
         return options  # "A. Smith" among names without letters is a name
+    if twice := next((letter for letter in letters if letters.count(letter) > 1), None):
+        raise BadRow("option lettered twice", f"column 'options' has {twice} on {letters.count(twice)} options")
     for place, match in enumerate(matches):
-        if (match[1] or match[2]) != string.ascii_uppercase[place : place + 1]:
+        if letters[place] != string.ascii_uppercase[place : place + 1]:
             raise BadRow("options out of order", f"column 'options' has {match.string[:20]!r} at place {place + 1}")
     return [match.string[match.end() :] for match in matches]
 

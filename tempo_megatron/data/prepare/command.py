@@ -57,7 +57,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.parquet")
     _add_role(parser)
     parser.add_argument("--template", metavar="NAME|FILE", help="default: the one that suits the answers")
-    parser.add_argument("--source", metavar="TEXT", help="of the records; default: NAME")
+    parser.add_argument("--answer-type", metavar="KIND", help="of data sets that may have any; default: by the answers")
+    parser.add_argument("--source", metavar="TEXT", help="of the records; default: the file's own, else NAME")
     parser.add_argument("--limit", type=int, metavar="N", help="records at most")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of GPQA's options; default: 0")
     parser.add_argument("--skip-bad", action="store_true", help="leave rows out that cannot be used, and count them")
@@ -100,6 +101,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     options = Options(
         role=arguments.role,
         source=arguments.source,
+        answer_type=arguments.answer_type,
         template=arguments.template,
         limit=arguments.limit,
         skip_bad=arguments.skip_bad,

@@ -16,15 +16,17 @@ class Problem:
 
     Attributes:
         fields: by the names that templates use: ``problem``, and for some ``options`` or ``shape``.
-        kind: of ``verifiers``; says how the answer is checked.
-        template: name of the built-in template that suits it.
+        kind: of ``verifiers``; says how the answer is checked.  None: decided by the whole column of answers.
+        template: name of the built-in template that suits it; None: the one that suits the kind.
         key: unique within the data set; None: file and row number.
+        source: the group that the row itself names; None: the data set.
     """
 
     fields: dict[str, str]
-    kind: str
-    template: str
+    kind: str | None
+    template: str | None
     key: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class DataSet:
         name: on the command line, and the ``source`` of its records.
         about: one line for the list.
         layouts: tried in order.
-        kinds: answer kinds that its records may have.
+        kinds: answer kinds that its records may have; empty: any, by the whole column.
         tasks: where one file holds one task: names of which one must be in the path.
     """
 

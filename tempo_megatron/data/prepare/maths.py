@@ -26,10 +26,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from tempo_megatron.data.answer_kinds import integer_of
 from tempo_megatron.data.prepare.layouts import DataSet, Layout, Problem, Settings
 from tempo_megatron.data.prepare.tables import BadRow, Row
 from tempo_megatron.verifiers.boxed import last_boxed
-from tempo_megatron.verifiers.kinds.integer import normal_integer
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS
 
 _GSM8K_GOLD = re.compile(r"####\s*(\S[^\n]*)")
@@ -55,8 +55,8 @@ def integer_in(column: str) -> Callable[[Row, Settings], str]:
 
 
 def integer_answer(text: str, where: str) -> str:
-    """``text`` as plain digits.  Raises BadRow where it is no integer."""
-    integer = normal_integer(text)
+    """``text`` (``033``, ``142.0``, ``$142$``) as plain digits.  Raises BadRow where it is no integer."""
+    integer = integer_of(text)
     if integer is None:
         limit = f" of at most {MAX_ANSWER_CHARS} characters" if len(text) > MAX_ANSWER_CHARS else ""
         raise BadRow("answer is no integer", f"{where} is {text[:40]!r}, expected an integer{limit}")

@@ -1,19 +1,23 @@
-"""Rows -> records: layout, problem, answer, duplicates, template."""
+"""Rows -> records: layout, problem, answer, duplicates; ``finish`` does the rest."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tempo_megatron.data.prepare.layouts import DataSet, Layout, Problem, Settings
+from tempo_megatron.data.answer_kinds import PromptRow, plain_integer
+from tempo_megatron.data.prepare.finish import Draft, decided, finished
+from tempo_megatron.data.prepare.instructions import bare_problem
+from tempo_megatron.data.prepare.layouts import DataSet, Layout, Settings
 from tempo_megatron.data.prepare.records import PreparedRecord, Role, Summary, check_output, write_records
 from tempo_megatron.data.prepare.tables import BadRow, Row, open_table
-from tempo_megatron.data.prepare.templates import BUILT_IN, load_template, render, template_files
+from tempo_megatron.data.prepare.templates import load_template, template_files
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers.registry import answer_problem
+from tempo_megatron.verifiers.registry import kind_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class Options:
 
     Attributes:
         role: what its prompts are for.
-        source: of the records; None: the data set's name.
+        source: of the records; None: the one that a row names, else the data set's name.
+        answer_type: kind of answer of a data set that may have any; None: by its answers.
         template: a built-in one or a file; None: the one that suits each problem.
         limit: records at most.
         skip_bad: rows that cannot be used are counted and left out; else the first one ends it.
@@ -32,6 +37,7 @@ class Options:
 
     role: Role
     source: str | None = None
+    answer_type: str | None = None
     template: str | None = None
     limit: int | None = None
     skip_bad: bool = False
@@ -49,6 +55,10 @@ def prepare(data_set: DataSet, files: Sequence[str], output: Path, options: Opti
     check_output(output, [*files, *template_files(options.template)], ".parquet")
     if options.source is not None and not options.source.strip():
         raise TempoError("--source: is blank; expected the group under which metrics appear")
+    if options.answer_type is not None:
+        kind_named(options.answer_type)
+        if data_set.kinds:
+            raise TempoError(f"--answer-type: {data_set.name} states its kinds itself: {', '.join(data_set.kinds)}")
     template = None if options.template is None else load_template(options.template)
     names = _distinct_names(files)
     summary = Summary()
@@ -58,19 +68,29 @@ def prepare(data_set: DataSet, files: Sequence[str], output: Path, options: Opti
             summary.notes.append(f"--limit {options.limit}: the rows after that were not read")
             break
         summary.read += 1
-        try:
-            found.add(_convert(row, layout, data_set.name, names[row.file], template, options))
-        except BadRow as bad:
-            if not options.skip_bad:
-                raise TempoError(f"{row.place}: {bad.found} (--skip-bad leaves such rows out)") from None
-            summary.drop(bad.reason, f"{row.place}: {bad.found}")
-    records = found.records()
+        with _bad_rows(row.place, summary, options):
+            found.add(_draft(row, layout, data_set.name, names[row.file], options))
+    records: list[PreparedRecord] = []
+    for draft in decided(found.drafts(), options.answer_type, summary):
+        with _bad_rows(draft.row.place, summary, options):
+            records.append(finished(draft, template))
     if not records:
         reasons = ", ".join(f"{reason}: {rows}" for reason, rows in summary.dropped.items())
         raise TempoError(f"{', '.join(files)}: no row is left of {summary.read} ({reasons})")
     write_records(output, records, options.role)
     summary.count(records)
     return summary
+
+
+@contextmanager
+def _bad_rows(place: str, summary: Summary, options: Options) -> Iterator[None]:
+    """A BadRow is counted, or ends it all."""
+    try:
+        yield
+    except BadRow as bad:
+        if not options.skip_bad:
+            raise TempoError(f"{place}: {bad.found} (--skip-bad leaves such rows out)") from None
+        summary.drop(bad.reason, f"{place}: {bad.found}")
 
 
 def _rows(data_set: DataSet, files: Sequence[str], options: Options) -> Iterator[tuple[Row, Layout]]:
@@ -83,33 +103,23 @@ def _rows(data_set: DataSet, files: Sequence[str], options: Options) -> Iterator
             yield row, layout
 
 
-def _convert(
-    row: Row, layout: Layout, name: str, file_name: str, template: str | None, options: Options
-) -> PreparedRecord:
+def _draft(row: Row, layout: Layout, name: str, file_name: str, options: Options) -> Draft:
+    row.check_readable()
     problem = layout.problem(row, options.settings)
-    answer = None
-    if options.role != "unlabeled":
-        answer = layout.answer(row, options.settings)
-        if fault := answer_problem(answer, problem.kind):
-            raise BadRow(
-                f"answer is not of kind {problem.kind}", f"answer {answer[:40]!r} of kind {problem.kind}: {fault}"
-            )
-    source = options.source or name
-    return PreparedRecord(
+    source = options.source or problem.source or name
+    text = bare_problem(problem.fields["problem"])
+    if not text:
+        raise BadRow("no problem", "the problem is empty, or nothing but instructions")
+    prompt_row = PromptRow(
         id=f"{source}/{problem.key or f'{file_name}-{row.number}'}",
         source=source,
-        prompt=render(template or BUILT_IN[problem.template], problem.fields),
-        problem=_bare(problem),
-        answer=answer,
+        messages=[],
+        answer=None if options.role == "unlabeled" else layout.answer(row, options.settings),
         kind=problem.kind,
+        labeled=options.role != "unlabeled",
         place=row.place,
     )
-
-
-def _bare(problem: Problem) -> str:
-    options = problem.fields.get("options")
-    text = problem.fields["problem"]
-    return f"{text}\n\n{options}" if options else text
+    return Draft(prompt_row, {**problem.fields, "problem": text}, problem.template, problem.fields["problem"].strip())
 
 
 def fingerprint(problem: str) -> str:
@@ -128,45 +138,50 @@ def _distinct_names(files: Sequence[str]) -> dict[str, str]:
 
 
 class _Found:
-    """Records by problem: copies are left out, copies that contradict each other are bad rows."""
+    """Drafts by problem: copies are left out, copies that contradict each other are bad rows."""
 
     def __init__(self, summary: Summary, options: Options) -> None:
         self._summary = summary
         self._options = options
-        self._records: dict[str, PreparedRecord | None] = {}  # None: its answers contradict each other
+        self._drafts: dict[str, Draft | None] = {}  # None: its answers contradict each other
         self._contradicted = 0
         self._times: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._records) - self._contradicted
+        return len(self._drafts) - self._contradicted
 
-    def add(self, record: PreparedRecord) -> None:
+    def add(self, draft: Draft) -> None:
         """Raises BadRow when an earlier row has this problem with another answer."""
-        key = fingerprint(record.problem)
+        key, row = fingerprint(draft.problem), draft.row
         if self._options.keep_duplicates:
-            self._times[record.id] += 1
-            copy = self._times[record.id]
-            self._records[f"{len(self._records)} {key}"] = (
-                record if copy == 1 else replace(record, id=f"{record.id}#{copy}")
-            )
+            self._times[row.id] += 1
+            copy = self._times[row.id]
+            if copy > 1:
+                draft = replace(draft, row=replace(row, id=f"{row.id}#{copy}"))
+            self._drafts[f"{len(self._drafts)} {key}"] = draft
             return
-        if key not in self._records:
-            self._records[key] = record
+        if key not in self._drafts:
+            self._drafts[key] = draft
             return
-        earlier = self._records[key]
-        if earlier is not None and earlier.answer == record.answer:
+        earlier = self._drafts[key]
+        if earlier is not None and _same_answer(earlier.row.answer, row.answer):
             self._summary.duplicates += 1
             return
         reason = "same problem, different answers"
         if earlier is None:
             raise BadRow(reason, "earlier rows have the same problem with different answers")
         if self._options.skip_bad:
-            self._records[key] = None
+            self._drafts[key] = None
             self._contradicted += 1
-            self._summary.drop(reason, f"{earlier.place}: a later row has the same problem with another answer")
+            self._summary.drop(reason, f"{earlier.row.place}: a later row has the same problem with another answer")
         raise BadRow(
-            reason, f"answer {record.answer!r}, but {earlier.place} has the same problem with answer {earlier.answer!r}"
+            reason,
+            f"answer {row.answer!r}, but {earlier.row.place} has the same problem with answer {earlier.row.answer!r}",
         )
 
-    def records(self) -> list[PreparedRecord]:
-        return [record for record in self._records.values() if record is not None]
+    def drafts(self) -> list[Draft]:
+        return [draft for draft in self._drafts.values() if draft is not None]
+
+
+def _same_answer(a: str | None, b: str | None) -> bool:
+    return a == b or (a is not None and b is not None and plain_integer(a) == plain_integer(b))

