@@ -13,8 +13,9 @@ from functools import cache, partial
 
 from tempo_megatron.data.answer_kinds import PromptRow
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers.registry import self_problem, verify
+from tempo_megatron.verifiers.registry import kind_named, self_problem, verify
 from tempo_megatron.verifiers.time_limit import OutOfTime, limited
+from tempo_megatron.verifiers.verdict import boxed
 
 ITEM_S = 5.0  # longest check of one answer
 TOTAL_S = 120.0  # of all answers of one reading; the rest stays unchecked, which is told
@@ -26,20 +27,23 @@ class Form:
 
     Attributes:
         name: for errors.
+        mark: what every such request holds, in lower case.
         asked: finds the request in a prompt.
         response: how an obedient response ends, with ``{}`` for the answer.
     """
 
     name: str
+    mark: str
     asked: re.Pattern[str]
     response: str
 
 
-BOX = Form("in \\boxed{}", re.compile(r"\\boxed\b|\bboxed\{"), "It follows.\n\n\\boxed{{{}}}")
+BOX = Form("in \\boxed{}", "boxed", re.compile(r"\\boxed\b|\bboxed\{"), "It follows.\n\n\\boxed{{{}}}")
 #: DAPO's and simple-evals' "Answer: $Answer", GSM8K's "####", R1's <answer> tags.
 OTHER_FORMS = (
     Form(
         "after 'Answer:'",
+        "answer:",
         re.compile(
             r"\banswer:\s*\\?\$\\?(?:answer|letter|your)|\b(?:form(?:at)?|line|write|with|say)\b[^\n.]{0,40}[\"'`\u201c*]answer:",
             re.IGNORECASE,
@@ -48,6 +52,7 @@ OTHER_FORMS = (
     ),
     Form(
         "after '####'",
+        "####",
         re.compile(
             r"\b(?:after|with|follow\w*|form(?:at)?|as|by|using|write|prefix\w*)\b[^\n.]{0,40}####"
             r"|####\s*[<\[{($]\s*(?:the |your |final )*(?:answer|number|result)",
@@ -57,6 +62,7 @@ OTHER_FORMS = (
     ),
     Form(
         "in <answer> tags",
+        "<answer>",
         re.compile(
             r"<answer>[^\n]{0,60}</answer>|\b(?:in|within|inside|between|using|with)\b[^\n.#]{0,40}<answer>", re.I
         ),
@@ -70,7 +76,8 @@ _SAMPLES = {"int": "72", "math": "72", "choice": "B", "text": "yes", "exact": "y
 def asked_forms(messages: Sequence[Mapping[str, str]]) -> list[Form]:
     """The forms that a conversation asks for, as far as they are known; none: it asks for no form."""
     text = "\n".join(message["content"] for message in messages if message["role"] != "assistant")
-    return [form for form in (BOX, *OTHER_FORMS) if form.asked.search(text)]
+    lower = text.lower()
+    return [form for form in (BOX, *OTHER_FORMS) if form.mark in lower and form.asked.search(text)]
 
 
 @cache
@@ -98,7 +105,10 @@ def gold_problem(messages: Sequence[Mapping[str, str]], answer: str, kind: str) 
     """
     problem = self_problem(answer, kind)
     if problem is None and kind in _SAMPLES:
+        tried = BOX if kind_named(kind).state is boxed else None
         for form in asked_forms(messages):
+            if form is tried:
+                continue
             verdict = verify(form.response.format(answer), answer, kind)
             if not verdict.correct:
                 problem = f"a response that gives this very answer {form.name} would not be right: {verdict.reason}"

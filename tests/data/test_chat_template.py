@@ -64,6 +64,20 @@ def test_a_variable_that_the_template_never_reads_is_refused(name: str, tmp_path
         encode(saved(tmp_path, MESSAGES), prompt("1"), **{name: True})
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if style is not defined %}{% set style = 'long' %}{% endif %}{{ messages[0].content }}"
+        "{% if style == 'short' %}={% endif %}",  # a default of its own, as Llama 3.1 has them
+        "{% set way = style | default('long') %}{{ messages[0].content }}{% if way == 'short' %}={% endif %}",
+        "{% macro end() %}{% if style == 'short' %}={% endif %}{% endmacro %}{{ messages[0].content }}{{ end() }}",
+    ],
+)
+def test_variables_are_found_wherever_they_are_read(template: str, tmp_path: Path) -> None:
+    tokenizer = saved(tmp_path, template)
+    assert (encode(tokenizer, prompt("1")), encode(tokenizer, prompt("1"), style="short")) == ("1", "1=")
+
+
 def test_generation_blocks_and_loop_controls_are_templates_too(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}{{ m.content }}"
