@@ -68,6 +68,22 @@ def test_tables(name: str, row: dict[str, Any], id: str, write_rows, prepared) -
     assert prompts([record]) == ["Count to 7." + STEPS]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "lacks"),
+    [
+        ("verl", verl(user("q"), "7", "0"), "reward_model"),
+        ("table", {"prompt": "q", "answer": "7"}, "answer"),
+        ("table", {"prompt": "q", "solution": "7"}, "solution"),
+    ],
+)
+def test_only_labelled_prompts_need_the_answer_column(name, row, lacks, write_rows, prepared) -> None:
+    path = write_rows("a.jsonl", [{column: value for column, value in row.items() if column != lacks}])
+    with pytest.raises(TempoError, match=rf"a\.jsonl: no column .*'{lacks}'"):
+        prepared(name, path)
+    [record], _ = prepared(name, path, role="unlabeled")
+    assert (record["answer"], record["answer_type"]) == (None, "math")
+
+
 def test_each_source_has_its_kind_and_its_template(write_rows, prepared) -> None:
     gpqa = "Which?\n\nA: red\nB: blue\nC: green"
     rows = [
