@@ -18,6 +18,7 @@ from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.rollout import patches
+from tempo_megatron.rollout.limits import check_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -268,6 +269,7 @@ def _checked(
 def _build_engine(
     hf_dir: str, hf_config: PretrainedConfig, config: RolloutConfig, max_model_len: int, seed: int
 ) -> LLMEngine:
+    check_model(hf_dir, hf_config, config.tensor_parallel_size, on_cpu=not use_cuda())
     patches.prepare_process()
     # under torchrun the external launcher tells vLLM this rank's device and tensor-parallel place; the plain
     # executor would put every replica of a node on GPU 0
@@ -277,7 +279,6 @@ def _build_engine(
     with patches.shielded(f"{token.item():x}"):
         from vllm import EngineArgs, LLMEngine
 
-        _check_model(hf_dir, hf_config, config.tensor_parallel_size)
         try:
             args = EngineArgs(
                 model=hf_dir,
@@ -305,42 +306,3 @@ def _build_engine(
         except ValueError as error:  # vLLM's own checks of the settings: length, KV cache, divisibility
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise TempoError(f"rollout: vLLM cannot run {hf_dir}: {' '.join(lines)}") from error
-
-
-def _check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size: int) -> None:
-    """Refuse by name what vLLM would meet as a bare assertion, or only at its first step with the whole model loaded.
-
-    Raises:
-        TempoError: a size of the model is one that vLLM's kernels or its tensor-parallel layers cannot take.
-    """
-    file, split = f"{hf_dir}/config.json", f"rollout.tensor_parallel_size: {tensor_parallel_size}"
-    if hf_config.model_type == "olmo3" and hf_config.num_key_value_heads % tensor_parallel_size:
-        # fewer KV heads than ranks are doubled, for which the norm over all of k has no place:
-        # models/transformers/fusers/rms_norm.py, TPAwareNormMixin.forward
-        raise TempoError(
-            f"{split} does not divide num_key_value_heads {hf_config.num_key_value_heads} ({file}), as OLMo-3 needs it"
-        )
-    experts_width = getattr(hf_config, "moe_intermediate_size", None)
-    if experts_width is not None and experts_width % tensor_parallel_size:
-        raise TempoError(f"{split} does not divide moe_intermediate_size {experts_width} ({file})")
-    head_dim, heads = getattr(hf_config, "head_dim", None), hf_config.num_attention_heads
-    if hf_config.model_type == "qwen2" and head_dim not in (None, hf_config.hidden_size // heads):
-        raise TempoError(
-            f"{file}: head_dim {head_dim} is not hidden_size {hf_config.hidden_size} / num_attention_heads {heads}, "
-            "which vLLM's Qwen2 takes for it"
-        )
-    if use_cuda():
-        return
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    head_dim = head_dim or hf_config.hidden_size // heads
-    supported = CPUAttentionBackend.get_supported_head_sizes()
-    if head_dim not in supported:
-        raise TempoError(f"{file}: head_dim {head_dim} is not one that vLLM runs on the CPU: {supported}")
-    alignment = CPUUnquantizedExperts.output_alignment
-    if experts_width is not None and hf_config.hidden_size % alignment:
-        raise TempoError(
-            f"{file}: hidden_size {hf_config.hidden_size} is not a multiple of {alignment}, as vLLM needs it for "
-            "experts on the CPU"
-        )

@@ -21,10 +21,10 @@ from tempo_megatron.rollout.engine import (
     GenerationRequest,
     RolloutEngine,
     SampledResponse,
-    _check_model,
     _checked,
     _read_hf_config,
 )
+from tempo_megatron.rollout.limits import CPU_EXPERTS_ALIGNMENT, CPU_HEAD_SIZES, check_model
 from tests.rollout.tiny_models import (
     MAX_MODEL_LEN,
     OLMO3_ORIGINAL_POSITIONS,
@@ -287,18 +287,28 @@ def test_a_head_size_that_vllm_takes_otherwise_is_named(qwen2: TinyModel) -> Non
         TempoError,
         match=r"config\.json: head_dim 64 is not hidden_size 64 / num_attention_heads 2, which vLLM's Qwen2 takes",
     ):
-        _check_model("hf", type(qwen2.first.config)(**(qwen2.first.config.to_dict() | {"head_dim": 64})), 1)
+        check_model(
+            "hf", type(qwen2.first.config)(**(qwen2.first.config.to_dict() | {"head_dim": 64})), 1, on_cpu=False
+        )
+
+
+def test_the_sizes_of_the_cpu_are_those_of_vllm() -> None:
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert CPUAttentionBackend.get_supported_head_sizes() == list(CPU_HEAD_SIZES)
+    assert CPUUnquantizedExperts.output_alignment == CPU_EXPERTS_ALIGNMENT
 
 
 def test_sizes_that_vllm_cannot_split_are_named(qwen3_moe: TinyModel, olmo3: TinyModel) -> None:
-    _check_model("hf", olmo3.first.config, 2)
+    check_model("hf", olmo3.first.config, 2, on_cpu=False)
     with pytest.raises(TempoError, match=r"tensor_parallel_size: 4 does not divide num_key_value_heads 2 \(hf/config"):
-        _check_model("hf", olmo3.first.config, 4)
-    _check_model("hf", qwen3_moe.first.config, 4)
+        check_model("hf", olmo3.first.config, 4, on_cpu=False)
+    check_model("hf", qwen3_moe.first.config, 4, on_cpu=False)
     with pytest.raises(
         TempoError, match=r"tensor_parallel_size: 5 does not divide moe_intermediate_size 48 \(hf/config"
     ):
-        _check_model("hf", qwen3_moe.first.config, 5)
+        check_model("hf", qwen3_moe.first.config, 5, on_cpu=False)
 
 
 def test_settings_that_vllm_cannot_run_are_one_line(

@@ -1,0 +1,45 @@
+"""Which models vLLM can sample from, told without vLLM: by whoever wants to know it before the engine is built."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from tempo_megatron.errors import TempoError
+
+#: vLLM's sizes on the CPU: CPUAttentionBackend.get_supported_head_sizes and CPUUnquantizedExperts.output_alignment.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_EXPERTS_ALIGNMENT = 32
+
+
+def check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size: int, *, on_cpu: bool) -> None:
+    """Refuse by name what vLLM would meet as a bare assertion, or only at its first step with the whole model loaded.
+
+    Raises:
+        TempoError: a size of the model is one that vLLM's kernels or its tensor-parallel layers cannot take.
+    """
+    file, split = f"{hf_dir}/config.json", f"rollout.tensor_parallel_size: {tensor_parallel_size}"
+    if hf_config.model_type == "olmo3" and hf_config.num_key_value_heads % tensor_parallel_size:
+        # fewer KV heads than ranks are doubled, for which the norm over all of k has no place:
+        # models/transformers/fusers/rms_norm.py, TPAwareNormMixin.forward
+        raise TempoError(
+            f"{split} does not divide num_key_value_heads {hf_config.num_key_value_heads} ({file}), as OLMo-3 needs it"
+        )
+    experts_width = getattr(hf_config, "moe_intermediate_size", None)
+    if experts_width is not None and experts_width % tensor_parallel_size:
+        raise TempoError(f"{split} does not divide moe_intermediate_size {experts_width} ({file})")
+    head_dim, heads = getattr(hf_config, "head_dim", None), hf_config.num_attention_heads
+    if hf_config.model_type == "qwen2" and head_dim not in (None, hf_config.hidden_size // heads):
+        raise TempoError(
+            f"{file}: head_dim {head_dim} is not hidden_size {hf_config.hidden_size} / num_attention_heads {heads}, "
+            "which vLLM's Qwen2 takes for it"
+        )
+    if not on_cpu:
+        return
+    head_dim = head_dim or hf_config.hidden_size // heads
+    if head_dim not in CPU_HEAD_SIZES:
+        raise TempoError(f"{file}: head_dim {head_dim} is not one that vLLM runs on the CPU: {list(CPU_HEAD_SIZES)}")
+    if experts_width is not None and hf_config.hidden_size % CPU_EXPERTS_ALIGNMENT:
+        raise TempoError(
+            f"{file}: hidden_size {hf_config.hidden_size} is not a multiple of {CPU_EXPERTS_ALIGNMENT}, as vLLM needs "
+            "it for experts on the CPU"
+        )
