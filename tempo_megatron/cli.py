@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tempo_megatron import __version__
 from tempo_megatron.cluster.launch import (
@@ -30,6 +30,9 @@ from tempo_megatron.cluster.launch import (
 )
 from tempo_megatron.data.prepare.command import add_arguments as data_arguments
 from tempo_megatron.errors import TempoError
+
+if TYPE_CHECKING:
+    from tempo_megatron.config.schema import Config
 
 #: Seconds that a rank waits before it tells what rank 0, or a rank that knows the cause, has most likely told:
 #: the launcher ends all ranks with the first that leaves, so that one line is all that is seen.
@@ -55,6 +58,7 @@ EXAMPLES = """examples:
   tempo-megatron demo --study                             every method on it, over several seeds
   tempo-megatron train --config configs/x.yaml            on this node, launch.nproc_per_node ranks
   tempo-megatron train --config configs/x.yaml steps=20 actor.optimizer.lr=1e-6
+  tempo-megatron train --config configs/x.yaml --dry-run  check settings, models and data, start nothing
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
   tempo-megatron evaluate runs/x                          the newest checkpoint of a run, on the run's sets
@@ -69,6 +73,8 @@ TRAIN_HELP = """Train one stage as a YAML file says: sft, ppo, grpo, tempo, ttrl
 Under torchrun or srun every process is one rank. Otherwise launch.nproc_per_node ranks are started here.
 key=value overrides the file; the value is YAML, a number indexes a list:
   steps=20   critic.optimizer.lr=1e-5   data.train_files=[a.parquet,b.parquet]   evaluation.sets.0.limit=64
+--dry-run prints the resolved settings and checks them against models, tokenizer and data, without ranks or models;
+launch.nproc_per_node then stands for all ranks of the job.
 """
 
 
@@ -140,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="run one stage", description=TRAIN_HELP, formatter_class=raw)
     train.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    train.add_argument("--dry-run", action="store_true", help="check all that needs no model, show the settings, end")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     train.set_defaults(run=_train)
 
@@ -196,16 +203,36 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.config.check import check_config
     from tempo_megatron.config.load import load_config
+    from tempo_megatron.loop.finished import finished_message
+    from tempo_megatron.telemetry.progress import run_title
 
     config = load_config(arguments.config, arguments.overrides)
     world_size = place.world_size if place else config.launch.nproc_per_node
     check_config(config, world_size)
+    if arguments.dry_run:
+        return _dry_run(config, place, world_size)
+    if (done := finished_message(config)) is not None:
+        if place is None or place.rank == 0:
+            _say(done)
+        return 0
     os.environ.update(thread_environment(config.launch.threads_per_rank))
     if place is None and world_size > 1:
+        _say(f"{run_title(config.stage, config.output_dir)} starting {world_size} ranks on this node")
         return spawn_ranks(world_size, ["train", "--config", arguments.config, *arguments.overrides])
     from tempo_megatron.loop import run
 
     run(config)
+    return 0
+
+
+def _dry_run(config: Config, place: RankInfo | None, world_size: int) -> int:
+    if place is not None and place.world_size > 1:
+        raise TempoError(
+            "command line: --dry-run is one process and no rank; launch.nproc_per_node=N gives the ranks of the job"
+        )
+    from tempo_megatron.loop import run_dry
+
+    run_dry(config, world_size)
     return 0
 
 

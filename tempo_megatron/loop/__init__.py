@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from tempo_megatron.config.schema import Config
+from tempo_megatron.telemetry.progress import run_title
 
 
 def run(config: Config) -> None:
     """Run the config's stage on this rank; every rank of the job calls it. Raises TempoError on bad input."""
+    _tell(f"{run_title(config.stage, config.output_dir)} importing torch, Megatron and vLLM")
     from tempo_megatron.parallel import cpu_shim
 
     cpu_shim.install()  # before anything imports megatron.core
@@ -19,6 +23,16 @@ def run(config: Config) -> None:
     with Session(config) as session:
         loop = SFTLoop(session) if config.stage == "sft" else EMLoop(session)
         loop.run()
+
+
+def run_dry(config: Config, world_size: int) -> None:
+    """Check what can be checked of a job on ``world_size`` ranks, in this process. Raises TempoError on bad input."""
+    from tempo_megatron.parallel import cpu_shim
+
+    cpu_shim.install()  # before anything imports megatron.core
+    from tempo_megatron.loop.dry_run import dry_run
+
+    dry_run(config, world_size)
 
 
 def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
@@ -36,3 +50,9 @@ def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
     from tempo_megatron.loop.evaluate_model import evaluate_model
 
     evaluate_model(config, compare_with)
+
+
+def _tell(text: str) -> None:
+    """On rank 0, before there are ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

@@ -72,6 +72,7 @@ class Driver(ABC):
                 self.step += 1
                 self.step_boundary(self.train_step())
             self.end()
+            self.session.finish(self.step, self.policy_updates)
 
     def begin(self) -> None:
         """Before the first step of this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from tempo_megatron.algorithm.diagnostics import calibration
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.evaluation.bootstrap import PromptBootstrap
+from tempo_megatron.evaluation.change import PromptOutcomes
 from tempo_megatron.evaluation.metrics import prompt_scores
 from tempo_megatron.evaluation.samples import Floats, Ints, Samples, number_answers
 from tempo_megatron.loop.collect import decoder, prompt_opening
@@ -57,6 +59,7 @@ class Evaluator:
     def run(self, step: int, updates: int, version: int) -> dict[str, float]:
         """Metrics ``eval/<set>/<name>`` of every set, for the record of ``step``."""
         metrics: dict[str, float] = {}
+        outcomes: dict[str, Any] = {}
         with self.runtime.ledger.phase("evaluate"):
             for prompts in self.sets:
                 result = self.evaluate(prompts, updates, version)
@@ -64,6 +67,9 @@ class Evaluator:
                 figures = training_metrics(result.samples, config.evaluation.pass_k, config.seed)
                 metrics |= {f"eval/{name}/{k}": v for k, v in figures.items()}
                 self._log(prompts, step, result)
+                outcomes[name] = PromptOutcomes.of(result.samples, config.evaluation.pass_k).to_json()
+            if self.runtime.evaluation_log is not None:
+                self.runtime.evaluation_log.write({"step": step, "sets": outcomes})
         return metrics
 
     def evaluate(self, prompts: EvalPrompts, updates: int, version: int) -> EvaluatedSet:

@@ -45,12 +45,12 @@ class EvaluationRuntime(Runtime):
 
     def __init__(self, config: Config) -> None:
         start(config.launch.threads_per_rank, config.launch.timeout_s)
-        super().__init__(config, "evaluate", len(config.evaluation.sets))
+        super().__init__(config, f"evaluate {Path(config.actor.init).name}", len(config.evaluation.sets))
         with self.ledger.phase("data"):
             self.data = PromptData(None, None, {}, read_eval_sets(config, self.tokenizer))
-        with self.ledger.phase("load"):
-            self.build_engines(trainable=False)
-            for role, source in self.sources.items():
+        self.build_engines(trainable=False)
+        for role, source in self.sources.items():
+            with self.ledger.phase("load", f"the weights of the {role}"):
                 load_initial_weights(self.engines[role], source)
 
 
@@ -78,7 +78,7 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         record = _header(runtime, step, updates)
         on_rank0(lambda: _samples_file(runtime.output).unlink(missing_ok=True))
         for done, prompts in enumerate(evaluator.sets, start=1):
-            with runtime.ledger.phase(f"evaluate {prompts.settings.name}"):
+            with runtime.ledger.phase("evaluate", prompts.settings.name):
                 result = evaluator.evaluate(prompts, updates, _VERSION)
             record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, runtime, result, done - 1))
             runtime.progress.advance(done, {})

@@ -30,7 +30,7 @@ class Runtime:
         stop_token_ids: what ends a response.
         engines: by role, from ``build_engines`` on; ``engines["critic"]`` is absent where the config has no critic.
         data: what is trained on or evaluated; whoever builds this sets it.
-        rollout_log: only on rank 0 of a run, while it is running.
+        rollout_log, evaluation_log: only on rank 0 of a run, while it is running.
     """
 
     data: PromptData | SftData
@@ -40,17 +40,19 @@ class Runtime:
         self.output = Path(config.output_dir)
         self.is_main = rank() == 0
         roles = roles_of(config).items()
+        self.progress = Progress(title, total, enabled=self.is_main)
+        self.ledger = PhaseLedger(on_phase=self.progress.phase)
         self.sources = on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
         self.hf_dir = self.sources["actor"].hf_dir
         self.hf_config = on_all_ranks(lambda: load_hf_config(self.hf_dir))
         vocab_size = self.hf_config.vocab_size
-        self.tokenizer = on_all_ranks(lambda: load_tokenizer(self.hf_dir, vocab_size))
-        self.stop_token_ids = on_all_ranks(lambda: stop_token_ids(self.hf_dir, self.tokenizer, vocab_size))
-        self.progress = Progress(title, total, enabled=self.is_main)
-        self.ledger = PhaseLedger(on_phase=self.progress.phase)
+        with self.ledger.phase("tokenizer"):
+            self.tokenizer = on_all_ranks(lambda: load_tokenizer(self.hf_dir, vocab_size))
+            self.stop_token_ids = on_all_ranks(lambda: stop_token_ids(self.hf_dir, self.tokenizer, vocab_size))
         self.engines: dict[str, MegatronEngine] = {}
         self.hf_dirs: dict[str, Path] = {}
         self.rollout_log: StepLog | None = None
+        self.evaluation_log: StepLog | None = None
 
     def build_engines(self, *, trainable: bool) -> None:
         """Every role's engine, on process groups that equal layouts share; the weights come later."""
@@ -61,22 +63,23 @@ class Runtime:
                 groups[layout] = ModelParallelGroups(role_config.parallel, self.config.launch.timeout_s)
             hf_dir = self.sources[role].hf_dir
             self.hf_dirs[role] = hf_dir
-            self.engines[role] = MegatronEngine(
-                role,
-                role_config,
-                on_all_ranks(partial(load_hf_config, hf_dir)),
-                groups[layout],
-                seed=self.config.seed,
-                temperature=self.config.rollout.temperature if self.config.stage != "sft" else 1.0,
-                head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
-                trainable=trainable,
-            )
+            with self.ledger.phase("load", f"the {role}"):
+                self.engines[role] = MegatronEngine(
+                    role,
+                    role_config,
+                    on_all_ranks(partial(load_hf_config, hf_dir)),
+                    groups[layout],
+                    seed=self.config.seed,
+                    temperature=self.config.rollout.temperature if self.config.stage != "sft" else 1.0,
+                    head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
+                    trainable=trainable,
+                )
 
 
 def start_rollout(runtime: Runtime) -> RolloutEngine:
     """vLLM for the actor, without its weights yet."""
     data = runtime.config.data
-    with runtime.ledger.phase("load"):
+    with runtime.ledger.phase("load", "vLLM"):
         return RolloutEngine(
             runtime.hf_dir,
             runtime.config.rollout,

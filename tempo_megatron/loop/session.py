@@ -20,12 +20,21 @@ from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import newest_checkpoint, resolve_checkpoint
+from tempo_megatron.loop.announce import outcome, plan
 from tempo_megatron.loop.data import read_data
 from tempo_megatron.loop.runtime import Runtime, roles_of
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import MetricsWriter, StepLog
-from tempo_megatron.telemetry.run_folder import CONFIG_FILE, ROLLOUTS_FILE, write_run_info
+from tempo_megatron.telemetry.progress import run_title
+from tempo_megatron.telemetry.run_folder import (
+    CONFIG_FILE,
+    EVALUATIONS_FILE,
+    ROLLOUTS_FILE,
+    Finished,
+    load_run,
+    write_run_info,
+)
 
 
 class Session(Runtime):
@@ -41,23 +50,31 @@ class Session(Runtime):
         self._began = time.monotonic()
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._checkpoint = on_rank0(partial(_find_checkpoint, config))
-        super().__init__(config, f"{config.stage} {Path(config.output_dir).name}", config.steps)
+        super().__init__(config, run_title(config.stage, config.output_dir), config.steps)
         with self.ledger.phase("data"):
             self.data = read_data(config, self.tokenizer)
+        self._tell_plan()
         self.resumed: dict[str, Any] | None = None
-        with self.ledger.phase("load"):
-            self.build_engines(trainable=True)
-            self._load_engines()
+        self.build_engines(trainable=True)
+        self._load_engines()
         self.writer: MetricsWriter | None = None
+        self._finished: Finished | None = None
         self._closing = ExitStack()
+
+    def _tell_plan(self) -> None:
+        roles = {role: (settings, self.sources[role]) for role, settings in roles_of(self.config).items()}
+        for line in plan(self.config, roles, self.data, world_size(), self._checkpoint):
+            self.progress.note(line)
 
     def _load_engines(self) -> None:
         for role, source in self.sources.items():
-            if self._checkpoint is None:
-                load_initial_weights(self.engines[role], source)
-            self.engines[role].start_optimizer()
+            with self.ledger.phase("load", f"the weights of the {role}"):
+                if self._checkpoint is None:
+                    load_initial_weights(self.engines[role], source)
+                self.engines[role].start_optimizer()
         if self._checkpoint is not None:
-            self.resumed = resume_checkpoint(self._checkpoint, self.engines)
+            with self.ledger.phase("load", f"{self._checkpoint.name}"):
+                self.resumed = resume_checkpoint(self._checkpoint, self.engines)
 
     def _open_outputs(self) -> None:
         """Only once everything is built: a run that is refused leaves an earlier one's files as they were."""
@@ -72,6 +89,16 @@ class Session(Runtime):
         )
         self.rollout_log = StepLog(self.output / ROLLOUTS_FILE, last_step)
         self._closing.callback(self.rollout_log.close)
+        self.evaluation_log = StepLog(self.output / EVALUATIONS_FILE, last_step)
+        self._closing.callback(self.evaluation_log.close)
+
+    @property
+    def _wall_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def finish(self, step: int, policy_updates: int) -> None:
+        """The run has done all it was asked for."""
+        self._finished = Finished(step, policy_updates)
 
     def write_info(self) -> None:
         """Update run.json (rank 0)."""
@@ -80,8 +107,9 @@ class Session(Runtime):
             environment={**environment(), "world_size": world_size()},
             stage=self.config.stage,
             started=self._started,
-            wall_s=round(time.monotonic() - self._began, 1),
+            wall_s=round(self._wall_s, 1),
             peak_memory_gib=round(self.ledger.peak_gib, 2),
+            finished=self._finished,
         )
 
     def record(self, step: int, progressed: int, metrics: dict[str, Any], shown: dict[str, float]) -> None:
@@ -118,14 +146,16 @@ class Session(Runtime):
         if self.writer is not None:
             self.write_info()
         self._closing.close()
+        if self.writer is not None and self._finished is not None:
+            peak = self.ledger.peak_gib
+            for line in outcome(self.config, load_run(self.output), self._finished, self._wall_s, peak):
+                self.progress.note(line)
 
     @contextmanager
     def running(self, at: int) -> Iterator[None]:
         """The run's files, and the progress bar from step ``at``."""
         on_rank0(self._open_outputs)
         self.progress.start(at)
-        if self.resumed is not None:
-            self.progress.note(f"resumed from {self._checkpoint}")
         yield
 
 

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from tempo_megatron.algorithm.policy_loss import aggregate
 from tempo_megatron.data.sampler import PromptSampler
+from tempo_megatron.errors import TempoError
 from tempo_megatron.loop.batching import moved_role
 from tempo_megatron.loop.data import SftData
 from tempo_megatron.loop.driver import Driver, StepOutcome
 from tempo_megatron.loop.session import Session
+from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.rollout.limits import check_model
 from tempo_megatron.training.microbatch import Sequences
 
 
@@ -29,6 +32,15 @@ class SFTLoop(Driver):
         self.sampler = PromptSampler(len(self.prompts), session.config.seed)
         if session.resumed is not None:
             self.sampler.load_state_dict(session.resumed["sampler"])
+        self._warn_of_later_stages()
+
+    def _warn_of_later_stages(self) -> None:
+        """A cold start needs no vLLM, but nobody wants one of a model that no stage after it can sample from."""
+        session = self.session
+        try:
+            check_model(str(session.hf_dir), session.hf_config, 1, on_cpu=not use_cuda())
+        except TempoError as error:
+            session.progress.note(f"warning: stages after sft and evaluate refuse this model: {error}")
 
     @property
     def policy_updates(self) -> int:

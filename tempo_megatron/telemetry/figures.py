@@ -13,7 +13,7 @@ from tempo_megatron.telemetry.style import PROBABILITY
 
 STEP_TIME = "time/step_s"
 #: Phases before the first step.
-START_UP = ("data", "load")
+START_UP = ("tokenizer", "data", "load")
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ class Label:
 
 #: Phases of the ledger: what is being done.
 PHASES = {
+    "tokenizer": "loading the tokenizer",
     "data": "reading the data",
-    "load": "loading the models",
+    "load": "loading",
     "train": "training",
     "rollout": "sampling (vLLM)",
     "verify": "verifying",
@@ -171,7 +172,7 @@ def evaluation_label(figure: str) -> Label:
 
 
 def phase_label(name: str) -> str:
-    """What is being done in a phase of the ledger; ``evaluate NAME`` is about one set."""
+    """What is being done in a phase of the ledger, which may say of what: ``load vLLM``, ``evaluate D_U``."""
     phase, _, rest = name.partition(" ")
     text = PHASES.get(phase, phase)
     return f"{text} {rest}" if rest else text

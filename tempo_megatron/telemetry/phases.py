@@ -25,13 +25,13 @@ class PhaseLedger:
     the mark since the process began).
 
     Args:
-        on_phase: called with the name whenever another phase becomes the current one.
+        on_phase: called with the name, and the detail where there is one, whenever another phase becomes current.
     """
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self._on_phase = on_phase
         self._memory = _CudaPeak() if torch.cuda.is_available() else _HostPeak()
-        self._stack: list[str] = []
+        self._stack: list[tuple[str, str]] = []  # name, and what to show
         self._seconds: dict[str, float] = {}
         self._peak_bytes: dict[str, int] = {}
         self._tokens: dict[str, int] = {}
@@ -41,7 +41,7 @@ class PhaseLedger:
     @property
     def current(self) -> str | None:
         """The innermost open phase."""
-        return self._stack[-1] if self._stack else None
+        return self._stack[-1][0] if self._stack else None
 
     @property
     def peak_gib(self) -> float:
@@ -49,9 +49,10 @@ class PhaseLedger:
         return self._highest / GIB
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        """Book what is done inside to ``name``; ``detail`` is only shown (``"load"``, ``"vLLM"``)."""
         self._close_segment()
-        self._stack.append(name)
+        self._stack.append((name, f"{name} {detail}".rstrip()))
         self._open_segment()
         try:
             yield
@@ -87,13 +88,13 @@ class PhaseLedger:
     def _open_segment(self) -> None:
         if self._stack:
             if self._on_phase is not None:
-                self._on_phase(self._stack[-1])
+                self._on_phase(self._stack[-1][1])
             self._memory.reset()
             self._segment_began = time.perf_counter()
 
     def _close_segment(self) -> None:
         if self._stack:
-            name = self._stack[-1]
+            name = self._stack[-1][0]
             peak = self._memory.peak_bytes()  # before the clock: on CUDA it waits for the phase's kernels
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - self._segment_began
             self._peak_bytes[name] = max(peak, self._peak_bytes.get(name, 0))

@@ -1,4 +1,7 @@
-"""Live progress of a run: a bar on a terminal, a line every few seconds anywhere else."""
+"""Live progress of a run: a bar on a terminal, a line every few seconds anywhere else.
+
+Every line begins with the run's title: of several runs in one log it is clear whose it is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import atexit
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -14,15 +18,23 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tempo_megatron.telemetry.labels import phase_label
+
 PLAIN_INTERVAL_S = 5.0
 RATE_WINDOW_STEPS = 20
 
 
+def run_title(stage: str, output_dir: str | Path) -> str:
+    """Stage and run folder, each once: ``tempo my-run``, and ``demo/tempo`` where the folder is named as the stage."""
+    folder = Path(output_dir).absolute()
+    return f"{folder.parent.name}/{folder.name}" if folder.name == stage else f"{stage} {folder.name}"
+
+
 class Progress:
-    """Phase, step, rate, time left and a few metrics, on stderr.
+    """Phase, step, rate, time left and a few metrics, on stderr; before ``start``, a line for each phase.
 
     Args:
-        title: what is running, e.g. ``"tempo"``.
+        title: what is running, see :func:`run_title`.
         total: the run's last step.
         enabled: False on all ranks but one: every method then does nothing.
         console: where to write; a terminal gets a live bar, anything else plain lines, at most one per
@@ -42,7 +54,8 @@ class Progress:
         self._title, self._total, self._enabled, self._clock = title, total, enabled, clock
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._running = False
+        self._running, self._closed = False, False
+        self._made = clock()
         self._step = 0
         self._shown: Mapping[str, float] = {}
         self._phase = ""
@@ -55,7 +68,7 @@ class Progress:
         """Begin at step ``at`` (of a resumed run: the step it resumes after)."""
         if not self._enabled or self._running:
             return
-        self._running = True
+        self._running, self._closed = True, False
         self._step = at
         self._marks.append((self._clock(), at))
         atexit.register(self.close)  # an exit that never reaches close() must not leave the cursor hidden
@@ -64,8 +77,11 @@ class Progress:
             self._live.start()
 
     def phase(self, name: str) -> None:
-        """Show ``name`` as what is being done now."""
-        self._phase, self._phase_began = name, self._clock()
+        """Show ``name`` (of the ledger's phase) as what is being done now."""
+        text = phase_label(name)
+        if self._enabled and not self._running and not self._closed and text != self._phase:
+            self.note(f"{duration(self._clock() - self._made)}  {text}")
+        self._phase, self._phase_began = text, self._clock()
         self._plain_line()
 
     def advance(self, step: int, shown: Mapping[str, float]) -> None:
@@ -77,10 +93,11 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._enabled:
-            self._print(text)
+            self._print(f"{self._title} {text}")
 
     def close(self) -> None:
         """Show the last state and give the terminal back; again is fine."""
+        self._closed = True
         if not self._running:
             return
         self._running = False

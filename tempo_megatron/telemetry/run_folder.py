@@ -3,7 +3,7 @@
 ``metrics.jsonl``   one record a step (``telemetry.metrics``)
 ``config.yaml``     the resolved configuration
 ``run.json``        ``{"environment": ..., "stage": ..., "started": ISO 8601, "wall_s": seconds,
-                    "peak_memory_gib": of rank 0}``
+                    "peak_memory_gib": of rank 0, "finished": null or what it did (:class:`Finished`)}``
 ``rollouts.jsonl``  a few rollouts with their token values (:class:`LoggedRollout`)
 ``evaluations.jsonl``  each evaluation prompt by prompt: ``{"step", "sets": {name: PromptOutcomes}}``
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ CONFIG_FILE = "config.yaml"
 INFO_FILE = "run.json"
 ROLLOUTS_FILE = "rollouts.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that did all it was asked for: its last step, whose checkpoint it left, and its policy updates."""
+
+    step: int
+    policy_updates: int
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,7 @@ class RunFolder:
     def gate(self) -> dict[str, Any]:
         """The calibration gate's settings; empty when it is off, the method has none, or nothing is known of it."""
         gate = (self.config.get("algorithm") or {}).get("gate") or {}
-        # as in the loop: it protects unlabelled prompts from a critic
-        gated = any(name == self.stage and method.critic and method.unlabeled for name, method in METHODS.items())
+        gated = any(name == self.stage and method.gated for name, method in METHODS.items())
         return gate if gated and gate.get("enabled") else {}
 
     def rollouts(self) -> Iterator[LoggedRollout]:
@@ -166,7 +173,7 @@ def load_run(path: Path | str) -> RunFolder:
     if not records:
         raise TempoError(f"{folder / METRICS_FILE}: no record yet, the run has not finished a step")
     config_text, config = _read_config(folder / CONFIG_FILE)
-    info = _read_info(folder / INFO_FILE)
+    info = read_info(folder / INFO_FILE)
     stage = info.get("stage") or config.get("stage") or records[-1].get("stage") or folder.name
     return RunFolder(folder, str(stage), records, config, config_text, info)
 
@@ -184,7 +191,8 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, config
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """A run.json; empty where there is none. TempoError if it is broken."""
     if not path.exists():
         return {}
     try:
@@ -204,8 +212,9 @@ def write_run_info(
     started: str,
     wall_s: float,
     peak_memory_gib: float,
+    finished: Finished | None,
 ) -> None:
-    """Write ``run.json``, atomically; called at the start of a run and again, with time and memory, at its end."""
+    """Write ``run.json``, atomically; called at the start of a run and again, with what came of it, at its end."""
     path = Path(output_dir) / INFO_FILE
     temporary = path.with_name(path.name + ".tmp")
     info = {
@@ -213,6 +222,7 @@ def write_run_info(
         "started": started,
         "wall_s": wall_s,
         "peak_memory_gib": peak_memory_gib,
+        "finished": None if finished is None else asdict(finished),
         "environment": environment,
     }
     temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")

@@ -58,6 +58,9 @@ class Sinks(SimpleNamespace):
     def export_hf(self) -> None:
         self.seen.append(("export",))
 
+    def finish(self, step: int, policy_updates: int) -> None:
+        self.finished = step, policy_updates
+
 
 def run(sinks: Sinks) -> list[Any]:
     Counting(sinks).run()  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tempo_megatron.telemetry.progress import Progress, duration
+from tempo_megatron.telemetry.progress import Progress, duration, run_title
 
 
 class Clock:
@@ -52,7 +52,40 @@ def test_phase_and_notes_are_told() -> None:
     with progress:
         progress.phase("rollout")
         progress.note("[red]gate[/red] opened")
-    assert out.getvalue().splitlines() == ["tempo 0/10  rollout  ETA -:--", "[red]gate[/red] opened"]
+    assert out.getvalue().splitlines() == [
+        "tempo 0/10  sampling (vLLM)  ETA -:--",
+        "tempo [red]gate[/red] opened",
+    ]
+
+
+def test_every_phase_before_the_start_is_a_line_and_none_after_the_end() -> None:
+    clock = Clock()
+    progress, out = plain(clock)
+    for seconds, name in ((0, "data"), (2, "load the actor"), (3, "load the actor"), (61, "load vLLM")):
+        clock.now += seconds
+        progress.phase(name)
+    assert out.getvalue().splitlines() == [
+        "tempo 0:00  reading the data",
+        "tempo 0:02  loading the actor",
+        "tempo 1:06  loading vLLM",
+    ]
+    progress.start()
+    progress.close()
+    before = out.getvalue()
+    progress.phase("checkpoint")
+    assert out.getvalue() == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder", "title"),
+    [
+        ("tempo", "runs/mine", "tempo mine"),
+        ("tempo", "runs/demo/tempo", "demo/tempo"),
+        ("ppo", "runs/demo/rlvr/", "ppo rlvr"),
+    ],
+)
+def test_a_title_says_stage_and_folder_once(stage: str, folder: str, title: str) -> None:
+    assert run_title(stage, folder) == title
 
 
 def test_the_rate_counts_from_the_resumed_step_and_over_recent_steps() -> None:
@@ -83,12 +116,12 @@ def test_a_terminal_gets_the_bar_and_has_its_cursor_back_after_ctrl_c() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120, _environ={"TERM": "xterm-256color"})
     with pytest.raises(KeyboardInterrupt), Progress("tempo", 10, enabled=True, console=console) as progress:
-        progress.phase("estep")
+        progress.phase("e_step")
         progress.advance(3, {"auroc": 0.91})
         progress.note("a line that stays")
         raise KeyboardInterrupt
     text = out.getvalue()
-    for shown in ("tempo", "3/10", "estep", "auroc 0.91", "a line that stays"):
+    for shown in ("tempo", "3/10", "E-step (critic)", "auroc 0.91", "a line that stays"):
         assert shown in text
     assert "\x1b[?25l" in text  # hidden while it ran
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")

@@ -10,7 +10,7 @@ import pytest
 from tempo_megatron.errors import TempoError
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import StepLog
-from tempo_megatron.telemetry.run_folder import LoggedRollout, load_run, write_run_info
+from tempo_megatron.telemetry.run_folder import Finished, LoggedRollout, load_run, write_run_info
 
 ROW = {"step": 1, "set": "du", "record_id": "7", "prompt": "37=a2:", "tokens": ["5"], "values": [0.5, 1], "outcome": 1}
 
@@ -28,11 +28,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         started="2026-01-01T00:00:00+00:00",
         wall_s=1.5,
         peak_memory_gib=2.25,
+        finished=Finished(7, 5),
     )
     run = load_run(tmp_path)
     assert run.stage == "tempo"
     assert run.info["wall_s"] == 1.5
     assert run.info["peak_memory_gib"] == 2.25
+    assert run.info["finished"] == {"step": 7, "policy_updates": 5}
     (read,) = run.rollouts()
     assert read == LoggedRollout(3, "du", "7", "37=a2:", ["5", "b"], [0.5, None, 0.75], None)
 
