@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.config.check import check_config
     from tempo_megatron.config.load import load_config
-    from tempo_megatron.loop.finished import finished_message
+    from tempo_megatron.telemetry.finished import finished_message
     from tempo_megatron.telemetry.progress import run_title
 
     config = load_config(arguments.config, arguments.overrides)

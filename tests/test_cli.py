@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from tempo_megatron import __version__, cli
+from tempo_megatron.cluster.launch import RankInfo
+from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.errors import RunError, TempoError
 from tests.launching import patience
 
@@ -118,6 +120,87 @@ def test_train_starts_several_ranks_after_checking_for_them(
     assert cli.main([*arguments, "actor.parallel.tensor_model_parallel_size=4"]) == 2
     assert "= 4 must divide the world size 2; nearest valid: 2 x 1" in capsys.readouterr().err
     assert len(spawned) == 1
+
+
+def test_dry_run_is_one_process(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    seen = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run_dry=lambda config, ranks: seen.append((config.steps, ranks)))
+    monkeypatch.setattr(cli, "spawn_ranks", lambda *arguments: pytest.fail("ranks are started"))
+    assert cli.main(["train", "--config", str(config_file), "--dry-run", "launch.nproc_per_node=2", "steps=9"]) == 0
+    assert seen == [(9, 2)]
+    assert cli.main(["train", "--config", str(config_file), "--dry-run", "stpes=9"]) == 2
+    monkeypatch.setattr(cli, "rank_from_environment", lambda: RankInfo(0, 2, 0))
+    monkeypatch.setattr(cli, "_leave", lambda code: None)
+    capsys.readouterr()
+    assert cli.main(["train", "--config", str(config_file), "--dry-run"]) == 2
+    assert "--dry-run is one process" in capsys.readouterr().err
+
+
+def finish(config_file: Path, overrides: list[str]) -> Path:
+    """What a run of these settings leaves when it has ended, but for its weights."""
+    config = load_config(str(config_file), overrides)
+    output = Path(config.output_dir)
+    newest = output / "checkpoints" / "step_00000003"
+    newest.mkdir(parents=True)
+    (newest / "manifest.json").touch()
+    (output / "config.yaml").write_text(dump_config(config))
+    info = {"stage": "sft", "finished": {"step": 3, "policy_updates": 3}}
+    (output / "run.json").write_text(json.dumps(info))
+    return output
+
+
+def test_a_run_that_has_ended_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    started = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=started.append)
+    output = finish(config_file, [])
+    same = ["train", "--config", str(config_file)]
+    assert cli.main(same) == 0
+    assert cli.main([*same, "launch.threads_per_rank=1"]) == 0
+    told = f"{output}: this run has ended (step 3, step_00000003): nothing to do; to go on raise steps, to run it anew "
+    assert capsys.readouterr().err == f"{told}choose another output_dir\n" * 2
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("override", "damage"),
+    [
+        ("steps=4", None),
+        ("actor.optimizer.lr=1e-4", None),
+        ("resume=never", None),
+        ("seed=0", "checkpoints/step_00000003/manifest.json"),
+        ("seed=0", "config.yaml"),
+        ("seed=0", "run.json"),
+    ],
+)
+def test_a_run_that_is_asked_for_more_or_lacks_something_starts(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, override: str, damage: str | None
+) -> None:
+    started = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=started.append)
+    output = finish(config_file, [])
+    if damage is not None:
+        (output / damage).unlink()
+    assert cli.main(["train", "--config", str(config_file), override]) == 0
+    assert len(started) == 1
+
+
+def test_hf_folders_that_are_asked_for_and_missing_start_a_run(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path
+) -> None:
+    started = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=started.append)
+    export = ["checkpoint.export_hf=true"]
+    output = finish(config_file, export)
+    assert cli.main(["train", "--config", str(config_file), *export]) == 0
+    assert len(started) == 1
+    (output / "hf" / "actor").mkdir(parents=True)
+    (output / "hf" / "actor" / "config.json").touch()
+    assert cli.main(["train", "--config", str(config_file), *export]) == 0
+    assert len(started) == 1
 
 
 def test_overrides_may_stand_around_options(

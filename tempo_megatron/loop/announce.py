@@ -11,6 +11,7 @@ from tempo_megatron.locate import InitSource, newest_checkpoint
 from tempo_megatron.loop.data import Pool, PromptData, SftData
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.telemetry.findings import critic_findings
+from tempo_megatron.telemetry.labels import evaluation_label
 from tempo_megatron.telemetry.progress import duration
 from tempo_megatron.telemetry.results import Cell, Evaluations, evaluations_of, format_interval, format_number
 from tempo_megatron.telemetry.run_folder import Finished, RunFolder
@@ -138,7 +139,11 @@ def _change_lines(evaluations: Evaluations) -> list[str]:
         return []
     lines = []
     for name, row in evaluations.results.rows.items():
-        told = [f"{metric} {_change(cell)}" for metric, cell in row.items() if metric.startswith(TOLD)]
+        told = [
+            f"{evaluation_label(metric).text} {_change(cell)}"
+            for metric, cell in row.items()
+            if metric.startswith(TOLD)
+        ]
         lines.append(f"{name}, step {first} to {last}: {', '.join(told)}")
     return lines
 

@@ -79,7 +79,8 @@ def _check_weights(role: Role, settings: RoleConfig, source: InitSource, hf_conf
         raise TempoError(f"{role}.init: {error}") from error
     shapes = expected_tensors(hf_config, role).values()
     count = sum(math.prod(shape) for shape in shapes)
-    return f"{role}: headers of {source.path}, {len(shapes)} tensors, {count / 1e9:.3g} billion parameters"
+    head = ", the value head is fresh" if fresh_head else ""
+    return f"{role}: headers of {source.path}: {len(shapes)} tensors, {count:,} parameters{head}"
 
 
 def _check_rollout(config: Config, hf_dir: str, hf_config: PretrainedConfig) -> list[str]:

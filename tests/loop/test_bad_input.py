@@ -96,8 +96,10 @@ def _arguments(bad: Bad, stage: str, output: Path, changes: dict[str, Any]) -> l
     return ["--config", str(bad.config(stage)), *(f"{key}={filled(value)}" for key, value in overrides.items())]
 
 
-def _run_group(bad: Bad, name: str, stages: dict[str, dict[str, Case]], timeout_s: float) -> dict[str, dict[str, Any]]:
-    """Every case's result by name, met by one process in the given order."""
+def _run_group(
+    bad: Bad, name: str, stages: dict[str, dict[str, Case]], timeout_s: float, *options: str
+) -> dict[str, dict[str, Any]]:
+    """Every case's result by name, met by one process in the given order; ``options`` are of every command."""
     folder = bad.folder / name
     folder.mkdir()
     plan = {}
@@ -105,7 +107,7 @@ def _run_group(bad: Bad, name: str, stages: dict[str, dict[str, Case]], timeout_
         for case_name, case in cases.items():
             output = folder / case_name
             plan[case_name] = {
-                "arguments": _arguments(bad, stage, output, case.changes),
+                "arguments": [*_arguments(bad, stage, output, case.changes), *options],
                 "output": str(output),
                 "copy": [str(folder / case.copy), str(output)] if case.copy else None,
                 "write": {str(output / path): text for path, text in case.write.items()},
@@ -367,6 +369,17 @@ def refused_late(bad: Bad) -> dict[str, dict[str, Any]]:
 def test_data_and_models(refused_late: dict[str, dict[str, Any]], name: str) -> None:
     _check(refused_late[name], {**DATA, **MODELS}[name], f"tempo {name}")
     assert refused_late[name]["after"] == {}
+
+
+@pytest.fixture(scope="module")
+def refused_dry(bad: Bad) -> dict[str, dict[str, Any]]:
+    return _run_group(bad, "dry", {"tempo": {**DATA, **MODELS}}, 150, "--dry-run")
+
+
+@pytest.mark.parametrize("name", [*DATA, *MODELS])
+def test_a_dry_run_refuses_data_and_models_in_the_same_words(refused_dry: dict[str, dict[str, Any]], name: str) -> None:
+    _check(refused_dry[name], {**DATA, **MODELS}[name], f"tempo {name}")
+    assert refused_dry[name]["after"] == {}
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "finished"])

@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tempo_megatron.evaluation.record import read_evaluation
 from tempo_megatron.evaluation.samples import Samples
 from tempo_megatron.telemetry.metrics import read_metrics
+from tempo_megatron.telemetry.results import evaluations_of
+from tempo_megatron.telemetry.run_folder import load_run
 from tests.launching import ROOT, LaunchResult, launch_ranks
 from tests.loop.cases import Inputs, make_inputs, small_tempo
 
@@ -81,8 +84,8 @@ def _write_sets(folder: Path, inputs: Inputs) -> None:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResult]:
-    """A run that evaluates at its end, and then ``evaluate``: on the run; and on its actor as an HF folder, on two
-    sources, without a critic and compared with the first."""
+    """A run that evaluates at its start and end, and then ``evaluate``: on the run; and on its actor as an HF folder,
+    on two sources, without a critic and compared with the first. Then the run again, and a dry run of a longer one."""
     folder = tmp_path_factory.mktemp("evaluate")
     inputs = make_inputs(folder / "inputs")
     _write_sets(folder, inputs)
@@ -96,7 +99,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResu
         "steps": STEPS,
         "launch.nproc_per_node": 1,
         "data.max_response_tokens": 1,
-        "evaluation.at_start": "false",
         "evaluation.pass_k": 2,
         "evaluation.sets": json.dumps(sets),
     }
@@ -107,7 +109,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResu
     compare = ["--compare", str(folder / "run" / "evaluation" / "evaluation.json")]
     second = ["evaluate", str(inputs.folder / "model"), *config, *chosen, *compare, "rollout.temperature=0.9"]
     commands = folder / "commands.json"
-    commands.write_text(json.dumps([train, first, second]))
+    commands.write_text(json.dumps([train, first, second, train, [*train, "--dry-run", "steps=7"]]))
     return folder, launch_ranks("tests.loop.evaluate_worker", commands, nproc=1, timeout_s=150).check()
 
 
@@ -181,3 +183,65 @@ def test_an_hf_folder_without_a_critic_by_source_and_compared(launched: tuple[Pa
         expected = d_u["figures"][figure]["value"] - first["figures"][figure]["value"]
         assert difference["value"] == pytest.approx(expected, abs=1e-12), name
     assert "Less" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_says_what_it_will_do_what_it_does_and_what_it_did(launched: tuple[Path, LaunchResult]) -> None:
+    folder, result = launched
+    told = [line.removeprefix("tempo run ") for line in result.stderr.splitlines() if line.startswith("tempo run ")]
+    shown = "\n".join(told)
+    for part in (
+        "importing torch, Megatron and vLLM",
+        "loading the tokenizer",
+        f"will make {STEPS} policy updates of tempo on 1 rank, seed 0, in {folder / 'run'}",
+        f"evaluation: D_U ({PROMPTS} prompts x {N}), held (5 prompts x 2); at the start, every 60 updates, at the end",
+        "loading the weights of the critic",
+        "loading vLLM",
+        f"done: {STEPS} policy updates in {STEPS} steps",
+        f"D_U, step 0 to {STEPS}: mean@{N} 0.",
+        f"checkpoint: {folder / 'run' / 'checkpoints' / f'step_{STEPS:08d}'}",
+    ):
+        assert part in shown
+    assert shown.index("will make") < shown.index("loading the actor") < shown.index("done:")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_changes_of_a_run_have_intervals_by_prompt(launched: tuple[Path, LaunchResult]) -> None:
+    found = evaluations_of(load_run(launched[0] / "run"))
+    assert found is not None
+    assert found.steps == (0, STEPS)
+    for name, row in found.results.rows.items():
+        for metric, cell in row.items():
+            if cell.change is not None and cell.interval is not None:
+                assert found.changes[name][metric].value == pytest.approx(cell.change, abs=1e-9)
+                assert cell.interval[0] <= cell.change <= cell.interval[1]
+    assert found.results.rows["D_U"][f"mean@{N}"].interval is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_that_has_ended_is_not_loaded_again(launched: tuple[Path, LaunchResult]) -> None:
+    folder, result = launched
+    told = f"{folder / 'run'}: this run has ended ({STEPS} policy updates, step {STEPS}, step_{STEPS:08d}): nothing to"
+    assert result.stderr.count(told) == 1
+    assert result.stderr.count("importing torch") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_dry_run_shows_settings_and_what_was_checked(launched: tuple[Path, LaunchResult]) -> None:
+    folder, result = launched
+    resolved = yaml.safe_load(result.stdout[result.stdout.index("stage: tempo\n") :])
+    assert (resolved["steps"], resolved["output_dir"]) == (7, str(folder / "run"))
+    for part in (
+        "will make 7 policy updates of tempo on 1 rank",
+        f"resume: goes on from {folder / 'run' / 'checkpoints'}",
+        "checked: critic: headers of",
+        "checked: tokenizer: 21 tokens, responses end with ['<eos>']",
+        "checked: vLLM: takes the sizes of this model",
+        "checked: data: every row read",
+        "not checked:",
+    ):
+        assert part in result.stderr
