@@ -16,6 +16,7 @@ from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.checkpoint.manifest import read_manifest
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
+from tempo_megatron.data.prompts import read_eval_answers
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
@@ -51,6 +52,9 @@ def dry_run(config: Config, world_size: int) -> None:
     checked.append(f"tokenizer: {len(tokenizer)} tokens, responses end with {tokenizer.convert_ids_to_tokens(stops)}")
     checked += _check_rollout(config, str(hf_dir), hf_config)
     data = read_data(config, tokenizer)
+    for files in (*(s.files for s in config.evaluation.sets), config.data.oracle_files):
+        if files:
+            read_eval_answers(files)  # in a run it is the verifier that reads these
     checked.append("data: every row read, answers of their kinds, chat template applied, lengths within the limits")
     checkpoint = newest_checkpoint(config.output_dir) if config.resume == "auto" else None
     if config.resume not in ("auto", "never"):

@@ -367,7 +367,8 @@ def refused_late(bad: Bad) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [*DATA, *MODELS])
 def test_data_and_models(refused_late: dict[str, dict[str, Any]], name: str) -> None:
-    _check(refused_late[name], {**DATA, **MODELS}[name], f"tempo {name}")
+    case = {**DATA, **MODELS}[name]
+    _check(refused_late[name], case, f"{case.changes.get('stage', 'tempo')} {name}")
     assert refused_late[name]["after"] == {}
 
 
@@ -378,7 +379,8 @@ def refused_dry(bad: Bad) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [*DATA, *MODELS])
 def test_a_dry_run_refuses_data_and_models_in_the_same_words(refused_dry: dict[str, dict[str, Any]], name: str) -> None:
-    _check(refused_dry[name], {**DATA, **MODELS}[name], f"tempo {name}")
+    case = {**DATA, **MODELS}[name]
+    _check(refused_dry[name], case, f"{case.changes.get('stage', 'tempo')} {name}")
     assert refused_dry[name]["after"] == {}
 
 
