@@ -176,10 +176,10 @@ def denies_box(statement: Statement | None) -> bool:
     return statement is not None and _DENIED_BOX.match(statement.text) is not None
 
 
-def final_value(response: str) -> str | None:
+def final_value(response: str, otherwise: str | None = None) -> str | None:
     """The value that ``response`` ends with: what its last box holds, or what its last statement begins with.
 
-    None where there is neither, where it was denied or taken back, or where more follows than a reason.  "The answer is
+    ``otherwise`` where there is neither; None where it was denied or taken back, or where more follows than a reason.  "The answer is
     correct" says no value, and takes none back.
     """
     found = final(response)
@@ -187,7 +187,9 @@ def final_value(response: str) -> str | None:
         found = final(response, besides=_NO_VALUE)
         if found is not None and re.search("[0-9]", found.text) is None:  # "positive" may be the answer, too
             return None
-    if found is None or found.refused:
+    if found is None:
+        return otherwise
+    if found.refused:
         return None
     return found.text if found.is_box else _stated_value(found.text)
 

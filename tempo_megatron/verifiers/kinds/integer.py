@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 
 from tempo_megatron.verifiers.maths.number import bare_number
-from tempo_megatron.verifiers.statements import final, final_value
+from tempo_megatron.verifiers.statements import final_value
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
 _DIGITS = re.compile(r"([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
@@ -46,7 +46,7 @@ def _answer_problem(answer: str) -> str | None:
 
 
 def _extract(response: str) -> str | None:
-    text = final_value(response) if final(response) is not None else response
+    text = final_value(response, otherwise=response)
     return None if text is None else normal_integer(text)
 
 

@@ -42,6 +42,8 @@ def _interval(relation: Relation) -> tuple[str | None, Shape | None]:
         operators = [{">": "<", ">=": "<="}.get(o, o) for o in reversed(operators)]
     if not set(operators) <= {"<", "<="}:
         return None, None
+    if any(side.startswith("(") and is_name(side) for side in sides):
+        return None, None  # a tuple of names
     if len(sides) == 3 and is_name(sides[1]):
         brackets = ("(" if operators[0] == "<" else "[") + (")" if operators[1] == "<" else "]")
         return sides[1], Sequence(brackets, (shape(sides[0]), shape(sides[2])))

@@ -64,7 +64,7 @@ _REWRITES = [
     (re.compile(r"\\lbrack(?![a-zA-Z])"), "["),
     (re.compile(r"\\rbrack(?![a-zA-Z])"), "]"),
     (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ"),
-    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile(r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}"), r"\\emptyset"),
     (re.compile(r",?\s*\\text\s*\{\s*,?\s*or\s*\}"), r" \\lor "),
     (re.compile(r",?\s*\\text\s*\{\s*(?:,?\s*and|,)\s*\}"), ", "),
     (re.compile(r"(?<=[\s0-9})$]),?\s*\bor\b\s*(?=[\s0-9({\\$a-z-])"), r" \\lor "),
