@@ -179,8 +179,8 @@ def denies_box(statement: Statement | None) -> bool:
 def final_value(response: str, otherwise: str | None = None) -> str | None:
     """The value that ``response`` ends with: what its last box holds, or what its last statement begins with.
 
-    ``otherwise`` where there is neither; None where it was denied or taken back, or where more follows than a reason.  "The answer is
-    correct" says no value, and takes none back.
+    ``otherwise`` where there is neither; None where it was denied or taken back, or where more follows than a reason.
+    "The answer is correct" says no value, and takes none back.
     """
     found = final(response)
     if found is not None and not found.is_box and _NO_VALUE.match(found.text):
