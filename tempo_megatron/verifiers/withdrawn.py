@@ -9,7 +9,11 @@ _SOME = r"(?:[ ][a-z]{1,12}){0,2}?[ ]"
 # Every repetition is bounded: a response must not make the search slow
 _WITHDRAWN = re.compile(
     rf"""
-    (?:[.!?,;:\n)\u2014\u2013-]|\bbut)[\s*_"$\\\])]{{0,8}}
+    \A\.[\s*_$\\\])]{{0,8}}(?:\?
+      |(?:is|was|seems|must[ ]be|would[ ]be|can(?:not|['\u2019]t)[ ]be)[ ](?:[a-z]{{1,12}}[ ]){{0,2}}?
+        (?:not|wrong|incorrect|impossible|mistaken|false)\b
+      |(?:is|was|does|ca)n['\u2019]t\b|does[ ]not\b|(?:是)?(?:错|不对|不正确)|不是)
+    | (?:[.!?,;:\n)\u2014\u2013-]|\bbut)[\s*_"$\\\])]{{0,8}}
       (?:no(?=[,.!;:]|[ ]wait\b|[ ](?:that|this|it)\b)|nope\b|wait\b|hm{{1,6}}\b|hold[ ]on\b|oops\b|scratch[ ]that\b
         |(?:sorry|actually),?[ ](?:no|wait|that|this|it|i)\b|correction\b|on[ ]second[ ]thoughts?\b)
     | {_IT}(?:[ ](?:is|was|seems|looks|must[ ]be|can[ ]?not[ ]be|can['\u2019]t[ ]be)|['\u2019]s)
@@ -32,5 +36,8 @@ _WITHDRAWN = re.compile(
 
 
 def is_withdrawn(after: str) -> bool:
-    """Does ``after``, what follows an answer from its last character on, say that it is wrong?  In linear time."""
+    """Does ``after``, what follows an answer, say that it is wrong?  After a box it begins with a full stop.
+
+    In linear time.
+    """
     return _WITHDRAWN.search(after) is not None

@@ -81,17 +81,23 @@ def test_what_is_denied_or_taken_back_does_not(kind: str) -> None:
     ("after", "stands"),
     [
         ("", True),
-        (" So our answer is correct.", True),
+        (". So our answer is correct.", True),
         ("\nWe check our answer: 2 * 12 = 24.", True),
-        (" Let me verify: 2 * 12 = 24.", True),
-        (" It is not a right triangle.", True),
-        (" The answer is not 24.", False),
-        (" Actually, the answer is 25.", False),
-        (" Wait, let me think.", False),
-        (" No, this is not right.", False),
-        (" 不对，", False),
+        (". Let me verify: 2 * 12 = 24.", True),
+        (". It is not a right triangle.", True),
+        (". The answer is not 24.", False),
+        (". Actually, the answer is 25.", False),
+        (". Wait, let me think.", False),
+        (". No, this is not right.", False),
+        ("。不对，", False),
         (r" \boxed{25}", False),
+        ("? No.", False),
+        (" is wrong, since 24 is even.", False),
+        ("$ isn't prime, so no.", False),
+        ("$ is not it.", False),
+        (" is right.", True),
+        (" is the number of ways.", True),
     ],
 )
 def test_a_box_and_what_follows(kind: str, after: str, stands: bool) -> None:
-    assert verify(rf"So \boxed{{24}}.{after}", "24", kind).correct is stands
+    assert verify(rf"So \boxed{{24}}{after}", "24", kind).correct is stands
