@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tempo_megatron.checkpoint.manifest import FORMAT
 from tests.launching import LaunchResult, launch, patience
 from tests.loop.conftest import Bad
 
@@ -160,11 +161,11 @@ CONFIG = {
     ),
     "no-model-folder": Case(r"actor\.init: '.*/gone' does not exist .*", {"actor.init": "{model:gone}"}),
     "tp-heads": Case(
-        r"actor\.parallel\.tensor_model_parallel_size: 3 must divide num_attention_heads 4.*; nearest valid: 2",
+        r"actor\.parallel\.tensor_model_parallel_size: 3 must divide num_attention_heads 4.*; nearest valid: 2 or 4",
         {"actor.parallel.tensor_model_parallel_size": 3, "launch.nproc_per_node": 3},
     ),
     "pp-layers": Case(
-        r"actor\.parallel\.pipeline_model_parallel_size: 4 must divide num_hidden_layers 2.*; nearest valid: 2",
+        r"actor\.parallel\.pipeline_model_parallel_size: 4 must be at most num_hidden_layers 2 \(.*",
         {"actor.parallel.pipeline_model_parallel_size": 4, "launch.nproc_per_node": 4},
     ),
     "answer-type": Case(
@@ -294,19 +295,21 @@ RUNS = {
         copy="finished",
     ),
     "other-format": Case(
-        r".*/step_00000001/manifest\.json: format 7 is not supported, this version reads 2",
+        rf".*/step_00000001/manifest\.json: format 7 is not supported, this version reads {FORMAT}",
         copy="finished",
         write={"checkpoints/step_00000001/manifest.json": '{"format": 7}'},
     ),
     "no-manifest-format": Case(
-        r".*/step_00000001/manifest\.json: format None is not supported, this version reads 2",
+        rf".*/step_00000001/manifest\.json: format None is not supported, this version reads {FORMAT}",
         copy="finished",
         write={"checkpoints/step_00000001/manifest.json": "[]"},
     ),
     "other-world": Case(
         r".*/step_00000001: saved on 2 ranks, this run has 1; resume on as many ranks",
         copy="finished",
-        write={"checkpoints/step_00000001/manifest.json": '{"format": 2, "roles": ["actor"], "world_size": 2}'},
+        write={
+            "checkpoints/step_00000001/manifest.json": f'{{"format": {FORMAT}, "roles": ["actor"], "world_size": 2}}'
+        },
     ),
     "other-data": Case(
         r"resume: the checkpoint's prompt sampler has size 512, this run has 100; .*",
