@@ -1,7 +1,7 @@
-"""The command line: argument parsing, and the one place that turns errors into messages and exit codes.
+"""The command line: argument parsing, and the one place that ends the process.
 
 Exit codes: 0 done; 1 a fault of the program (with its traceback); 2 bad input or configuration; 3 the run
-failed; 4 another rank has ended; 130 Ctrl-C, 143 SIGTERM.
+failed; 4 another rank has ended or does not answer; 128 + n a signal (130 Ctrl-C, 143 SIGTERM, 137 a killed rank).
 """
 
 from __future__ import annotations
@@ -12,46 +12,34 @@ import os
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from tempo_megatron import __version__
-from tempo_megatron.cluster.launch import (
-    EXIT_LOST_PEER,
-    RankInfo,
+from tempo_megatron.cluster.claim import check_unclaimed
+from tempo_megatron.cluster.launch import RankInfo, rank_environment, rank_from_environment
+from tempo_megatron.cluster.lifetime import (
+    end_on_signals,
+    follow_launcher,
     is_spawned,
-    rank_from_environment,
-    spawn_ranks,
+    print_stacks_on_signal,
+    say,
     stop_message,
-    thread_environment,
+    use_own_temporary_folder,
 )
+from tempo_megatron.cluster.limits import check_limits
+from tempo_megatron.cluster.local import spawn_ranks
 from tempo_megatron.data.prepare.command import add_arguments as data_arguments
 from tempo_megatron.errors import TempoError
+from tempo_megatron.failures import tell
 
 if TYPE_CHECKING:
     from tempo_megatron.config.schema import Config
 
-#: Seconds that a rank waits before it tells what rank 0, or a rank that knows the cause, has most likely told:
-#: the launcher ends all ranks with the first that leaves, so that one line is all that is seen.
-FOLLOWER_GRACE_S = 5.0
-
 #: Seconds between a failing rank's last words and its end: srun --kill-on-bad-exit drops what is still on its way.
 LAST_WORDS_S = 0.5
-
-#: Parts of the RuntimeErrors by which gloo, NCCL and the TCP store tell that the other side is gone.
-LOST_PEER_TEXTS = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "connection was likely closed",
-    "failed to recv, got 0 bytes",
-    "ncclremoteerror",
-    "remote process exited or there was a network error",
-    "nccl communicator was aborted",
-)
 
 EXAMPLES = """examples:
   tempo-megatron demo                                     the toy task, a few minutes on two cores
@@ -105,16 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _parse(words)
             place = rank_from_environment()
+            follow_launcher(is_rank=place is not None)
             if place is not None:
                 signal.signal(signal.SIGINT, _interrupt_once)
+                _begin(place, command)
             code: int = arguments.run(arguments, place)
         except SystemExit as error:  # argparse: --help, --version (0) or bad usage (2)
             code = error.code if isinstance(error.code, int) else 1
         except Exception as error:
-            code = _tell(error, place)
+            code = tell(error, place)
     except KeyboardInterrupt:
-        if place is None or (place.rank == 0 and not is_spawned()):
-            _say(stop_message(signal.SIGINT, command))
+        if _tells_of_signals(place):
+            say(stop_message(signal.SIGINT, command))
         code = 128 + signal.SIGINT
     if place is not None:
         _leave(code)
@@ -213,12 +203,16 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         return _dry_run(config, place, world_size)
     if (done := finished_message(config)) is not None:
         if place is None or place.rank == 0:
-            _say(done)
+            say(done)
         return 0
-    os.environ.update(thread_environment(config.launch.threads_per_rank))
+    check_limits()
+    os.environ.update(rank_environment(config.launch.threads_per_rank))
     if place is None and world_size > 1:
-        _say(f"{run_title(config.stage, config.output_dir)} starting {world_size} ranks on this node")
+        check_unclaimed(Path(config.output_dir))  # told before ranks are started; rank 0 claims it
+        say(f"{run_title(config.stage, config.output_dir)} starting {world_size} ranks on this node")
         return spawn_ranks(world_size, ["train", "--config", arguments.config, *arguments.overrides])
+    if place is None:
+        _begin(place, "train")
     from tempo_megatron.loop import run
 
     run(config)
@@ -255,14 +249,18 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     )
     world_size = place.world_size if place else config.launch.nproc_per_node
     check_evaluation(config, world_size)
-    os.environ.update(thread_environment(config.launch.threads_per_rank))
+    check_limits()
+    os.environ.update(rank_environment(config.launch.threads_per_rank))
     from tempo_megatron.evaluation.record import check_output, read_evaluation
 
     check_output(Path(config.output_dir), resolve_init(config.actor.init, "actor.init").path, arguments.compare)
     if arguments.compare is not None:
         read_evaluation(arguments.compare)  # what is wrong with it is told before the models are loaded
     if place is None and world_size > 1:
+        check_unclaimed(Path(config.output_dir))
         return spawn_ranks(world_size, arguments.words)
+    if place is None:
+        _begin(place, "evaluate")
     from tempo_megatron.loop import run_evaluation
 
     run_evaluation(config, arguments.compare)
@@ -328,52 +326,25 @@ def _report(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     return report(run_dirs=arguments.run_dirs, output=arguments.output)
 
 
-# ---------------------------------------------------------------- errors
+# ---------------------------------------------------------------- this process
 
 
-def _tell(error: Exception, place: RankInfo | None) -> int:
-    """Say what is to be said about ``error`` on this rank; returns the exit code."""
-    if isinstance(error, TempoError):
-        message = f"error: {' '.join(str(error).split())}"
-        if place is not None and place.rank != 0:
-            time.sleep(FOLLOWER_GRACE_S)  # what every rank meets is told by rank 0
-            message = f"rank {place.rank}: {message}"
-        _say(message)
-        return error.exit_code
-    if place is not None and is_lost_peer(error):
-        time.sleep(FOLLOWER_GRACE_S)
-        _say(f"rank {place.rank}: stopped, another rank has ended")
-        return EXIT_LOST_PEER
-    _say((f"rank {place.rank}: " if place else "") + "".join(traceback.format_exception(error)).rstrip())
-    return 1
+def _begin(place: RankInfo | None, command: str | None) -> None:
+    """What a process does that trains or evaluates, before anything heavy is imported."""
+    use_own_temporary_folder()
+    print_stacks_on_signal()
+    end_on_signals(lambda number: stop_message(number, command) if _tells_of_signals(place) else None)
+
+
+def _tells_of_signals(place: RankInfo | None) -> bool:
+    """One process of a job does: the only one, the launcher of this program's ranks, or rank 0 of another's."""
+    return place is None or (place.rank == 0 and not is_spawned())
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
     """Ctrl-C reaches a rank twice, from the terminal and from its launcher; the second must not end the farewell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether ``error``, or what it was raised from, is a collective that failed because a peer is gone."""
-    return any(
-        isinstance(cause, RuntimeError) and any(text in str(cause).lower() for text in LOST_PEER_TEXTS)
-        for cause in _chain(error)
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the reader of stderr may be gone
-        sys.stderr.write(f"{text}\n")  # one write: lines of several ranks do not mix
-        sys.stderr.flush()
 
 
 def _leave(code: int) -> NoReturn:

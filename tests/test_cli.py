@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tempo_megatron import __version__, cli
+from tempo_megatron import __version__, cli, failures
 from tempo_megatron.cluster.launch import RankInfo
 from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.errors import RunError, TempoError
@@ -55,6 +55,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Callable
     for name, function in functions.items():
         setattr(fake, name, function)
     monkeypatch.setitem(sys.modules, module, fake)
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most commands run in this process, which must go on obeying pytest's."""
+    monkeypatch.setattr(cli, "_begin", lambda *_: None)
 
 
 # ---------------------------------------------------------------- arguments
@@ -333,7 +339,7 @@ LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connec
     ],
 )
 def test_lost_peers_are_recognised(error: Exception, expected: bool) -> None:
-    assert cli.is_lost_peer(error) is expected
+    assert failures.is_lost_peer(error) is expected
 
 
 # ---------------------------------------------------------------- errors of ranks
@@ -341,7 +347,7 @@ def test_lost_peers_are_recognised(error: Exception, expected: bool) -> None:
 DRIVER = f"""
 import sys; sys.path.insert(0, {str(REPOSITORY)!r})
 import os, signal, threading, time, types
-from tempo_megatron import cli
+from tempo_megatron import cli, failures
 from tempo_megatron.errors import RunError, TempoError
 
 rank, behaviour = int(os.environ["RANK"]), sys.argv.pop(1)
@@ -369,7 +375,7 @@ def run(config):
 loop = types.ModuleType("tempo_megatron.loop")
 loop.run = run
 sys.modules["tempo_megatron.loop"] = loop
-cli.FOLLOWER_GRACE_S = 3.0
+failures.FOLLOWER_GRACE_S = 3.0
 sys.exit(cli.main())
 """
 
@@ -414,14 +420,14 @@ def ends_under_a_launcher(*ranks: subprocess.Popen) -> list[tuple[int, str]]:
 
 def test_what_all_ranks_meet_is_told_by_rank_0(start: Callable[..., subprocess.Popen]) -> None:
     ranks = [start("error everywhere", rank) for rank in (0, 1)]
-    assert ends_under_a_launcher(*ranks) == [(3, "error: the loss is NaN\n"), (-signal.SIGTERM, "")]
+    assert ends_under_a_launcher(*ranks) == [(3, "error: the loss is NaN\n"), (128 + signal.SIGTERM, "")]
 
 
 def test_each_rank_checks_the_layout_for_the_whole_job(start: Callable[..., subprocess.Popen]) -> None:
     # launch.nproc_per_node does not count here: the launcher has decided
     overrides = ["actor.parallel.tensor_model_parallel_size=4", "launch.nproc_per_node=4"]
     (code, told), silent = ends_under_a_launcher(*(start("", rank, *overrides) for rank in (0, 1)))
-    assert (code, silent) == (2, (-signal.SIGTERM, ""))
+    assert (code, silent) == (2, (128 + signal.SIGTERM, ""))
     assert "must divide the world size 2" in told
 
 
@@ -454,3 +460,41 @@ def test_nothing_can_hang_the_end_of_a_rank_and_its_output_is_kept(start: Callab
     rank = start("hanging thread", 0)
     out, err = rank.communicate(timeout=30)
     assert (rank.returncode, out, err) == (0, "last words", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device", "runs/a/x"), "runs/a/x: No space left on device; what was saved"),
+        (OSError(30, "Read-only file system"), "input/output: Read-only file system; what was saved"),
+        (OSError(24, "Too many open files", "a.parquet"), "a.parquet: Too many open files; what was saved"),
+        (MemoryError(), "out of memory: the address space is limited (ulimit -v)"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes.\nframe"),
+            "out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes.",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: CUDA out of memory. Tried to"),
+        (RuntimeError("can't start new thread"), "no further thread can be started: limits on processes or memory"),
+    ],
+)
+def test_what_the_system_has_no_more_of_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture, error: Exception, told: str
+) -> None:
+    def run(config: object) -> None:
+        raise ValueError("while it did something") from error
+
+    stand_in(monkeypatch, "tempo_megatron.loop", run=run)
+    assert cli.main(["train", "--config", str(config_file)]) == 3
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {told}") and shown.count("\n") == 1
+
+
+def test_other_errors_of_the_system_are_faults(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def run(config: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "x")
+
+    stand_in(monkeypatch, "tempo_megatron.loop", run=run)
+    assert cli.main(["train", "--config", str(config_file)]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")

@@ -55,6 +55,7 @@ REPLACED = {
         "vllm.v1.engine.core.cleanup_dist_env_and_memory",
         "torch.ops._C.init_cpu_memory_env",
         f"{VLLM_CPU.replace(':', '.')}.make_group_name",
+        f"{VLLM_CPU.replace(':', '.')}._init_cpu_shm",
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod._setup_kernel",
         "vllm.model_executor.models.transformers.base.Base._decorate_cls_for_torch_compile",
     },
@@ -93,6 +94,7 @@ READ = [
     ("vllm.v1.worker.cpu_worker:CPUWorker.__init__", "init_cpu_memory_env"),
     ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "set_num_threads"),
     (f"{VLLM_CPU}.__init__", "make_group_name"),
+    (f"{VLLM_CPU}.__init__", "_init_cpu_shm"),
     (
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
         "UnquantizedFusedMoEMethod.process_weights_after_loading",
@@ -106,6 +108,7 @@ READ = [
     ("vllm.usage.usage_lib:is_usage_stats_enabled", "VLLM_NO_USAGE_STATS"),
     ("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", "VLLM_ENABLE_V1_MULTIPROCESSING"),
     ("vllm.logger:_configure_vllm_root_logger", "VLLM_LOGGING_LEVEL"),
+    (f"{VLLM_CPU}._init_cpu_shm", "barrier"),
     # checkpoint/convert/plan.py: each init wraps sys.excepthook
     ("torch.distributed.distributed_c10d:init_process_group", "excepthook"),
 ]

@@ -26,6 +26,9 @@ KeyPath = tuple[str | int, ...]
 
 COMMAND_LINE = "command line"
 
+#: More than any configuration has.
+MAX_VALUES = 100_000
+
 # (tag, what a plain scalar looks like, its possible first characters); the first match wins
 _PLAIN_SCALARS = (
     ("tag:yaml.org,2002:merge", r"<<", "<"),
@@ -182,7 +185,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return _unshared(yaml.load(text, Loader=_Loader))
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > MAX_VALUES:
+            raise TempoError(f"{origin}: more than {MAX_VALUES} values once its aliases (*name) are written out")
+        return _unshared(_Loader("").construct_document(node))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark and origin != COMMAND_LINE else ""
@@ -191,6 +199,18 @@ def _parse_yaml(text: str, origin: str) -> Any:
         raise TempoError(f"{origin}: nested too deeply (an alias that holds itself?)") from None
     except (yaml.YAMLError, ValueError) as error:  # ReaderError (control characters); an absurdly long integer
         raise TempoError(f"{origin}: not valid YAML: {_one_line(error)}") from None
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values ``node`` has with every alias written out; a few lines of aliases of aliases make billions."""
+    if id(node) not in sizes:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in inner)
+    return sizes[id(node)]
 
 
 def _unshared(values: Any) -> Any:

@@ -480,7 +480,7 @@ class TelemetryConfig(Section):
 class LaunchConfig(Section):
     nproc_per_node: int = Field(1, ge=1, description="ranks that `train` starts itself on one node")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
-    timeout_s: int = Field(600, ge=1, description="longest wait in one collective, seconds")
+    timeout_s: int = Field(600, ge=1, description="longest wait in one collective, and longest silence of a rank, s")
 
 
 class Config(Section):

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tempo_megatron.cluster.lifetime import LAUNCHER
 from tempo_megatron.errors import TempoError
 from tempo_megatron.telemetry.findings import critic_findings
 from tempo_megatron.telemetry.metrics import read_metrics
@@ -130,7 +131,7 @@ def run_demo(
 
 def _call(command: list[str]) -> int:
     """Run a stage; on Ctrl-C the stage has the signal too, and says what there is to say."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env={**os.environ, LAUNCHER: str(os.getpid())})
     while True:
         try:
             return process.wait()

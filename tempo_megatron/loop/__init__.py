@@ -19,10 +19,12 @@ def run(config: Config) -> None:
     from tempo_megatron.loop.em import EMLoop
     from tempo_megatron.loop.session import Session
     from tempo_megatron.loop.sft import SFTLoop
+    from tempo_megatron.parallel.distributed import finish
 
     with Session(config) as session:
         loop = SFTLoop(session) if config.stage == "sft" else EMLoop(session)
         loop.run()
+    finish()
 
 
 def run_dry(config: Config, world_size: int) -> None:
@@ -48,8 +50,10 @@ def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
 
     cpu_shim.install()  # before anything imports megatron.core
     from tempo_megatron.loop.evaluate_model import evaluate_model
+    from tempo_megatron.parallel.distributed import finish
 
     evaluate_model(config, compare_with)
+    finish()
 
 
 def _tell(text: str) -> None:

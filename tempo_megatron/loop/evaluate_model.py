@@ -29,7 +29,7 @@ from tempo_megatron.evaluation.table import comparison_table, results_table
 from tempo_megatron.locate import InitSource
 from tempo_megatron.loop.data import PromptData, read_eval_sets
 from tempo_megatron.loop.evaluate import EvaluatedSet, Evaluator
-from tempo_megatron.loop.runtime import Runtime, start_rollout, start_verifier
+from tempo_megatron.loop.runtime import Runtime, claim_output, start_rollout, start_verifier
 from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import json_safe
@@ -41,10 +41,9 @@ _VERSION = 0  # of the weights: there is no other
 
 
 class EvaluationRuntime(Runtime):
-    """Runtime with their weights and evaluation sets, and nothing that trains."""
+    """Models with their weights and evaluation sets, and nothing that trains; the world is joined before."""
 
     def __init__(self, config: Config) -> None:
-        start(config.launch.threads_per_rank, config.launch.timeout_s)
         super().__init__(config, f"evaluate {Path(config.actor.init).name}", len(config.evaluation.sets))
         with self.ledger.phase("data"):
             self.data = PromptData(None, None, {}, read_eval_sets(config, self.tokenizer))
@@ -64,8 +63,10 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         TempoError: a set, the model or ``compare_with`` cannot be used.
         RunError: sampling or verifying failed, or the folder cannot be written.
     """
-    runtime = EvaluationRuntime(config)
+    start(config.launch.threads_per_rank, config.launch.timeout_s)
     with ExitStack() as closing:
+        claim_output(Path(config.output_dir), closing)
+        runtime = EvaluationRuntime(config)
         closing.callback(runtime.progress.close)
         other = on_rank0(partial(_comparison, runtime, compare_with))
         step, updates = on_rank0(partial(_progress, runtime.sources["actor"]))
@@ -82,7 +83,8 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
                 result = evaluator.evaluate(prompts, updates, _VERSION)
             record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, runtime, result, done - 1))
             runtime.progress.advance(done, {})
-    on_rank0(lambda: _publish(runtime, record, other, compare_with))
+        runtime.progress.close()  # the table comes below it
+        on_rank0(lambda: _publish(runtime, record, other, compare_with))
 
 
 def _comparison(runtime: Runtime, file: Path | None) -> dict[str, Any] | None:

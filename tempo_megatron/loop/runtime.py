@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from tempo_megatron.checkpoint.hf_read import load_hf_config
+from tempo_megatron.cluster.claim import Claim, claimed
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.locate import resolve_init
 from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData, SftData
 from tempo_megatron.model.hf_tensors import Role
-from tempo_megatron.parallel.distributed import on_all_ranks, rank
+from tempo_megatron.parallel.distributed import enter_phase, on_all_ranks, rank
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.telemetry.metrics import StepLog
@@ -41,7 +42,7 @@ class Runtime:
         self.is_main = rank() == 0
         roles = roles_of(config).items()
         self.progress = Progress(title, total, enabled=self.is_main)
-        self.ledger = PhaseLedger(on_phase=self.progress.phase)
+        self.ledger = PhaseLedger(on_phase=self._enter_phase)
         self.sources = on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
         self.hf_dir = self.sources["actor"].hf_dir
         self.hf_config = on_all_ranks(lambda: load_hf_config(self.hf_dir))
@@ -53,6 +54,10 @@ class Runtime:
         self.hf_dirs: dict[str, Path] = {}
         self.rollout_log: StepLog | None = None
         self.evaluation_log: StepLog | None = None
+
+    def _enter_phase(self, name: str) -> None:
+        self.progress.phase(name)
+        enter_phase(name)
 
     def build_engines(self, *, trainable: bool) -> None:
         """Every role's engine, on process groups that equal layouts share; the weights come later."""
@@ -74,6 +79,15 @@ class Runtime:
                     head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
                     trainable=trainable,
                 )
+
+
+def claim_output(folder: Path, closing: ExitStack) -> Claim | None:
+    """Rank 0 holds the folder until ``closing`` closes; collective.
+
+    Raises:
+        TempoError: on every rank, when another run holds it or it cannot be written.
+    """
+    return on_all_ranks(lambda: closing.enter_context(claimed(folder)) if rank() == 0 else None)
 
 
 def start_rollout(runtime: Runtime) -> RolloutEngine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import newest_checkpoint, resolve_checkpoint
 from tempo_megatron.loop.announce import outcome, plan
 from tempo_megatron.loop.data import read_data
-from tempo_megatron.loop.runtime import Runtime, roles_of
+from tempo_megatron.loop.runtime import Runtime, claim_output, roles_of
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import MetricsWriter, StepLog
@@ -34,6 +34,7 @@ from tempo_megatron.telemetry.run_folder import (
     Finished,
     load_run,
     write_run_info,
+    write_whole,
 )
 
 
@@ -49,17 +50,25 @@ class Session(Runtime):
         start(config.launch.threads_per_rank, config.launch.timeout_s)
         self._began = time.monotonic()
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.writer: MetricsWriter | None = None
+        self._closing = ExitStack()
+        self._claim = claim_output(Path(config.output_dir), self._closing)
+        try:
+            self._build(config)
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def _build(self, config: Config) -> None:
         self._checkpoint = on_rank0(partial(_find_checkpoint, config))
         super().__init__(config, run_title(config.stage, config.output_dir), config.steps)
         with self.ledger.phase("data"):
             self.data = read_data(config, self.tokenizer)
         self._tell_plan()
         self.resumed: dict[str, Any] | None = None
+        self._finished: Finished | None = None
         self.build_engines(trainable=True)
         self._load_engines()
-        self.writer: MetricsWriter | None = None
-        self._finished: Finished | None = None
-        self._closing = ExitStack()
 
     def _tell_plan(self) -> None:
         roles = {role: (settings, self.sources[role]) for role, settings in roles_of(self.config).items()}
@@ -82,7 +91,7 @@ class Session(Runtime):
         last_step = self.resumed["step"] if self.resumed else None
         self.output.mkdir(parents=True, exist_ok=True)
         text = dump_config(config)
-        (self.output / CONFIG_FILE).write_text(text)
+        write_whole(self.output / CONFIG_FILE, text)
         self.write_info()
         self.writer = self._closing.enter_context(
             MetricsWriter(self.output, config.telemetry, yaml.safe_load(text), self.output.name, last_step)
@@ -113,16 +122,23 @@ class Session(Runtime):
         )
 
     def record(self, step: int, progressed: int, metrics: dict[str, Any], shown: dict[str, float]) -> None:
-        """Write the step's one metrics record and move the progress bar.
+        """Write the step's one metrics record and move the progress bar.  Collective.
 
         Args:
             progressed: position of the bar, in ``config.steps``.
             shown: label -> figure, for the bar.
+
+        Raises:
+            RunError: the run has lost its folder to another one, or the record could not be written.
         """
         record = {"step": step, "stage": self.config.stage, **metrics, **self.ledger.collect()}
-        if self.writer is not None:
-            self.writer.write(record)
+        on_rank0(partial(self._write, record))
         self.progress.advance(progressed, shown)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._claim is not None and self.writer is not None
+        self._claim.check()
+        self.writer.write(record)
 
     def save(self, state: dict[str, Any], protected: Collection[int] = ()) -> None:
         """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay."""
@@ -143,8 +159,9 @@ class Session(Runtime):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
-        if self.writer is not None:
-            self.write_info()
+        if self.writer is not None and self._claim is not None and self._claim.is_held:
+            with suppress(*(OSError,) if error is not None else ()):  # a full disk has been told
+                self.write_info()
         self._closing.close()
         if self.writer is not None and self._finished is not None:
             peak = self.ledger.peak_gib

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import datetime
-import faulthandler
 import os
-import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, is_spawned, leave
+from tempo_megatron.cluster.local import STORE_SOCKET
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel import device as dev
+from tempo_megatron.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 
+#: Seconds after ``timeout_s`` at which joining is given up even if the store itself never returns.
+JOIN_SLACK_S = 30.0
+
+_watchdog: Watchdog | None = None
+
 
 def start(threads: int, timeout_s: int) -> None:
-    """Join the world of this job (torchrun's environment, or a world of one).
+    """Join the world of this job (the launcher's environment, or a world of one).
 
-    Also sets this rank's CPU threads and makes SIGUSR1 print every thread's stack.
+    Also sets this rank's CPU threads, and has the ranks watch each other.
+
+    Raises:
+        TempoError: another program has the port where the ranks meet.
+        RunError: not all ranks came.
     """
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(threads)
     if dist.is_initialized():
         return
@@ -31,9 +43,76 @@ def start(threads: int, timeout_s: int) -> None:
         torch.cuda.set_device(dev.device())
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(dev.backend(), timeout=timeout)
+        _join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
     else:
         dist.init_process_group(dev.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _join(rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+    global _watchdog
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    limit = f"launch.timeout_s: {timeout.total_seconds():g}"
+    with _ended_after(timeout.total_seconds() + JOIN_SLACK_S, f"error: no answer from {place}, where the ranks meet"):
+        try:
+            store = _store(rank, world_size, timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" in str(error):
+                raise TempoError(
+                    f"environment: MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens there on this "
+                    "machine; set another one"
+                ) from error
+            raise RunError(f"launch: no answer from rank 0 at {place}, where the ranks meet ({limit})") from error
+        except dist.DistStoreError as error:
+            raise RunError(f"launch: not all of {world_size} ranks came to {place} ({limit})") from error
+        if world_size > 1:
+            _watchdog = Watchdog(store, rank, world_size, timeout.total_seconds())
+            _watchdog.announce()
+        dist.init_process_group(dev.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if _watchdog is not None:
+        _watchdog.start()
+
+
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    if is_spawned():
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            master_listen_fd=int(os.environ[STORE_SOCKET]) if rank == 0 else None,
+        )
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    return store
+
+
+@contextmanager
+def _ended_after(seconds: float, text: str) -> Iterator[None]:
+    """A request to a store whose host is stopped never returns, whatever its own time limit."""
+    timer = threading.Timer(seconds, leave, [text, EXIT_LOST_PEER])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def enter_phase(name: str) -> None:
+    """Tell the other ranks what this one is at, for the case that they wait for it in vain."""
+    if _watchdog is not None:
+        _watchdog.enter(name)
+
+
+def missing_ranks() -> str:
+    """After a collective that took longer than its time limit: the ranks that did not take part, with their phase."""
+    return _watchdog.who_is_missing() if _watchdog is not None else "another rank"
+
+
+def finish() -> None:
+    """This rank is done: the others may go on without it."""
+    if _watchdog is not None:
+        _watchdog.stop()
 
 
 def rank() -> int:

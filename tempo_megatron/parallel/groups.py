@@ -39,7 +39,7 @@ class ModelParallelGroups:
         try:
             mpu.initialize_model_parallel(
                 **layout.megatron_sizes(),
-                distributed_timeout_minutes=max(1, timeout_s // 60),
+                distributed_timeout_minutes=timeout_s / 60,
                 # the one process that plays every rank of a layout (checkpoint/convert/plan.py) cannot meet the others
                 create_gloo_process_groups=dist.get_backend() != "fake",
             )

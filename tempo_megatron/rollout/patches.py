@@ -12,6 +12,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.patching import kept, replace_function, replace_value
+
+#: Where Linux shows shared memory by name (shm_overview(7)).
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def prepare_process() -> None:
@@ -139,11 +143,13 @@ def _keep_memory_policy() -> None:
 
 
 def _name_shared_memory(token: str) -> None:
-    """Name the TP ranks' shared memory by this engine, so that jobs on one host do not collide.
+    """Name the TP ranks' shared memory by this engine, so that jobs on one host do not collide, and leave no names.
 
     distributed/device_communicators/cpu_communicator.py, _CPUSHMDistributed.make_group_name, uses
     VLLM_DIST_IDENT, which v1/worker/cpu_worker.py, init_device, sets to "//" for every job under torchrun:
     the second job dies of "create shm in SHMManager failed. errno: 17", as does one that follows a killed job.
+    _init_cpu_shm ends with a barrier behind the last rank that opens a segment: without its name the memory goes with
+    the processes, however they end.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
 
@@ -151,7 +157,14 @@ def _name_shared_memory(token: str) -> None:
         ranks = "-".join(str(rank) for rank in communicator.ranks)
         return f"tempo-{token}-{communicator.unique_name}-[{ranks}]-cpushm"
 
+    def init_cpu_shm(shared: _CPUSHMDistributed) -> int:
+        handle: int = original(shared)
+        for segment in SHARED_MEMORY.glob(f"tempo-{token}-*_{shared.communicator.rank}"):
+            segment.unlink()
+        return handle
+
     replace_function(_CPUSHMDistributed, "make_group_name", make_group_name, ("communicator",))
+    original = replace_function(_CPUSHMDistributed, "_init_cpu_shm", init_cpu_shm, ("self",))
 
 
 def _repack_experts_on_reload() -> None:

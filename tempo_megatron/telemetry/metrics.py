@@ -8,13 +8,13 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from tempo_megatron.config.schema import TelemetryConfig
-from tempo_megatron.errors import TempoError
+from tempo_megatron.errors import RunError, TempoError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -104,18 +104,34 @@ class StepLog:
                 os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
             else:
                 _cut_after(path, last_step)
-        self._file: TextIO = path.open("a", encoding="utf-8", newline="\n")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # nothing is left in a buffer for ``close`` when a disk is full
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; NaN and infinities become null."""
+        """Append one record; NaN and infinities become null.
+
+        Raises:
+            RunError: it could not be written (a full disk); the records before it are whole.
+        """
         if type(record.get("step")) is not int:
             raise ValueError(f"a record needs an integer 'step', got {record.get('step')!r}")
         # the whole line is made before the first byte is written: a bad value leaves no half line behind
-        self._file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
-        self._file.flush()
+        line = memoryview((json.dumps(json_safe(record), allow_nan=False) + "\n").encode())
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise _unwritten(self._path, error) from error
 
     def close(self) -> None:
         self._file.close()
+
+
+def _unwritten(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: step cannot be written: {error.strerror or error}; what was written before is whole")
 
 
 def _cut_after(path: Path, last_step: int) -> None:
@@ -195,13 +211,17 @@ class _TensorBoardSink:
     def __init__(self, folder: Path, last_step: int | None) -> None:
         module = _import("torch.utils.tensorboard", package="tensorboard", key="telemetry.tensorboard: true")
         purge_step = 0 if last_step is None else last_step + 1
-        self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._folder = folder / "tensorboard"
+        self._writer = module.SummaryWriter(str(self._folder), purge_step=purge_step)
 
     def write(self, record: Mapping[str, Scalar]) -> None:
-        for key, value in record.items():
-            if key != "step" and isinstance(value, bool | int | float):
-                self._writer.add_scalar(key, float(value), global_step=record["step"])
-        self._writer.flush()
+        try:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, bool | int | float):
+                    self._writer.add_scalar(key, float(value), global_step=record["step"])
+            self._writer.flush()
+        except OSError as error:  # of the thread that writes, told at its next use
+            raise _unwritten(self._folder, error) from error
 
     def close(self) -> None:
         self._writer.close()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,6 @@ def write_run_info(
     finished: Finished | None,
 ) -> None:
     """Write ``run.json``, atomically; called at the start of a run and again, with what came of it, at its end."""
-    path = Path(output_dir) / INFO_FILE
-    temporary = path.with_name(path.name + ".tmp")
     info = {
         "stage": stage,
         "started": started,
@@ -225,5 +224,16 @@ def write_run_info(
         "finished": None if finished is None else asdict(finished),
         "environment": environment,
     }
-    temporary.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(output_dir) / INFO_FILE, json.dumps(info, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or as it was before.  OSError names it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file

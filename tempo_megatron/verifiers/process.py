@@ -5,7 +5,6 @@ JSON and not pickle: what comes back was made from hostile text.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from tempo_megatron.cluster.lifetime import die_with_parent
 
 
 def send_json(conn: Connection, message: Any) -> None:
@@ -53,10 +52,7 @@ def spawn_child(
 def _child(
     target: Callable[..., None], conn: Connection, parent: int, memory_limit_mib: int | None, args: tuple[Any, ...]
 ) -> None:
-    # A SIGKILLed parent can't clean up, and a busy child doesn't notice the closed pipe.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        return
+    die_with_parent(parent)  # a killed one can't clean up, and a busy child doesn't notice the closed pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if memory_limit_mib is not None:
         limit = memory_limit_mib * 2**20

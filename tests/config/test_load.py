@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.config.schema import PRESETS, Config
 from tempo_megatron.errors import TempoError
+from tests.launching import patience
 
 MINIMAL = "stage: sft\noutput_dir: runs/x\nsteps: 5\nactor: {init: models/a}\n"
 
@@ -163,6 +165,31 @@ def test_broken_yaml_names_the_line(write: Any) -> None:
     assert ":1: not valid YAML: a key must be a word" in refusal(write("1: sft\n"))
     assert "nested too deeply" in refusal(write("data: &a {x: *a}\n"))
     assert "not valid YAML: could not determine a constructor" in refusal(write("stage: !!python/name:os.system\n"))
+
+
+LEVELS = range(1, 40)
+BOMBS = {
+    "lists": "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in LEVELS),
+    "mappings": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in LEVELS),
+    "merges": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in LEVELS),
+    "wide": "a: &a [" + "x, " * 1000 + "]\nb: [" + "*a, " * 1000 + "]\n",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+def test_aliases_of_aliases_are_counted_before_they_are_written_out(write: Any, bomb: str) -> None:
+    path = write(bomb)
+    began = time.monotonic()
+    assert refusal(path) == f"{path}: more than 100000 values once its aliases (*name) are written out"
+    assert time.monotonic() - began < patience(2)
+
+
+def test_ordinary_aliases_and_merges_are_read(write: Any) -> None:
+    text = "x: &x {lr: 1e-4}\nactor:\n  init: a\n  optimizer: *x\n"
+    assert ": unknown key x (value" in refusal(write(f"stage: sft\nsteps: 1\noutput_dir: o\n{text}"))
+    text = "actor: {init: a, optimizer: {<<: &m {lr: 1e-4}, eps: 1e-7}}\n"
+    config = load_config(write(f"stage: sft\nsteps: 1\noutput_dir: o\ndata: {{train_files: [a.parquet]}}\n{text}"))
+    assert (config.actor.optimizer.lr, config.actor.optimizer.eps) == (1e-4, 1e-7)
 
 
 # ---------------------------------------------------------------- refusals of keys and values

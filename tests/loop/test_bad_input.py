@@ -494,7 +494,10 @@ def test_sigterm(bad: Bad, tmp_path: Path) -> None:
 
 def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
     ended = _two_ranks(bad, "tempo", tmp_path / "run", FOR_EVER, lambda launcher: _rank(launcher, 1).kill())
-    assert ended.messages == ["error: rank 1 was killed by SIGKILL; out of memory?"]
+    (told,) = ended.messages  # by what the kernel counts of kills for lack of memory, where it does
+    assert re.fullmatch(
+        r"error: rank 1 was killed by SIGKILL(; out of memory\?| from outside; .* did not run out)", told
+    )
     assert ended.code == 128 + signal.SIGKILL
     assert ended.seconds < patience(DEADLINE_S)
     _check_whole(tmp_path / "run")

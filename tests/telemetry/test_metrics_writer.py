@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_megatron.config.schema import TelemetryConfig
-from tempo_megatron.errors import TempoError
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.telemetry.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -230,3 +231,45 @@ def test_what_was_not_asked_for_is_not_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]")
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_a_disk_that_fills_up_names_the_file_and_leaves_whole_records(tmp_path: Path, room: int) -> None:
+    log = StepLog(tmp_path / METRICS_FILE, None)
+    log.write({"step": 1, "x": 0.5})
+    whole = (tmp_path / METRICS_FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
+    try:
+        with pytest.raises(RunError) as error:
+            log.write({"step": 2, "x": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"{tmp_path / METRICS_FILE}: step cannot be written: File too large; what was written before is whole"
+    )
+    assert (tmp_path / METRICS_FILE).read_bytes() == whole
+    log.close()
+
+
+def test_tensorboard_on_a_full_disk(tmp_path: Path) -> None:
+    """In a process of its own, whose files may have no more bytes: the sink's thread dies, and one line tells."""
+    program = f"""
+import resource
+from tempo_megatron.config.schema import TelemetryConfig
+from tempo_megatron.errors import RunError
+from tempo_megatron.telemetry.metrics import MetricsWriter
+writer = MetricsWriter({str(tmp_path)!r}, TelemetryConfig(tensorboard=True), {{}}, "run", None)
+writer.write({{"step": 1, "x": 0.5}})
+size = max(f.stat().st_size for f in __import__("pathlib").Path({str(tmp_path)!r}).rglob("*") if f.is_file())
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300, size + 300))
+try:
+    for step in range(2, 200):
+        writer.write({{"step": step, **{{f"key{{i}}": 0.5 for i in range(5)}}}})
+except RunError as error:
+    print(error, flush=True)
+    __import__("os")._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written: File too large; what was written before is whole" in done.stdout

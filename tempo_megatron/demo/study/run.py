@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from statistics import fmean
 import yaml
 from rich.console import Console
 
+from tempo_megatron.cluster.lifetime import LAUNCHER
 from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.demo.run import DEMO
 from tempo_megatron.demo.study.plan import Arm, Base
@@ -189,7 +191,12 @@ class _Queue:
         for job in ready[: processes - len(self.running)]:
             self.waiting.remove(job)
             with _log(job, self.logs).open("ab") as log:
-                process = subprocess.Popen([sys.executable, *job.arguments], stdout=log, stderr=log)
+                process = subprocess.Popen(
+                    [sys.executable, *job.arguments],
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, LAUNCHER: str(os.getpid())},
+                )
             self.running[job] = process, time.monotonic()
         return bool(self.running)
 

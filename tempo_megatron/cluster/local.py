@@ -1,0 +1,237 @@
+"""The ranks of one node, started and watched by ``train`` itself: no torch, no files, no restarts.
+
+torchrun's agent does more (several nodes, restarts) and less: it cannot say which ranks it killed itself, waits half
+a minute for a stopped one, dies of SIGUSR1, and leaves its ranks behind when it is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, LAUNCHER, STACK_SIGNALS, say, stop_message
+from tempo_megatron.errors import RunError
+
+#: Seconds that ranks may take to end after a signal before they are killed.
+SHUTDOWN_TIMEOUT_S = 8
+#: Seconds between two looks at the ranks.
+POLL_S = 0.05
+#: Seconds that a rank has to print its stacks before the next one does: they write piece by piece.
+STACK_S = 0.2
+
+#: Descriptor of the socket on which rank 0 serves the store by which the ranks find each other.
+STORE_SOCKET = "TEMPO_MEGATRON_STORE_SOCKET"
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    sent: set[int] = field(default_factory=set)  # ending signals that it had from here
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ended_by_itself(self) -> bool:
+        """Whether its exit code is no mere consequence of what it was sent."""
+        code = self.process.returncode
+        return code not in (0, EXIT_LOST_PEER) and code not in {s for n in self.sent for s in (-n, 128 + n)}
+
+
+def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
+    """Run ``python -m tempo_megatron ARGV`` as ``nproc`` ranks of this node.
+
+    The ranks inherit stdout, stderr and the environment (set ``rank_environment`` first).  When one fails the
+    others are ended.  SIGINT, SIGTERM, SIGHUP and SIGQUIT end the ranks and are told here, SIGUSR1 and SIGUSR2 are
+    passed on.  Ranks end with this process, also where it is killed (``lifetime.follow_launcher``).
+
+    Returns:
+        0; the exit code of the rank that failed first; or 128 + n for a signal n (130: Ctrl-C, 143: SIGTERM).
+
+    Raises:
+        RunError: a rank could not be started.
+    """
+    ranks: list[_Rank] = []
+    killed_for_memory = oom_kills()
+    with _received_signals() as received:
+        try:
+            _start(ranks, nproc, argv)
+            stop = _watch(ranks, received)
+        finally:
+            _end(ranks, signal.SIGTERM)
+    if stop is not None:
+        say(stop_message(stop, argv[0]))
+        return 128 + stop
+    return first_cause(ranks, killed_for_memory, argv[0])
+
+
+def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str]) -> None:
+    # bound here and served by rank 0: no other program can take the port in between
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as server:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(server.getsockname()[1]),
+            LAUNCHER: str(os.getpid()),
+        }
+        for number in range(nproc):
+            environment = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
+            descriptors = (server.fileno(),) if number == 0 else ()
+            if number == 0:
+                environment[STORE_SOCKET] = str(server.fileno())
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tempo_megatron", *argv],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=descriptors,
+                    start_new_session=True,  # Ctrl-C comes from here alone; its helpers are one group with it
+                )
+            except OSError as error:
+                raise RunError(
+                    f"launch: rank {number} of {nproc} could not be started: {error.strerror} (limits on processes, "
+                    "files and memory: ulimit -a)"
+                ) from None
+            ranks.append(_Rank(number, process))
+
+
+def _watch(ranks: list[_Rank], received: deque[signal.Signals]) -> signal.Signals | None:
+    """Until all ranks have ended well, one has failed (None), or a signal asks for the end (that signal)."""
+    while [rank for rank in ranks if rank.is_alive]:  # asks every one of them
+        while received:
+            number = received.popleft()
+            if number in STACK_SIGNALS:
+                for rank in ranks:
+                    rank.process.send_signal(number)
+                    time.sleep(STACK_S)
+            else:
+                _end(ranks, number)
+                return number
+        if any(rank.process.returncode for rank in ranks):
+            return None
+        time.sleep(POLL_S)
+    return None
+
+
+def _end(ranks: list[_Rank], number: signal.Signals) -> None:
+    """Ask the ranks that are left to end, and kill those that do not, with their helpers."""
+    alive = [rank for rank in ranks if rank.is_alive]
+    for rank in alive:
+        rank.sent.add(number)
+        rank.process.send_signal(number)
+        rank.process.send_signal(signal.SIGCONT)  # one that is stopped gets the signal only then
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+    while (alive := [rank for rank in alive if rank.is_alive]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    for rank in alive:
+        rank.sent.add(signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(rank.process.pid, signal.SIGKILL)
+    for rank in alive:
+        try:
+            rank.process.wait(SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            say(
+                f"rank {rank.number} (process {rank.process.pid}) does not end even when killed: it hangs in the kernel"
+            )
+
+
+def first_cause(ranks: Sequence[_Rank], killed_for_memory: int | None, command: str) -> int:
+    """The exit code that explains the others: ranks ended from here and ranks that lost a peer come last.
+
+    A rank killed by a signal could tell nothing, so that is told here.
+
+    Args:
+        killed_for_memory: ``oom_kills`` when the ranks were started.
+        command: that the ranks ran.
+    """
+    failed = [rank for rank in ranks if rank.process.returncode not in (0, None)]
+    if not failed:
+        return 0
+    causes = [rank for rank in failed if rank.ended_by_itself()]
+    lost_peer = [rank for rank in failed if rank.process.returncode == EXIT_LOST_PEER]
+    rank = (causes or lost_peer or failed)[0]
+    code = rank.process.returncode
+    if code - 128 in _ENDING:  # a signal that did not come from here; a rank of this program leaves the word to it
+        say(stop_message(signal.Signals(code - 128), command))
+    if code >= 0:
+        return code
+    reason = _reason(signal.Signals(-code), killed_for_memory) if causes else ""
+    say(f"error: rank {rank.number} was killed by {signal.Signals(-code).name}{reason}")
+    return 128 - code
+
+
+def _reason(number: signal.Signals, killed_for_memory: int | None) -> str:
+    if number is not signal.SIGKILL:
+        return ""
+    now = oom_kills()
+    if now is None or killed_for_memory is None:
+        return "; out of memory?"
+    if now > killed_for_memory:
+        return ": the machine or its memory limit (cgroup) ran out of memory"
+    return " from outside; memory did not run out"
+
+
+def oom_kills(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many processes of this one's control group were killed for lack of memory; None where nobody counts them.
+
+    cgroup v2 (``memory.events``) and v1 (``memory.oom_control``): the kernel's cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            places = [root / path.lstrip("/") / "memory.events", root / "memory.events"]
+        elif "memory" in controllers.split(","):
+            folder = root / "memory"
+            places = [folder / path.lstrip("/") / "memory.oom_control", folder / "memory.oom_control"]
+        else:
+            continue
+        for place in places:  # the second: a container that sees its own group as the root
+            if (count := _counter(place, "oom_kill")) is not None:
+                return count
+    return None
+
+
+def _counter(file: Path, key: str) -> int | None:
+    try:
+        pairs: Mapping[str, str] = dict(line.split() for line in file.read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return int(pairs[key]) if key in pairs else None
+
+
+@contextmanager
+def _received_signals() -> Iterator[deque[signal.Signals]]:
+    """What arrives within the block, in order; the handlers before come back after it. An ignored SIGHUP stays so."""
+    received: deque[signal.Signals] = deque()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    before = {n: signal.getsignal(n) for n in (*_ENDING, *STACK_SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

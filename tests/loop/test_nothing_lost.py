@@ -1,0 +1,152 @@
+"""Real runs on two ranks that are started twice, killed, orphaned and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launching import patience
+from tests.loop.conftest import Bad
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Short, for sockets lie in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def train(bad: Bad, tmp_path: Path, temporary: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts ``train`` on two ranks in ``tmp_path / "run"``, with a temporary folder of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def _train(stage: str, *overrides: str) -> subprocess.Popen[str]:
+        words = [f"output_dir={tmp_path / 'run'}", "launch.nproc_per_node=2", *overrides]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tempo_megatron", "train", "--config", str(bad.config(stage)), *words],
+            env={**os.environ, "TMPDIR": str(temporary), "VLLM_LOGGING_LEVEL": "ERROR"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield _train
+    for process in started:
+        for descendant in _descendants(process):
+            descendant.kill()
+        process.kill()
+        process.communicate()
+
+
+def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _rank(process: subprocess.Popen, rank: int) -> psutil.Process:
+    return next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == str(rank))
+
+
+def _steps(run: Path) -> list[int]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _wait_for(what: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + patience(seconds)
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert what()
+
+
+def _told(process: subprocess.Popen[str], seconds: float) -> list[str]:
+    """The lines of a run that has ended, without those of its progress."""
+    out, _ = process.communicate(timeout=patience(seconds))
+    return [line for line in out.splitlines() if line.startswith(("error", "rank", "Traceback", "stopped"))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_second_start_and_a_killed_launcher(
+    train: Callable[..., subprocess.Popen[str]], tmp_path: Path, temporary: Path
+) -> None:
+    run = tmp_path / "run"
+    shared = set(SHARED_MEMORY.glob("tempo-*"))
+    first = train("tempo", "steps=100000", "checkpoint.every=1", "rollout.tensor_parallel_size=2")
+    _wait_for(lambda: len(_steps(run)) >= 3 or first.poll() is not None, 200)
+    config = (run / "config.yaml").read_text()
+
+    began = time.monotonic()
+    second = train("tempo", "steps=3", "actor.optimizer.lr=1e-3")
+    rank_0 = _rank(first, 0).pid
+    told = f"error: output_dir: {run} is in use by process {rank_0} on {socket.gethostname()}, since 20"
+    (line,) = _told(second, 20)
+    assert line.startswith(told)
+    assert second.returncode == 2
+    assert time.monotonic() - began < patience(10)
+    assert (run / "config.yaml").read_text() == config
+    assert first.poll() is None
+
+    everyone = _descendants(first)
+    assert len(everyone) >= 4  # two ranks, and rank 0's verifiers
+    first.kill()
+    _, alive = psutil.wait_procs(everyone, patience(5))
+    assert alive == []
+    _wait_for(lambda: not list(temporary.iterdir()), 5)
+    assert set(SHARED_MEMORY.glob("tempo-*")) <= shared
+
+    last = _steps(run)[-1]
+    again = train("tempo", f"steps={last + 2}", "checkpoint.every=1")
+    assert _told(again, 200) == []
+    assert again.returncode == 0
+    assert _steps(run) == list(range(1, last + 3))
+    assert list(run.glob(".claim-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: Path, rank: int) -> None:
+    process = train("sft", "steps=100000", "launch.timeout_s=20")
+    _wait_for(lambda: len(_steps(tmp_path / "run")) >= 2 or process.poll() is not None, 100)
+    _rank(process, rank).send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    (line,) = _told(process, 60)
+    assert process.returncode == 4
+    assert time.monotonic() - began < patience(40)
+    place = rf"rank {rank} \(host {socket.gethostname()}\), in phase .+ for \d+ s, stopped by a signal \(SIGSTOP\)"
+    assert re.fullmatch(
+        f"error: (no sign of life from {place}; launch.timeout_s: 20|the ranks waited longer than .* for {place})", line
+    )
+    assert list((tmp_path / "run").glob(".claim-*")) == []
+
+
+@pytest.mark.slow
+def test_a_claim_that_is_taken_away(train: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = train("sft", "steps=100000")
+    _wait_for(lambda: len(_steps(tmp_path / "run")) >= 2 or process.poll() is not None, 100)
+    (claim,) = (tmp_path / "run").glob(".claim-*")
+    claim.unlink()
+    (line,) = _told(process, 30)
+    assert re.match(rf"error: {tmp_path / 'run'}: this run's claim \.claim-00000001 is gone; it ends rather than", line)
+    assert process.returncode == 3

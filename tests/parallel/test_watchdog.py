@@ -1,0 +1,152 @@
+"""Ranks that watch each other: threads of one process stand for ranks of a real store, and one real rank is stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from tempo_megatron.parallel.watchdog import Watchdog
+from tests.launching import patience
+
+HOST = socket.gethostname()
+Ended = list[tuple[str, int]]
+
+
+@pytest.fixture
+def server() -> TCPStore:
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+
+
+@pytest.fixture
+def watch(server: TCPStore) -> Iterator[Callable[..., tuple[Watchdog, Ended]]]:
+    """Starts the watchdogs of some ranks of a world; what each would have ended with."""
+    started: list[Watchdog] = []
+
+    def _watch(*ranks: int, world_size: int = 3, timeout_s: float = 1.0) -> list[tuple[Watchdog, Ended]]:
+        made = []
+        for rank in ranks:
+            ended: Ended = []
+            dog = Watchdog(server, rank, world_size, timeout_s, lambda *told, ended=ended: ended.append(told))
+            dog.announce()
+            made.append((dog, ended))
+        started.extend(dog for dog, _ in made)
+        return made
+
+    yield _watch
+    for dog in started:
+        dog.stop()
+
+
+def wait_for(what: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert what()
+
+
+def test_ranks_that_live_are_left_alone(watch: Callable) -> None:
+    dogs = watch(0, 1, 2)
+    for dog, _ in dogs:
+        dog.start()
+    time.sleep(2.5)
+    assert [ended for _, ended in dogs] == [[], [], []]
+
+
+def test_a_silent_rank_is_named_once_with_its_phase(watch: Callable) -> None:
+    (zero, by_zero), (one, by_one), (two, _) = watch(0, 1, 2)
+    two.enter("rollout")
+    two.announce()  # and then nothing more
+    began = time.monotonic()
+    zero.start(), one.start()
+    wait_for(lambda: by_zero)
+    assert 1.0 < time.monotonic() - began < patience(4.0)
+    (text, code) = by_zero[0]
+    told = rf"error: no sign of life from rank 2 \(host {HOST}\), in phase rollout for \d s; launch.timeout_s: 1"
+    assert re.fullmatch(told, text) and code == 4
+    time.sleep(0.5)
+    assert by_one == []  # rank 1 looks at rank 0 only
+
+
+def test_others_notice_that_rank_0_is_silent(watch: Callable) -> None:
+    (zero, _), (one, by_one) = watch(0, 1)
+    watch(2)
+    zero.enter("load")
+    zero.announce()
+    one.start()
+    wait_for(lambda: by_one)
+    assert f"rank 0 (host {HOST}), in phase load for " in by_one[0][0]
+
+
+def test_a_rank_that_is_done_may_be_silent(watch: Callable) -> None:
+    dogs = watch(0, 1, 2)
+    for dog, _ in dogs:
+        dog.start()
+    time.sleep(0.5)
+    dogs[1][0].stop()
+    dogs[2][0].stop()
+    time.sleep(2.0)
+    assert dogs[0][1] == []
+
+
+def test_who_is_missing_after_a_collective_that_took_too_long(watch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    (zero, _), (one, _), (two, _) = watch(0, 1, 2, timeout_s=60)
+    monkeypatch.setattr(one, "_waits_for_others", lambda: True)
+    two.enter("rollout")
+    for dog in (zero, one, two):
+        dog.announce()
+        dog.start()
+    missing = zero.who_is_missing()
+    assert missing.startswith(f"rank 2 (host {HOST}), in phase rollout for ")
+    assert "rank 1" not in missing
+    assert one.who_is_missing().count("rank") == 2  # neither 0 nor 2 waits
+
+
+STOPPED = """
+import datetime, sys, time
+import torch.distributed as dist
+from tempo_megatron.parallel.watchdog import Watchdog
+store = dist.TCPStore("localhost", int(sys.argv[1]), is_master=sys.argv[2] == "0", wait_for_workers=False,
+                      timeout=datetime.timedelta(seconds=20))
+dog = Watchdog(store, int(sys.argv[2]), 2, 2.0)
+dog.enter("M-step")
+dog.announce()
+dist.init_process_group("gloo", store=store, rank=int(sys.argv[2]), world_size=2)
+dog.start()
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_other(stopped: int) -> None:
+    """Rank 0 serves the store: when it is stopped, requests to the store never return."""
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", STOPPED, str(port)]
+    options = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ranks = [subprocess.Popen([*command, str(rank)], **options) for rank in (0, 1)]
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["up\n", "up\n"]
+        time.sleep(1.5)
+        os.kill(ranks[stopped].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        _, told = ranks[1 - stopped].communicate(timeout=30)
+        assert ranks[1 - stopped].returncode == 4
+        assert 1.0 < time.monotonic() - began < patience(10.0)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    line = told.splitlines()[-1]
+    assert line.startswith(f"error: no sign of life from rank {stopped} (host {HOST}), in phase M-step for ")
+    assert line.endswith(" s, stopped by a signal (SIGSTOP); launch.timeout_s: 2")
