@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -153,6 +153,11 @@ def off_constants(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
 
 def is_constant(tensor: Tensor) -> bool:
     return bool((tensor == tensor.flatten()[0]).all())
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """NaN if one of them is, which Python's max may pass over."""
+    return torch.tensor(list(numbers), dtype=torch.float64).max().item()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tempo_megatron.parallel.distributed import start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
 from tests.model.hf_reference import TEMPERATURE, data, save_reference, wanted, weight_of  # noqa: E402
-from tests.model.parity_cases import Layout, config_of  # noqa: E402
+from tests.model.parity_cases import Layout, config_of, largest  # noqa: E402
 
 #: With this epsilon Adam's first step is smooth in the gradient, lr * g / (|g| + eps); the rate is so high that the
 #: step stands out of the weights' rounding.
@@ -80,9 +80,9 @@ def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups,
     steps = {n: (before[n] - w) / LR for n, w in after.items()}
     wanted_steps = {n: g / (g.abs() + ADAM_EPS) for n, g in want.gradients.items()}
     return {
-        "forward": max((got[i, : len(w)] - w).abs().max().item() for i, w in enumerate(want.outputs)),
+        "forward": largest((got[i, : len(w)] - w).abs().max().item() for i, w in enumerate(want.outputs)),
         "loss": abs(result.loss - want.loss) / abs(want.loss),
-        "gradient": max(relative(step, wanted_steps[n]) for n, step in steps.items()),
+        "gradient": largest(relative(step, wanted_steps[n]) for n, step in steps.items()),
         "grad_norm": abs(result.grad_norm - want.norm) / want.norm,
         "parameters": len(after),
         "roundtrip": roundtrip,

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from tempo_megatron.config.layout import check_layout, read_model_shape
+from tempo_megatron.errors import TempoError
 from tests.model.hf_reference import reference
 from tests.model.parity_cases import (
     FAMILIES,
     LAYOUTS,
     RANKS,
     ROLES,
+    Layout,
     all_cases,
     config_of,
     is_constant,
     rotation,
 )
-from tests.model.parity_table import MEASURES, TABLE, chosen, is_wrong, main, render, run
+from tests.model.parity_table import MEASURES, TABLE, chosen, is_wrong, main, render, run, table
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,29 @@ def test_no_parameter_is_at_a_constant(family: str, role: str) -> None:
     several = {n: p for n, p in reference(config_of(family), role).named_parameters() if p.numel() > 1}
     assert several
     assert not [name for name, p in several.items() if is_constant(p)]
+
+
+def test_a_number_that_is_none_is_wrong() -> None:
+    right = {**dict.fromkeys(MEASURES, 1e-6), "roundtrip": True, "ranks": 1, "layout": "", "family": "llama"}
+    assert not is_wrong(right)
+    assert is_wrong({**right, "roundtrip": False})
+    for measure in MEASURES:
+        for value in (1e-4, float("nan"), float("inf")):
+            assert is_wrong({**right, measure: value})
+    assert "| nan |" in table([right, {**right, "gradient": float("nan")}, right])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dash_is_a_layout_that_is_refused(tmp_path: Path, family: str) -> None:
+    for ranks in RANKS:
+        for layout in map(Layout, LAYOUTS[ranks]):
+            config_of(family, **layout.model_changes).save_pretrained(tmp_path)
+            shape = read_model_shape(tmp_path / "config.json", "actor.init")
+            if layout.fits(family):
+                check_layout(shape, layout.parallel, "actor.parallel", ranks)
+            else:
+                with pytest.raises(TempoError, match=r"^actor\.parallel"):
+                    check_layout(shape, layout.parallel, "actor.parallel", ranks)
 
 
 def test_parts_of_the_table_by_name(capsys: pytest.CaptureFixture[str]) -> None:
