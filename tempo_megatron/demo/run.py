@@ -206,7 +206,7 @@ def _report(demo: Demo, output: Path, seed: int, wall_s: float | None) -> None:
     console.print(results_table(found.results, title=title, notes=demo.notes))
     for line in (*demo.about, *explanation(found.results)):
         console.print(Text(line), soft_wrap=not console.is_terminal)
-    for finding in critic_findings(found):
+    for finding in critic_findings(loaded[-1]):
         console.print(Text.assemble(("warning: ", "bold"), str(finding)), soft_wrap=not console.is_terminal)
     console.print(f"{wall_s:.0f} s, peak memory of rank 0 {summary['peak_memory_gib']} GiB")
     console.print(f"{output / SUMMARY}, {report}", soft_wrap=True)

@@ -126,7 +126,7 @@ def outcome(config: Config, run: RunFolder, finished: Finished, wall_s: float, p
     evaluations = evaluations_of(run)
     if evaluations is not None:
         lines += _change_lines(evaluations)
-        lines += [f"warning: {finding}" for finding in critic_findings(evaluations)]
+    lines += [f"warning: {finding}" for finding in critic_findings(run)]
     lines.append(f"checkpoint: {newest_checkpoint(run.path)}")
     if config.checkpoint.export_hf:
         lines.append(f"HF folders: {run.path / 'hf'}")

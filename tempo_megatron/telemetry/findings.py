@@ -6,10 +6,15 @@ over-optimisation shows first: the policy goes on improving for a while on a rew
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from tempo_megatron.telemetry.results import Evaluations, number_or_none
+from tempo_megatron.evaluation.change import paired_changes
+from tempo_megatron.telemetry.results import number_or_none
+from tempo_megatron.telemetry.run_folder import RunFolder
 
 AUROC, MEAN_VALUE = "critic_auroc", "critic_mean_value"
 
@@ -28,7 +33,8 @@ class CriticFinding:
     """The critic's AUROC on an evaluation set fell while the accuracy there rose.
 
     Attributes:
-        auroc, accuracy: at the start and at the end of the run.
+        steps: of the evaluation at which the AUROC was highest, and of the last one.
+        auroc, accuracy: in these two.
         interval: 95 % interval of the AUROC's change, None where it is not known.
         overrates: mean terminal value less accuracy at the end; None where it was not measured.
     """
@@ -44,7 +50,7 @@ class CriticFinding:
         (fell_from, fell_to), (rose_from, rose_to) = self.auroc, self.accuracy
         interval = f" (change within {self.interval[0]:+.3f} and {self.interval[1]:+.3f})" if self.interval else ""
         return (
-            f"{self.eval_set}: the critic tells right from wrong worse than at the start: its AUROC fell from "
+            f"{self.eval_set}: the critic tells right from wrong worse than it did: its AUROC fell from "
             f"{fell_from:.3f} to {fell_to:.3f}{interval}, while accuracy rose from {rose_from:.3f} to {rose_to:.3f} "
             f"(steps {self.steps[0]} to {self.steps[1]}). {self._reading()}"
         )
@@ -64,43 +70,60 @@ class CriticFinding:
         )
 
 
-def critic_findings(evaluations: Evaluations) -> list[CriticFinding]:
-    """One finding for each set on which the critic's AUROC fell clearly while accuracy rose.
+def critic_findings(run: RunFolder) -> list[CriticFinding]:
+    """One finding for each set on which the critic's AUROC fell clearly from its best while accuracy rose.
 
     Clearly: by more than its interval (by ``FALL_WITHOUT_INTERVAL`` where there is none), and by ``CLEAR_FALL`` or to
     below ``LOW_AUROC``.
+
+    Raises:
+        TempoError: the run's outcomes by prompt are broken.
     """
-    sets = dict.fromkeys(key.split("/")[1] for key in evaluations.final)
-    return [found for name in sets if (found := _critic_finding(evaluations, name)) is not None]
+    keys = dict.fromkeys(key for record in run.records for key in record)
+    names = [found[1] for key in keys if (found := re.fullmatch(rf"eval/([^/]+)/{AUROC}", key))]
+    return [finding for name in names if (finding := _critic_finding(run, name)) is not None]
 
 
-def _critic_finding(evaluations: Evaluations, name: str) -> CriticFinding | None:
-    start, final = evaluations.start, evaluations.final
-    accuracy, auroc = _both(start, final, _accuracy_key(final, name)), _both(start, final, f"eval/{name}/{AUROC}")
-    if accuracy is None or auroc is None or accuracy[1] <= accuracy[0]:
+@dataclass(frozen=True)
+class _Evaluation:
+    step: int
+    auroc: float
+    accuracy: float
+    mean_value: float | None
+
+
+def _critic_finding(run: RunFolder, name: str) -> CriticFinding | None:
+    found = [e for record in run.records if (e := _evaluation(record, name)) is not None]
+    if len(found) < 2:
         return None
-    row = evaluations.results.rows[name]
-    interval = row[AUROC].interval
-    fall = auroc[0] - auroc[1]
-    is_fall = fall >= FALL_WITHOUT_INTERVAL if interval is None else interval[1] < 0
-    if not is_fall or (fall < CLEAR_FALL and auroc[1] >= LOW_AUROC):
+    best, last = max(found[:-1], key=lambda e: e.auroc), found[-1]
+    fall = best.auroc - last.auroc
+    if last.accuracy <= best.accuracy or (fall < CLEAR_FALL and last.auroc >= LOW_AUROC):
         return None
-    value = number_or_none(final.get(f"eval/{name}/{MEAN_VALUE}"))
+    interval = _interval_of_change(run, name, (best.step, last.step))
+    if fall < FALL_WITHOUT_INTERVAL if interval is None else interval[1] >= 0:
+        return None
     return CriticFinding(
         eval_set=name,
-        steps=evaluations.steps,
-        auroc=auroc,
-        accuracy=accuracy,
+        steps=(best.step, last.step),
+        auroc=(best.auroc, last.auroc),
+        accuracy=(best.accuracy, last.accuracy),
         interval=interval,
-        overrates=None if value is None else value - accuracy[1],
+        overrates=None if last.mean_value is None else last.mean_value - last.accuracy,
     )
 
 
-def _accuracy_key(record: Mapping[str, object], name: str) -> str:
-    prefix = f"eval/{name}/mean@"
-    return next((key for key in record if key.startswith(prefix) and key.removeprefix(prefix).isdigit()), prefix)
+def _evaluation(record: Mapping[str, Any], name: str) -> _Evaluation | None:
+    accuracy = next((record[key] for key in record if re.fullmatch(rf"eval/{re.escape(name)}/mean@\d+", key)), None)
+    auroc, accuracy = number_or_none(record.get(f"eval/{name}/{AUROC}")), number_or_none(accuracy)
+    if auroc is None or accuracy is None:
+        return None
+    return _Evaluation(record["step"], auroc, accuracy, number_or_none(record.get(f"eval/{name}/{MEAN_VALUE}")))
 
 
-def _both(start: Mapping[str, object], final: Mapping[str, object], key: str) -> tuple[float, float] | None:
-    before, after = number_or_none(start.get(key)), number_or_none(final.get(key))
-    return None if before is None or after is None else (before, after)
+def _interval_of_change(run: RunFolder, name: str, steps: tuple[int, int]) -> tuple[float, float] | None:
+    before, after = (run.outcomes(step).get(name) for step in steps)
+    if before is None or after is None:
+        return None
+    change = paired_changes(before, after).get(AUROC)
+    return None if change is None or math.isnan(change.low) else (change.low, change.high)

@@ -77,7 +77,7 @@ def _find_summary(folder: Path) -> dict[str, Any] | None:
 def findings_of(runs: Sequence[RunFolder]) -> list[CriticFinding]:
     """Of the run that the table of results is about."""
     found = _evaluated(runs)
-    return [] if found is None else critic_findings(found.evaluations)
+    return [] if found is None else critic_findings(found.run)
 
 
 def write_report(
@@ -112,7 +112,7 @@ def write_report(
         tiles=_tiles(summary),
         about=about,
         evaluated=evaluated,
-        findings=[] if evaluated is None else critic_findings(evaluated.evaluations),
+        findings=[] if evaluated is None else critic_findings(evaluated.run),
         trained_on={name: trained for run in runs for name, trained in run.trained_on.items()},
         curves=[(curve.stem, captions[curve.stem], _data_uri(curve)) for curve in curves],
         rollouts=[_view(run, rollout) for run, rollout in rollouts],

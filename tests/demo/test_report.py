@@ -40,7 +40,7 @@ def test_the_numbers_are_explained_and_the_warning_is_told(output: Path, capsys:
         "mean@16: accuracy: the share of right responses among 16 to each prompt",
         "critic AUROC: how well the critic's terminal values rank",
         "The changes have no intervals",
-        "warning: D_U: the critic tells right from wrong worse than at the start: its AUROC fell from 0.795 to 0.565",
+        "warning: D_U: the critic tells right from wrong worse than it did: its AUROC fell from 0.795 to 0.565",
         "30 s, peak memory of rank 0 0.75 GiB",
     ):
         assert part in shown

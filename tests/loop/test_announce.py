@@ -93,6 +93,6 @@ def test_the_outcome_says_what_and_where_and_what_must_not_be_missed(tmp_path: P
     assert f"HF folders: {tmp_path / 'hf'}" in lines
     if with_evaluations:
         assert lines[1] == ("D_U, step 0 to 9: mean@4 0.370 to 0.790 (+0.420), critic AUROC 0.795 to 0.565 (-0.230)")
-        assert lines[2].startswith("warning: D_U: the critic tells right from wrong worse than at the start")
+        assert lines[2].startswith("warning: D_U: the critic tells right from wrong worse than it did")
     else:
         assert len(lines) == 3

@@ -237,7 +237,7 @@ def test_numbers_are_explained_and_findings_told(turned: Path, capsys: pytest.Ca
     write_outcomes(turned, (0, 30))
     assert report.main([turned], None) == 0
     said = capsys.readouterr().out
-    assert said.startswith("warning: du: the critic tells right from wrong worse than at the start")
+    assert said.startswith("warning: du: the critic tells right from wrong worse than it did")
     text = Page((turned / "report.html").read_text(encoding="utf-8")).text
     assert "Warning. du: the critic tells" in text
     for part in ("mean@16: accuracy", "pass@8: coverage", "maj@8: majority", "critic AUROC: how well"):
