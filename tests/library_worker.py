@@ -126,6 +126,8 @@ def mentions(function: str, name: str) -> bool:
         found = getattr(found, part, None)
     if found is None:
         return False
+    for _, original, ours in patching._replaced.values():
+        found = original if found is ours else found
     code = [inspect.unwrap(found).__code__]
     while code:
         one = code.pop()

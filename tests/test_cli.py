@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tempo_megatron import __version__, cli, failures
+from tempo_megatron.cluster.claim import claimed
 from tempo_megatron.cluster.launch import RankInfo
 from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.errors import RunError, TempoError
@@ -126,6 +127,21 @@ def test_train_starts_several_ranks_after_checking_for_them(
     assert cli.main([*arguments, "actor.parallel.tensor_model_parallel_size=4"]) == 2
     assert "= 4 must divide the world size 2; nearest valid: 2 x 1" in capsys.readouterr().err
     assert len(spawned) == 1
+
+
+def test_a_folder_in_use_is_told_before_ranks_are_started(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv: 7)
+    run = tmp_path / "a-run"
+    arguments = ["train", "--config", str(config_file), "launch.nproc_per_node=2", f"output_dir={run}"]
+    with claimed(run):
+        assert cli.main(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: output_dir: {run} is in use by process {os.getpid()} on ")
+        assert told.count("\n") == 1
+    assert cli.main(arguments) == 7
+    assert not run.exists()
 
 
 def test_dry_run_is_one_process(
