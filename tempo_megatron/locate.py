@@ -38,12 +38,23 @@ class InitSource:
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
     """The complete checkpoint of the highest step below ``run_dir``, or None."""
+    complete = [folder for folder in step_folders(run_dir) if is_complete(folder)]
+    return complete[-1] if complete else None
+
+
+def step_folders(run_dir: str | Path) -> list[Path]:
+    """``RUN/checkpoints/step_*``, complete or not, by their step."""
     folder = Path(run_dir) / CHECKPOINTS
     if not folder.is_dir():
-        return None
-    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    complete = [(step, path) for step, path in steps if is_complete(path)]
-    return max(complete)[1] if complete else None
+        return []
+    steps = [(step, path) for path in folder.iterdir() if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(steps)]
+
+
+def step_of(checkpoint_dir: Path) -> int | None:
+    """The step that a checkpoint folder's name says; None for other names."""
+    match = _STEP.fullmatch(checkpoint_dir.name)
+    return int(match[1]) if match else None
 
 
 def is_complete(checkpoint_dir: Path) -> bool:

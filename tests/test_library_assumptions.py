@@ -90,6 +90,8 @@ READ = [
     (f"{MEGATRON}.pipeline_parallel.schedules:backward_step", "grad_scale_func"),
     (f"{WRITER}:_get_write_results_queue", "_results_queue"),
     (f"{WRITER}:FileSystemWriterAsync.get_save_function_and_args", "write_preloaded_data_multiproc"),
+    # checkpoint/inprocess_writer.py: where digests are taken
+    ("torch.distributed.checkpoint.filesystem:_write_item", "transform_save_stream"),
     ("vllm.v1.engine.core:EngineCore.shutdown", "cleanup_dist_env_and_memory"),
     ("vllm.v1.worker.cpu_worker:CPUWorker.__init__", "init_cpu_memory_env"),
     ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "set_num_threads"),

@@ -18,7 +18,9 @@ from tempo_megatron.checkpoint.critic_format import (
 )
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import HFWriter, dtype_change
-from tempo_megatron.checkpoint.load import load_weights
+from tempo_megatron.checkpoint.load import load_weights, source_role
+from tempo_megatron.checkpoint.manifest import read_manifest
+from tempo_megatron.checkpoint.verify import verify
 from tempo_megatron.config.schema import CriticConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import InitSource
@@ -31,7 +33,11 @@ def load_initial_weights(engine: MegatronEngine, source: InitSource) -> None:
     """Weights of a fresh role from an HF folder or a checkpoint; what is wrong with them is raised on every rank."""
     init_head = isinstance(engine.config, CriticConfig) and engine.config.init_head
     if source.kind == "checkpoint":
-        if not load_weights(source.path, engine, init_head=init_head):
+        from_role = on_rank0(
+            lambda: source_role(source.path, read_manifest(source.path), engine.role, init_head=init_head)
+        )
+        checkpoint = verify(source.path, {from_role, source.hf_dir.name})
+        if not load_weights(checkpoint, engine, init_head=init_head):
             _check_head(engine, source.path)
         return
 

@@ -95,13 +95,13 @@ class HFWriter:
             self._name_shards(*self._write_shards(tensors))
             _copy(side_files, self.partial, (name for name in SIDE_FILES if name != CONFIG))
             for path in self.partial.rglob("*"):
-                _sync(path)
+                sync(path)
             if check is not None:
                 check(self.partial)
             self.partial.joinpath(UNNAMED).write_bytes(changed_config(side_files / CONFIG, config or {}))
-            _sync(self.partial / UNNAMED)
+            sync(self.partial / UNNAMED)
             os.replace(self.partial / UNNAMED, self.partial / CONFIG)
-            _sync(self.partial)
+            sync(self.partial)
             self._take_place()
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -147,7 +147,7 @@ class HFWriter:
             if self.replaced.exists():
                 os.replace(self.replaced, self.folder)
             raise
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
 
@@ -167,7 +167,7 @@ def dtype_change(folder: Path, dtype: str) -> dict[str, Any]:
     return dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], dtype)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's content, or a folder's names, outlive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
+from tempo_megatron.checkpoint.inprocess_writer import WrittenShard
 from tempo_megatron.errors import TempoError
 from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 from tempo_megatron.training.engine import MegatronEngine
@@ -52,8 +53,10 @@ def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) ->
     }
 
 
-def save_role(engine: MegatronEngine, folder: Path) -> None:
+def save_role(engine: MegatronEngine, folder: Path) -> list[WrittenShard]:
+    """Write the role into the new ``folder``. Collective; returns the shards that this rank wrote."""
     on_rank0(folder.mkdir)
+    inprocess_writer.take_written()  # of a save that failed
     with engine.groups.active():
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist"),
@@ -66,6 +69,7 @@ def save_role(engine: MegatronEngine, folder: Path) -> None:
             sharded_strategy=strategy,
             content_metadata=_metadata(engine),
         )
+    return inprocess_writer.take_written()
 
 
 def _stored_names(folder: Path) -> set[str]:
@@ -82,6 +86,7 @@ def _check_complete(folder: Path, wanted: dict[str, Any], stored: set[str]) -> N
 
 
 def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_head: bool = False) -> None:
+    """Fill the role from ``folder``, which was verified. Collective; TempoError on every rank for what does not fit."""
     stored = on_rank0(lambda: _stored_names(folder))
     with engine.groups.active():
         strategy = FullyParallelLoadStrategyWrapper(

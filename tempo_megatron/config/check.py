@@ -9,12 +9,14 @@ import importlib.util
 import math
 from pathlib import Path
 
+from tempo_megatron.checkpoint.manifest import DamagedCheckpoint, find_whole, refuse_all
 from tempo_megatron.config.layout import ModelShape, check_layout, divisors, nearest, read_model_shape
+from tempo_megatron.config.load import flat
 from tempo_megatron.config.methods import METHODS, Method, estimator
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.data.answer_kinds import check_answer_types
 from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import CHECKPOINTS, resolve_checkpoint, resolve_init
+from tempo_megatron.locate import CHECKPOINTS, hf_name, resolve_checkpoint, resolve_init, step_folders
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -29,9 +31,8 @@ def check_config(config: Config, world_size: int) -> None:
     _check_exist("data.oracle_files", config.data.oracle_files)
     _check_evaluation_sets(config)
     _check_output(config)
-    if config.resume not in ("auto", "never"):
-        resolve_checkpoint(config.resume, "resume")
-    actor = _check_models(config, world_size, packs=_is_rl(config))
+    _check_wanted_changes(config)
+    actor = _check_models(config, world_size, resumed_from(config), packs=_is_rl(config))
     if _generates(config):
         _check_rollout(config, actor, world_size)
 
@@ -47,7 +48,7 @@ def check_evaluation(config: Config, world_size: int) -> None:
     check_answer_types(config.data.answer_types)
     _check_evaluation_sets(config)
     _check_output(config)
-    _check_rollout(config, _check_models(config, world_size, packs=True), world_size)
+    _check_rollout(config, _check_models(config, world_size, None, packs=True), world_size)
 
 
 # ---------------------------------------------------------------- stages and files
@@ -157,6 +158,17 @@ def _check_evaluation_sets(config: Config) -> None:
         _check_exist(f"evaluation.sets.{i}.files", eval_set.files)
 
 
+def _check_wanted_changes(config: Config) -> None:
+    if isinstance(config.resume_with_changes, list):
+        keys = {f"{key}." for key, _ in flat(config.model_dump())}
+        for wanted in config.resume_with_changes:
+            if not any(key.startswith(f"{wanted}.") for key in keys):
+                raise TempoError(
+                    f"resume_with_changes: {wanted!r} is no setting of this run; give dotted keys or sections, such as "
+                    "rollout.temperature or algorithm, or true for whatever has changed"
+                )
+
+
 def _check_output(config: Config) -> None:
     output = Path(config.output_dir)
     for folder in (output / CHECKPOINTS, output, *output.parents):
@@ -174,24 +186,64 @@ def _check_exist(key: str, files: list[str]) -> None:
 # ---------------------------------------------------------------- models and layouts
 
 
-def _check_models(config: Config, world_size: int, *, packs: bool) -> ModelShape:
-    """Every role and its layout; ``packs``: whole sequences go through them. Returns the actor's shape."""
-    shapes = {"actor": _check_role("actor", config.actor, world_size)}
+def resumed_from(config: Config) -> Path | None:
+    """The checkpoint whose models a run goes on with: what can be told of it without reading its weights.
+
+    Raises:
+        TempoError: there are checkpoints, but the config.json and tokenizers of all of them are damaged.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        return _with_whole_configs(resolve_checkpoint(config.resume, "resume"), config)
+    faults: list[DamagedCheckpoint] = []
+    for folder in reversed(step_folders(config.output_dir)):
+        try:
+            return _with_whole_configs(folder, config)
+        except DamagedCheckpoint as error:
+            faults.append(error)
+    refuse_all(faults)
+    return None
+
+
+def _with_whole_configs(folder: Path, config: Config) -> Path:
+    roles = ["actor"] if config.critic is None else ["actor", "critic"]
+    return find_whole(folder, {hf_name(role) for role in roles}).folder
+
+
+def _check_models(config: Config, world_size: int, checkpoint: Path | None, *, packs: bool) -> ModelShape:
+    """Every role and its layout; ``packs``: whole sequences go through them. Returns the actor's shape.
+
+    Args:
+        checkpoint: where the models come from, if not from where ``init`` says.
+    """
+    shapes = {"actor": _check_role("actor", config.actor, world_size, checkpoint)}
     if config.critic is not None:
-        shapes["critic"] = _check_role("critic", config.critic, world_size)
+        shapes["critic"] = _check_role("critic", config.critic, world_size, checkpoint)
         _check_same_vocabulary(shapes["actor"], shapes["critic"])
     for name, shape in shapes.items():
         _check_lengths(config, name, shape, packs=packs)
     return shapes["actor"]
 
 
-def _check_role(name: str, role: RoleConfig, world_size: int) -> ModelShape:
+def _check_role(name: str, role: RoleConfig, world_size: int, checkpoint: Path | None) -> ModelShape:
     key = f"{name}.init"
-    shape = read_model_shape(resolve_init(role.init, key).hf_dir / "config.json", key, critic=name == "critic")
+    hf_dir = _hf_dir(name, role, checkpoint)
+    shape = read_model_shape(hf_dir / "config.json", key, critic=name == "critic")
     if role.layer_spec == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise TempoError(f"{name}.layer_spec: 'te' needs the package transformer_engine; without it: 'auto' or 'torch'")
     check_layout(shape, role.parallel, f"{name}.parallel", world_size)
     return shape
+
+
+def _hf_dir(name: str, role: RoleConfig, checkpoint: Path | None) -> Path:
+    # one without the role is refused when all of it is looked at
+    if checkpoint is not None and (checkpoint / hf_name(name)).is_dir():
+        return checkpoint / hf_name(name)
+    source = resolve_init(role.init, f"{name}.init")
+    if source.kind == "checkpoint":
+        find_whole(source.path, {source.hf_dir.name})
+    return source.hf_dir
 
 
 def _check_same_vocabulary(actor: ModelShape, critic: ModelShape) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tempo_megatron.checkpoint.manifest import read_manifest
 from tempo_megatron.config.load import COMMAND_LINE, load_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import CHECKPOINTS, MANIFEST, InitSource, resolve_init
+from tempo_megatron.locate import CHECKPOINTS, InitSource, resolve_init
 
 NO_CRITIC = "none"
 
@@ -86,13 +87,7 @@ def _critic(request: EvaluationRequest, source: InitSource) -> str | None:
 
 
 def _holds_critic(source: InitSource) -> bool:
-    if source.kind != "checkpoint":
-        return False
-    manifest = source.path / MANIFEST
-    try:
-        return "critic" in json.loads(manifest.read_text("utf-8"))["roles"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TempoError(f"{manifest}: not a readable checkpoint manifest ({error})") from None
+    return source.kind == "checkpoint" and "critic" in read_manifest(source.path).roles
 
 
 def _sets(request: EvaluationRequest, config: Config) -> list[dict[str, Any]]:

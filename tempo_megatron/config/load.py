@@ -112,6 +112,15 @@ def dump_config(config: Config) -> str:
     return dumped(unicode=False) if any(c in text for c in "\x85\u2028\u2029") else text
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting; lists are values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 # ---------------------------------------------------------------- reading and merging
 
 

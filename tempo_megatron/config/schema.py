@@ -489,7 +489,12 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="of data order, samples and initialisation")
     steps: int = Field(ge=1, description="optimizer steps (sft) or policy updates (all others)")
     resume: str = Field(
-        "auto", description="auto: newest complete checkpoint of output_dir; never; or a checkpoint folder"
+        "auto", description="auto: newest whole checkpoint of output_dir; never; or a checkpoint folder"
+    )
+    resume_with_changes: bool | list[str] = Field(
+        False,
+        description="settings, or sections, that may differ from those of the checkpoint although they change what is "
+        "trained ([rollout.temperature, algorithm]); true: any; false: none",
     )
     actor: RoleConfig
     critic: CriticConfig | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import Config, ParallelConfig, RoleConfig
@@ -37,20 +36,19 @@ def plan(
     roles: Mapping[Role, tuple[RoleConfig, InitSource]],
     data: PromptData | SftData,
     world_size: int,
-    checkpoint: Path | None,
+    resumption: Sequence[str] = (),
 ) -> list[str]:
     """A line each on the goal, the models, the data, evaluations, what may hold the policy, and what is saved.
 
     Args:
-        checkpoint: that the run goes on from.
+        resumption: lines on the checkpoint that the run goes on from.
     """
     what = "optimizer steps" if config.stage == "sft" else "policy updates"
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     lines = [
         f"will make {config.steps} {what} of {config.stage} on {ranks}, seed {config.seed}, in {config.output_dir}"
     ]
-    if checkpoint is not None:
-        lines.append(f"resume: goes on from {checkpoint}")
+    lines += resumption
     for role, (settings, source) in roles.items():
         kind = "HF folder" if source.kind == "hf" else "checkpoint"
         layout = layout_text(settings.parallel, world_size)

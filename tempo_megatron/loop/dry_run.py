@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from tempo_megatron.checkpoint.changes import compare, digest_data, goes_on, refuse
 from tempo_megatron.checkpoint.critic_format import ACTIVATION, check_activation, open_hf_folder
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_read import load_hf_config
+from tempo_megatron.checkpoint.load import check_resumable
 from tempo_megatron.checkpoint.manifest import read_manifest
+from tempo_megatron.config.check import resumed_from
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.prompts import read_eval_answers
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import InitSource, newest_checkpoint, resolve_checkpoint, resolve_init
+from tempo_megatron.locate import InitSource, hf_name, resolve_init
 from tempo_megatron.loop.announce import plan
 from tempo_megatron.loop.data import read_data
 from tempo_megatron.loop.runtime import roles_of
@@ -42,7 +46,9 @@ def dry_run(config: Config, world_size: int) -> None:
         TempoError: what the run would refuse.
     """
     start(config.launch.threads_per_rank, config.launch.timeout_s)
-    roles = {role: (c, resolve_init(c.init, f"{role}.init")) for role, c in roles_of(config).items()}
+    checkpoint = resumed_from(config)
+    roles = {role: (c, _source(role, c, checkpoint)) for role, c in roles_of(config).items()}
+    resumption = [] if checkpoint is None else [_check_resumption(checkpoint, config, world_size)]
     hf_configs = {role: load_hf_config(source.hf_dir) for role, (_, source) in roles.items()}
     checked = ["configuration: keys, types, rules of the stage, layouts"]
     checked += [_check_weights(role, *roles[role], hf_configs[role]) for role in roles]
@@ -56,22 +62,34 @@ def dry_run(config: Config, world_size: int) -> None:
         if files:
             read_eval_answers(files)  # in a run it is the verifier that reads these
     checked.append("data: every row read, answers of their kinds, chat template applied, lengths within the limits")
-    checkpoint = newest_checkpoint(config.output_dir) if config.resume == "auto" else None
-    if config.resume not in ("auto", "never"):
-        checkpoint = resolve_checkpoint(config.resume, "resume")
 
     print(dump_config(config), end="")
-    for line in plan(config, roles, data, world_size, checkpoint):
+    for line in plan(config, roles, data, world_size, resumption):
         _say(line)
     for line in checked:
         _say(f"checked: {line}")
     _say(NOT_CHECKED)
 
 
+def _source(role: Role, settings: RoleConfig, checkpoint: Path | None) -> InitSource:
+    if checkpoint is None:
+        return resolve_init(settings.init, f"{role}.init")
+    return InitSource("checkpoint", checkpoint, checkpoint / hf_name(role))
+
+
+def _check_resumption(checkpoint: Path, config: Config, world_size: int) -> str:
+    """The line that tells of it."""
+    manifest = read_manifest(checkpoint)
+    check_resumable(checkpoint, manifest, roles_of(config), config.stage, world_size)
+    changes = compare(checkpoint, manifest, config, digest_data(config))
+    refuse(checkpoint, changes)
+    return goes_on(checkpoint, changes.listed)
+
+
 def _check_weights(role: Role, settings: RoleConfig, source: InitSource, hf_config: PretrainedConfig) -> str:
     init_head = isinstance(settings, CriticConfig) and settings.init_head
     if source.kind == "checkpoint":
-        held = read_manifest(source.path)["roles"]
+        held = read_manifest(source.path).roles
         if role not in held and not (role == "critic" and init_head):
             raise TempoError(f"{role}.init: {source.path} holds no {role} (roles: {held})")
         return f"{role}: manifest of {source.path}"

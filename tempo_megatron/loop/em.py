@@ -8,11 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tempo_megatron.algorithm.rewards import terminal_reward
-from tempo_megatron.checkpoint.load import resume_checkpoint
-from tempo_megatron.checkpoint.manifest import checkpoint_folder
 from tempo_megatron.config.methods import METHODS
 from tempo_megatron.errors import RunError
-from tempo_megatron.locate import is_complete
 from tempo_megatron.loop.batching import critic_values
 from tempo_megatron.loop.collect import Collected, Collector, prompt_opening
 from tempo_megatron.loop.controller import GoBack, RunController
@@ -146,7 +143,7 @@ class EMLoop(Driver):
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         known = [*state["guard"]["good"], *state["guard"]["pending"]]
-        there = on_rank0(lambda: [s for s in known if is_complete(checkpoint_folder(self.session.output, s))])
+        there = on_rank0(lambda: [s for s in known if self.session.checkpoints.is_there(s)])
         self.control.load_state_dict(state, there.__contains__)
         self.session.engines["actor"].lr_scale = self.control.lr_scale
         self.version = state["version"] - 1  # the first sync counts it again
@@ -175,9 +172,8 @@ class EMLoop(Driver):
 
     def _go_back(self, go_back: GoBack) -> None:
         """All engines take an earlier checkpoint back; prompts and samples go on."""
-        folder = checkpoint_folder(self.session.output, go_back.step)
         with self.session.ledger.phase("rollback"):
-            state = resume_checkpoint(folder, self.session.engines)
+            state = self.session.checkpoints.go_back(go_back.step)
         self.control.went_back(go_back, state)
         self.session.engines["actor"].lr_scale = self.control.lr_scale
         self.moved.clear()

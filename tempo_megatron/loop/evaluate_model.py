@@ -100,7 +100,7 @@ def _progress(source: InitSource) -> tuple[int, int]:
     """Step and policy updates behind the weights; 0 where nothing is known of them."""
     if source.kind != "checkpoint":
         return 0, 0
-    return read_manifest(source.path)["step"], read_trainer_state(source.path).get("policy_updates", 0)
+    return read_manifest(source.path).step, read_trainer_state(source.path).get("policy_updates", 0)
 
 
 def _header(runtime: Runtime, step: int, updates: int) -> dict[str, Any]:

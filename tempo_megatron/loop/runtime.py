@@ -10,7 +10,7 @@ from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.cluster.claim import Claim, claimed
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
-from tempo_megatron.locate import resolve_init
+from tempo_megatron.locate import InitSource, resolve_init
 from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData, SftData
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import enter_phase, on_all_ranks, rank
@@ -40,10 +40,9 @@ class Runtime:
         self.config = config
         self.output = Path(config.output_dir)
         self.is_main = rank() == 0
-        roles = roles_of(config).items()
         self.progress = Progress(title, total, enabled=self.is_main)
         self.ledger = PhaseLedger(on_phase=self._enter_phase)
-        self.sources = on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
+        self.sources = self.find_sources()
         self.hf_dir = self.sources["actor"].hf_dir
         self.hf_config = on_all_ranks(lambda: load_hf_config(self.hf_dir))
         vocab_size = self.hf_config.vocab_size
@@ -58,6 +57,11 @@ class Runtime:
     def _enter_phase(self, name: str) -> None:
         self.progress.phase(name)
         enter_phase(name)
+
+    def find_sources(self) -> dict[Role, InitSource]:
+        """Where each role's config, tokenizer and weights are taken from. Collective."""
+        roles = roles_of(self.config).items()
+        return on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
 
     def build_engines(self, *, trainable: bool) -> None:
         """Every role's engine, on process groups that equal layouts share; the weights come later."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import secrets
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,16 +14,18 @@ from typing import Any
 
 import yaml
 
+from tempo_megatron.checkpoint.changes import digest_data
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights
-from tempo_megatron.checkpoint.load import check_resumable, resume_checkpoint
-from tempo_megatron.checkpoint.save import save_checkpoint
+from tempo_megatron.checkpoint.resume import Resumption, find_resumption
+from tempo_megatron.checkpoint.run import RunCheckpoints
+from tempo_megatron.checkpoint.save import RunRecord
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
-from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import newest_checkpoint, resolve_checkpoint
+from tempo_megatron.locate import InitSource, hf_name
 from tempo_megatron.loop.announce import outcome, plan
 from tempo_megatron.loop.data import read_data
 from tempo_megatron.loop.runtime import Runtime, claim_output, roles_of
+from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import MetricsWriter, StepLog
@@ -51,6 +54,7 @@ class Session(Runtime):
         self._began = time.monotonic()
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.writer: MetricsWriter | None = None
+        self._notes: list[str] = []  # of the files that it goes on with, on rank 0
         self._closing = ExitStack()
         self._claim = claim_output(Path(config.output_dir), self._closing)
         try:
@@ -60,36 +64,58 @@ class Session(Runtime):
             raise
 
     def _build(self, config: Config) -> None:
-        self._checkpoint = on_rank0(partial(_find_checkpoint, config))
+        self._resumption: Resumption | None = None
         super().__init__(config, run_title(config.stage, config.output_dir), config.steps)
         with self.ledger.phase("data"):
             self.data = read_data(config, self.tokenizer)
         self._tell_plan()
-        self.resumed: dict[str, Any] | None = None
         self._finished: Finished | None = None
         self.build_engines(trainable=True)
-        self._load_engines()
+        self.checkpoints = self._run_checkpoints()
+        self.resumed = self._load_engines()
+
+    def find_sources(self) -> dict[Role, InitSource]:
+        with self.ledger.phase("verify"):
+            self._data_digests = on_rank0(partial(digest_data, self.config))
+            self._resumption = find_resumption(self.config, roles_of(self.config), self._data_digests)
+        if self._resumption is None:
+            return super().find_sources()
+        folder = self._resumption.checkpoint.folder
+        return {r: InitSource("checkpoint", folder, folder / hf_name(r)) for r in roles_of(self.config)}
 
     def _tell_plan(self) -> None:
         roles = {role: (settings, self.sources[role]) for role, settings in roles_of(self.config).items()}
-        for line in plan(self.config, roles, self.data, world_size(), self._checkpoint):
+        resumption = [] if self._resumption is None else self._resumption.notes()
+        for line in plan(self.config, roles, self.data, world_size(), resumption):
             self.progress.note(line)
 
-    def _load_engines(self) -> None:
+    def _run_checkpoints(self) -> RunCheckpoints:
+        if self._resumption is not None:
+            run = self._resumption.checkpoint.manifest.run
+        else:
+            run = on_rank0(partial(secrets.token_hex, 8))
+        record = RunRecord(run, self.config.model_dump(mode="json"), self._data_digests)
+        return RunCheckpoints(self.output, self.engines, self.hf_dirs, self.config.checkpoint.keep, record)
+
+    def _load_engines(self) -> dict[str, Any] | None:
         for role, source in self.sources.items():
             with self.ledger.phase("load", f"the weights of the {role}"):
-                if self._checkpoint is None:
+                if self._resumption is None:
                     load_initial_weights(self.engines[role], source)
                 self.engines[role].start_optimizer()
-        if self._checkpoint is not None:
-            with self.ledger.phase("load", f"{self._checkpoint.name}"):
-                self.resumed = resume_checkpoint(self._checkpoint, self.engines)
+        if self._resumption is None:
+            return None
+        checkpoint = self._resumption.checkpoint
+        with self.ledger.phase("load", checkpoint.folder.name):
+            return self.checkpoints.resume(checkpoint)
 
     def _open_outputs(self) -> None:
         """Only once everything is built: a run that is refused leaves an earlier one's files as they were."""
         config = self.config
         last_step = self.resumed["step"] if self.resumed else None
         self.output.mkdir(parents=True, exist_ok=True)
+        if self._resumption is not None:
+            self._resumption.set_damaged_aside()
         text = dump_config(config)
         write_whole(self.output / CONFIG_FILE, text)
         self.write_info()
@@ -100,6 +126,7 @@ class Session(Runtime):
         self._closing.callback(self.rollout_log.close)
         self.evaluation_log = StepLog(self.output / EVALUATIONS_FILE, last_step)
         self._closing.callback(self.evaluation_log.close)
+        self._notes += [*self.writer.notes, *self.rollout_log.notes, *self.evaluation_log.notes]
 
     @property
     def _wall_s(self) -> float:
@@ -132,6 +159,8 @@ class Session(Runtime):
             RunError: the run has lost its folder to another one, or the record could not be written.
         """
         record = {"step": step, "stage": self.config.stage, **metrics, **self.ledger.collect()}
+        if self.checkpoints.unchanged:
+            record["checkpoint/unchanged_roles"] = len(self.checkpoints.unchanged)
         on_rank0(partial(self._write, record))
         self.progress.advance(progressed, shown)
 
@@ -142,15 +171,18 @@ class Session(Runtime):
 
     def save(self, state: dict[str, Any], protected: Collection[int] = ()) -> None:
         """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay."""
-        keep = self.config.checkpoint.keep
         with self.ledger.phase("checkpoint"):
-            state = {"stage": self.config.stage, **state}
-            save_checkpoint(self.output, state["step"], self.engines, state, self.hf_dirs, keep, protected)
+            saved = self.checkpoints.save(state, protected)
+        for role in self.checkpoints.unchanged:
+            self.progress.note(
+                f"warning: {saved.name}: the weights of the {role} are, bit for bit, those of the checkpoint before, "
+                "although it was updated in between, with a gradient and a learning rate above 0: nothing was learnt"
+            )
 
     def export_hf(self) -> None:
         """Write ``hf/actor`` and ``hf/critic`` (its head as other programs of its family read it)."""
         for role, engine in self.engines.items():
-            export_hf(engine, self.hf_dirs[role], self.output / "hf" / role, self.config.rollout.bucket_mib)
+            export_hf(engine, self.checkpoints.hf_dirs[role], self.output / "hf" / role, self.config.rollout.bucket_mib)
 
     def __enter__(self) -> Session:
         return self
@@ -173,34 +205,6 @@ class Session(Runtime):
         """The run's files, and the progress bar from step ``at``."""
         on_rank0(self._open_outputs)
         self.progress.start(at)
+        for line in self._notes:
+            self.progress.note(line)
         yield
-
-
-def _find_checkpoint(config: Config) -> Path | None:
-    found = _wanted_checkpoint(config)
-    if found is not None:
-        check_resumable(found, roles_of(config), config.stage)
-        _check_is_last(found, config.output_dir)
-    return found
-
-
-def _check_is_last(checkpoint: Path, output_dir: str) -> None:
-    """A run must not mix its checkpoints with later ones of another: which are newest is told by their steps."""
-    newest = newest_checkpoint(output_dir)
-    if newest is not None and newest.name > checkpoint.name:
-        raise TempoError(
-            f"resume: {checkpoint}, but {newest} is later; choose another output_dir, or move the later ones away"
-        )
-
-
-def _wanted_checkpoint(config: Config) -> Path | None:
-    newest = newest_checkpoint(config.output_dir)
-    if config.resume == "auto":
-        return newest
-    if config.resume == "never":
-        if newest is not None:
-            raise TempoError(
-                f"resume: never, but {newest} is there; choose another output_dir, or resume=auto to go on from it"
-            )
-        return None
-    return resolve_checkpoint(config.resume, "resume")

@@ -155,12 +155,17 @@ def on_all_ranks(fn: Callable[[], T]) -> T:
         result = fn()
     except TempoError as e:
         error = e
-    errors: list[TempoError | None] = [None] * world_size()
-    dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
+    first = next((e for e in gather_objects(error) if e is not None), None)
     if first is not None:
         raise first
     return result
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Every rank's object, in rank order, on every rank. They travel pickled: small plain objects."""
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:
@@ -172,10 +177,8 @@ def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:
 
 def sum_dicts(mine: dict[str, float] | None) -> dict[str, float]:
     """Sum of the ranks' dictionaries, in rank order, the same on every rank; None contributes nothing."""
-    gathered: list[dict[str, float] | None] = [None] * world_size()
-    dist.all_gather_object(gathered, mine)
     total: dict[str, float] = {}
-    for part in gathered:
+    for part in gather_objects(mine):
         for key, value in (part or {}).items():
             total[key] = total.get(key, 0.0) + value
     return total

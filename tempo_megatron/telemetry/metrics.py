@@ -7,8 +7,10 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol
@@ -40,11 +42,24 @@ def read_metrics(path: Path | str, *, ignore_torn_tail: bool = False) -> list[di
     Raises:
         TempoError: the file is missing, or a line is no JSON object with an integer ``step``.
     """
-    return [record for _, record in _parsed_lines(Path(path), ignore_torn_tail=ignore_torn_tail)]
+    records = []
+    for line in _parsed_lines(Path(path), ignore_torn_tail=ignore_torn_tail):
+        if line.fault is not None:
+            raise TempoError(f"{path}: {line.fault}")
+        records.append(line.record)
+    return records
 
 
-def _parsed_lines(path: Path, *, ignore_torn_tail: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Pairs of (the line's bytes without its newline, the record)."""
+@dataclass(frozen=True)
+class _Line:
+    """A line without its newline; ``fault`` is None, or says why there is no record in it."""
+
+    text: bytes
+    record: dict[str, Any]
+    fault: str | None = None
+
+
+def _parsed_lines(path: Path, *, ignore_torn_tail: bool) -> Iterator[_Line]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -57,12 +72,13 @@ def _parsed_lines(path: Path, *, ignore_torn_tail: bool) -> Iterator[tuple[bytes
         try:
             record = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            if ignore_torn_tail and number == torn_line:
-                return
-            raise TempoError(f"{path}: line {number} is not a JSON object: {_first_line(error)}") from None
+            if not (ignore_torn_tail and number == torn_line):
+                yield _Line(line, {}, f"line {number} is not a JSON object: {_first_line(error)}")
+            continue
         if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise TempoError(f"{path}: line {number} is not a JSON object with an integer 'step'")
-        yield line, record
+            yield _Line(line, {}, f"line {number} is not a JSON object with an integer 'step'")
+        else:
+            yield _Line(line, record)
 
 
 def _refuse_constant(name: str) -> None:
@@ -93,19 +109,43 @@ class StepLog:
             last line; lines that stay keep their bytes. None: the run starts afresh, and a file that is
             there already is kept aside as ``NAME.previous.jsonl``.
 
-    Raises:
-        TempoError: the file to resume holds a broken line before its last one.
+    Attributes:
+        kept: the last step of what was there and stays; None if there was nothing.
+        notes: what was wrong with it. Lines that are no records are left out, and the file as it was is kept as
+            ``NAME.damaged.jsonl``: a run does not end for them.
     """
 
     def __init__(self, path: Path, last_step: int | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []
+        self.kept: int | None = None
         if path.exists():
             if last_step is None:
                 os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
             else:
-                _cut_after(path, last_step)
+                self._cut_after(path, last_step)
         self._path = path
         self._file = path.open("ab", buffering=0)  # nothing is left in a buffer for ``close`` when a disk is full
+
+    def _cut_after(self, path: Path, last_step: int) -> None:
+        lines = list(_parsed_lines(path, ignore_torn_tail=True))
+        kept = [line for line in lines if line.fault is None and line.record["step"] <= last_step]
+        self.kept = max((line.record["step"] for line in kept), default=None)
+        faults = [line.fault for line in lines if line.fault is not None]
+        if faults:
+            aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
+            shutil.copyfile(path, aside)
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            self.notes.append(f"{path}: {faults[0]}{more}; left out, the file as it was is {aside.name}")
+        content = b"".join(line.text + b"\n" for line in kept)
+        if content == path.read_bytes():
+            return
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; NaN and infinities become null.
@@ -134,19 +174,6 @@ def _unwritten(path: Path, error: OSError) -> RunError:
     return RunError(f"{path}: step cannot be written: {error.strerror or error}; what was written before is whole")
 
 
-def _cut_after(path: Path, last_step: int) -> None:
-    kept = [line for line, record in _parsed_lines(path, ignore_torn_tail=True) if record["step"] <= last_step]
-    content = b"".join(line + b"\n" for line in kept)
-    if content == path.read_bytes():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 class _Sink(Protocol):
     def write(self, record: Mapping[str, Scalar]) -> None: ...
 
@@ -160,6 +187,9 @@ class MetricsWriter:
         output_dir: gets ``metrics.jsonl``, and ``tensorboard/`` and ``wandb/`` when asked.
         run_config: the resolved configuration, shown by wandb.
         last_step: as for :class:`StepLog`.
+
+    Attributes:
+        notes: what was wrong with the ``metrics.jsonl`` that a resumed run goes on with.
 
     Raises:
         TempoError: a sink was asked for whose package is missing or that does not start.
@@ -186,6 +216,7 @@ class MetricsWriter:
                 opened.callback(self._sinks[-1].close)
             log = StepLog(folder / METRICS_FILE, last_step)
             opened.callback(log.close)
+            self.notes = [*log.notes, *_missing(folder / METRICS_FILE, log.kept, last_step)]
             self._closing = opened.pop_all()
         self._sinks.insert(0, log)
 
@@ -205,6 +236,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _missing(path: Path, kept: int | None, last_step: int | None) -> list[str]:
+    """Every step but 0 has a record."""
+    if not last_step or kept == last_step:
+        return []
+    found = "has no records" if kept is None else f"ends with step {kept}"
+    return [f"{path} {found}: those of the steps up to {last_step} are not there"]
 
 
 class _TensorBoardSink:

@@ -19,6 +19,7 @@ from tempo_megatron.checkpoint.critic_format import open_hf_folder  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import load_weights  # noqa: E402
 from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, ParallelConfig, RoleConfig  # noqa: E402
 from tempo_megatron.locate import resolve_init  # noqa: E402
 from tempo_megatron.parallel.distributed import rank, start  # noqa: E402
@@ -42,7 +43,7 @@ def case(folder: Path, name: str, role: str, layout: str) -> None:
     role_config = kind(init="-", dtype="float32", layer_spec="torch", parallel=parallel)
     groups = ModelParallelGroups(parallel, 60)
     engine = MegatronEngine(role, role_config, load_hf_config(source.hf_dir), groups, seed=1)
-    load_weights(source.path, engine, init_head=False)
+    load_weights(verify(source.path), engine, init_head=False)
     read = open_hf_folder(folder / "hf" / name, role)
     found = dict(engine.weight_stream(1))
     assert found.keys() == read.names

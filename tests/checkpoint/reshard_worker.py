@@ -29,7 +29,9 @@ from megatron.core import dist_checkpointing  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import check_resumable, resume_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.manifest import read_manifest  # noqa: E402
 from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import InitSource  # noqa: E402
@@ -122,7 +124,7 @@ def state(folder: Path, vocabulary: int) -> dict[str, Tensor]:
 
 def refused(checkpoint: Path, role: Role, config: RoleConfig) -> str:
     try:
-        check_resumable(checkpoint, {role: config}, "tempo")
+        check_resumable(checkpoint, read_manifest(checkpoint), {role: config}, "tempo", dist.get_world_size())
     except TempoError as error:
         return str(error).removeprefix(f"{checkpoint}: ")
     return "accepted"
@@ -142,7 +144,7 @@ def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
 
     def keep(engine: MegatronEngine, at: int) -> Path:
         export_hf(engine, folder, run / f"hf-{at}", BUCKET_MIB)
-        return save_checkpoint(run, at, {role: engine}, {"step": at}, {role: folder}, keep=99)
+        return save_checkpoint(run, at, {role: engine}, {"step": at}, {role: folder}, keep=99).folder
 
     with engine_under(chain, chain.layouts[0], folder) as engine:
         load_initial_weights(engine, InitSource("hf", folder, folder))
@@ -157,8 +159,10 @@ def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
     for at, (source, target) in enumerate(pairwise(chain.layouts), 1):
         with engine_under(chain, target, folder) as engine:
             engine.start_optimizer()
-            check_resumable(checkpoint, {role: engine.config}, "tempo")
-            resume_checkpoint(checkpoint, {role: engine})
+            check_resumable(
+                checkpoint, read_manifest(checkpoint), {role: engine.config}, "tempo", dist.get_world_size()
+            )
+            resume_checkpoint(verify(checkpoint), {role: engine})
             last, checkpoint = checkpoint, keep(engine, at)
             result = step(engine)
             moved = tensors_of(engine)

@@ -17,6 +17,7 @@ from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_t
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import resolve_init
 from tests.checkpoint.convert_models import FAMILIES, write_folder
+from tests.checkpoint.folders import reseal
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 LAYOUTS = ["", "--tp 2", "--pp 4", "--tp 2 --pp 2", "--tp 2 --pp 2 --vpp 2"]
@@ -394,14 +395,19 @@ def test_checkpoints_that_do_not_fit(
     assert "holds no critic (roles: actor)" in refused("--critic")
     config = json.loads((there / "hf" / "config.json").read_text())
     (there / "hf" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    assert f"{there} is damaged: hf/config.json" in refused()
+    reseal(there)  # made so by whoever made it
     assert f"{there}/actor: tensor decoder.layers.mlp.linear_fc1.weight has the shape [4, 96, 32]" in refused()
     (there / "hf" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    reseal(there)
     assert f"{there}/actor: tensor output_layer.weight has no place in an actor" in refused()
     (there / "hf" / "config.json").write_text(json.dumps(config))
     data = (there / "actor" / "__1_0.distcp").read_bytes()
     (there / "actor" / "__1_0.distcp").write_bytes(data[: len(data) // 2])
+    reseal(there)
     assert f"{there}/actor: the checkpoint cannot be read" in refused()
     (there / "actor" / ".metadata").unlink()
+    reseal(there)
     assert f"{there}/actor: the checkpoint cannot be read" in refused()
     (there / "manifest.json").unlink()
     assert "neither a checkpoint (no manifest.json) nor a run folder" in refused()

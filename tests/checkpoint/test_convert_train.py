@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tempo_megatron.checkpoint.convert.command import hf_to_megatron, megatron_to_hf
+from tempo_megatron.config.schema import RoleConfig
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.convert_models import write_folder
 from tests.launching import launch_ranks
@@ -52,13 +53,14 @@ def test_train_loads_any_layout_and_its_checkpoints_convert_back(tmp_path: Path)
 
 def test_converted_checkpoints_are_not_resumed(tmp_path: Path) -> None:
     from tempo_megatron.checkpoint.load import check_resumable
-    from tempo_megatron.checkpoint.manifest import read_manifest
+    from tempo_megatron.checkpoint.manifest import find_whole, read_manifest
 
     there = tmp_path / "there"
     source = write_folder(tmp_path / "hf", "llama-tied")
     assert hf_to_megatron(["--hf", str(source), "--megatron", str(there)]) == 0
     with pytest.raises(TempoError, match=r"there: holds weights only .* give it as actor\.init instead"):
-        check_resumable(there, ["actor"], "tempo")
-    manifest = read_manifest(there)
-    assert (manifest["roles"], manifest["weights_only"]) == (["actor"], True)
+        check_resumable(there, read_manifest(there), {"actor": RoleConfig(init="-")}, "tempo", 1)
+    manifest = find_whole(there).manifest
+    assert (manifest.roles, manifest.weights_only) == (["actor"], True)
+    assert {"actor/.metadata", "actor/__0_0.distcp", "actor/common.pt", "hf/config.json"} < set(manifest.files)
     assert json.loads((there / "actor" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"

@@ -14,6 +14,7 @@ from tempo_megatron.config.check import check_config, divisors, nearest
 from tempo_megatron.config.methods import METHODS, Method
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
+from tests.checkpoint.folders import seal
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -206,8 +207,8 @@ def test_weights_that_are_not_there(job: Job) -> None:
 def test_checkpoints_are_judged_by_their_own_config(job: Job) -> None:
     checkpoint = job.folder / "run" / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").touch()
     Path(job.model("hf", num_hidden_layers=5)).rename(checkpoint / "hf")
+    seal(checkpoint)
     message = job.set("actor.init", str(job.folder / "run")).layout("actor", 1, 6).refusal(6)
     assert f"num_hidden_layers 5 ({checkpoint / 'hf' / 'config.json'})" in message
 

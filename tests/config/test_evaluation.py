@@ -13,6 +13,7 @@ from tempo_megatron.config.check import check_evaluation
 from tempo_megatron.config.evaluation import EvaluationRequest, evaluation_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
+from tests.checkpoint.folders import seal
 
 SHAPE = {
     "num_attention_heads": 4,
@@ -50,7 +51,7 @@ def run(tmp_path: Path, data: str) -> Path:
     checkpoint = run / "checkpoints" / "step_00000007"
     write_hf(checkpoint / "hf")
     write_hf(checkpoint / "hf-critic", "TokenClassification")
-    (checkpoint / "manifest.json").write_text(json.dumps({"roles": ["actor", "critic"], "step": 7}))
+    seal(checkpoint, step=7, roles=["actor", "critic"])
     sets = [{"name": "D_U", "files": [data], "trained_on": True}, {"name": "held", "files": [data], "limit": 3}]
     settings = {
         "stage": "tempo",
@@ -179,5 +180,5 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_built(run: Path, 
 def test_a_damaged_manifest_is_told(run: Path) -> None:
     manifest = run / "checkpoints" / "step_00000007" / "manifest.json"
     manifest.write_text("{}")
-    with pytest.raises(TempoError, match=r"manifest\.json: not a readable checkpoint manifest"):
+    with pytest.raises(TempoError, match=r"step_00000007 is damaged: manifest\.json is not what was written"):
         request(run)

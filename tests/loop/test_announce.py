@@ -37,18 +37,22 @@ def pool(n: int) -> Pool:
     return Pool(records, [[1]] * n, PromptSampler(n, 0))
 
 
-def told(settings: Config, data: PromptData | SftData, checkpoint: Path | None = None) -> str:
+def told(settings: Config, data: PromptData | SftData, resumption: tuple[str, ...] = ()) -> str:
     sources = {"actor": InitSource("hf", Path("models/a"), Path("models/a"))}
     roles = {"actor": (settings.actor, sources["actor"])}
     if settings.critic is not None:
         source = InitSource("checkpoint", Path("runs/c/step_1"), Path("runs/c/step_1/hf"))
         roles["critic"] = (settings.critic, source)
-    return "\n".join(plan(settings, roles, data, 8, checkpoint))
+    return "\n".join(plan(settings, roles, data, 8, resumption))
 
 
 def test_the_plan_says_goal_models_layouts_data_and_what_may_hold_the_policy() -> None:
     sets = [EvalPrompts(EvalSet(name="D_U", files=["d"], samples_per_prompt=16), pool(9).records, [[1]] * 9)]
-    shown = told(config(evaluation={"every": 2}), PromptData(pool(7), pool(11), {}, sets), Path("runs/x/step_4"))
+    shown = told(
+        config(evaluation={"every": 2}),
+        PromptData(pool(7), pool(11), {}, sets),
+        ("resume: goes on from runs/x/step_4",),
+    )
     for part in (
         "will make 5 policy updates of tempo on 8 ranks, seed 0, in runs/x",
         "resume: goes on from runs/x/step_4",

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tempo_megatron.checkpoint.manifest import FORMAT
+from tempo_megatron.checkpoint.manifest import FORMAT, find_whole
 from tests.launching import LaunchResult, launch, patience
 from tests.loop.conftest import Bad
 
@@ -135,14 +135,11 @@ def _check(result: dict[str, Any], case: Case, title: str) -> None:
 
 
 def _check_whole(run: Path) -> None:
-    """Whatever the run has written can be read: checkpoints with a manifest have all their parts."""
+    """Whatever the run has written can be read: all its checkpoints are whole."""
     for folder in (run / "checkpoints").glob("step_*"):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        assert json.loads((folder / "state.json").read_text())["trainer"]["step"] == manifest["step"]
-        for role in manifest["roles"]:
-            assert (folder / role / ".metadata").is_file()
-            assert (folder / role / "metadata.json").is_file()
-        assert len(list((folder / "rng").iterdir())) == manifest["world_size"]
+        manifest = find_whole(folder).manifest
+        assert json.loads((folder / "state.json").read_text())["trainer"]["step"] == manifest.step
+        assert len(list((folder / "rng").iterdir())) == manifest.world_size
     metrics = run / "metrics.jsonl"
     if metrics.exists():
         text = metrics.read_text()
@@ -158,6 +155,9 @@ CONFIG = {
     "no-train-file": Case(
         r"data\.train_files\.0: '.*/gone\.parquet' does not exist; a parquet file is needed.*",
         {"data.train_files": "[{data:gone}]"},
+    ),
+    "no-such-setting": Case(
+        r"resume_with_changes: 'rollout\.heat' is no setting of this run; .*", {"resume_with_changes": "[rollout.heat]"}
     ),
     "no-model-folder": Case(r"actor\.init: '.*/gone' does not exist .*", {"actor.init": "{model:gone}"}),
     "tp-heads": Case(
@@ -286,7 +286,7 @@ MODELS = {
         {"actor.init": "{model:other-tokenizer}"},
     ),
 }
-# "finished" ends well; the others start from copies of it, and leave them as they were
+# "finished" ends well, and so do those of GO_ON; the others start from copies of it, and leave them as they were
 RUNS = {
     "finished": Case("", code=0, wrote=True),
     "never": Case(
@@ -300,31 +300,37 @@ RUNS = {
         write={"checkpoints/step_00000001/manifest.json": '{"format": 7}'},
     ),
     "no-manifest-format": Case(
-        rf".*/step_00000001/manifest\.json: format None is not supported, this version reads {FORMAT}",
+        r"resume: auto, but no checkpoint is whole: .*/step_00000001 is damaged: manifest\.json holds a list.*",
         copy="finished",
         write={"checkpoints/step_00000001/manifest.json": "[]"},
     ),
-    "other-world": Case(
-        r".*/step_00000001: saved on 2 ranks, this run has 1; resume on as many ranks",
-        copy="finished",
-        write={
-            "checkpoints/step_00000001/manifest.json": f'{{"format": {FORMAT}, "roles": ["actor"], "world_size": 2}}'
-        },
-    ),
     "other-data": Case(
-        r"resume: the checkpoint's prompt sampler has size 512, this run has 100; .*",
+        r".*/step_00000001: saved with other settings than this run has: data\.train_files: what is in "
+        r".*/sft\.parquet -> .*/sft-100\.parquet has changed \(.*\); .* say resume_with_changes=\[data\.train_files\]",
         {"data.train_files": "[{data:sft-100}]", "steps": 2},
         copy="finished",
     ),
-    "damaged-metadata": Case(
-        r".*/step_00000001/actor: the checkpoint cannot be read: .*",
+    "other-size": Case(
+        r"resume: the checkpoint's prompt sampler has size 512, this run has 100; .*",
+        {"data.train_files": "[{data:sft-100}]", "steps": 2, "resume_with_changes": "[data]"},
         copy="finished",
-        write={"checkpoints/step_00000001/actor/.metadata": "gone"},
+    ),
+    "other-settings": Case(
+        r".*/step_00000001: saved with .*: seed: 0 -> 5; data\.sft_batch_size: 16 -> 8; .* say "
+        r"resume_with_changes=\[seed, data\.sft_batch_size\]",
+        {"data.sft_batch_size": 8, "seed": 5},
+        copy="finished",
     ),
     "damaged-weights": Case(
-        r".*/step_00000001/actor: the checkpoint cannot be read: .*",
+        r"resume: auto, but no checkpoint is whole: .*/step_00000001 is damaged: actor/__0_0\.distcp has 4 of .*",
         copy="finished",
         write={"checkpoints/step_00000001/actor/__0_0.distcp": "gone"},
+    ),
+    "damaged-and-named": Case(
+        r".*/step_00000001 is damaged: actor/\.metadata has 4 of the .*",
+        {"resume": "{folder}/late/damaged-and-named/checkpoints/step_00000001"},
+        copy="finished",
+        write={"checkpoints/step_00000001/actor/.metadata": "gone"},
     ),
     "older": Case(
         r"resume: .*/step_00000001, but .*/step_00000002 is later; choose another output_dir, or move .*",
@@ -332,15 +338,10 @@ RUNS = {
         copy="finished",
         write={"checkpoints/step_00000002/manifest.json": "{}"},
     ),
-    "other-stage": Case(
-        r".*/step_00000001: holds a run of stage ppo, this run is of stage sft; give it as actor\.init .*",
+    "damaged-config": Case(
+        r"resume: auto, but no checkpoint is whole: .*/step_00000001 is damaged: hf/config\.json has 2 of the .*",
         copy="finished",
-        write={"checkpoints/step_00000001/state.json": '{"trainer": {"stage": "ppo"}}'},
-    ),
-    "damaged-state": Case(
-        r".*/step_00000001/state\.json: the checkpoint cannot be read: .*",
-        copy="finished",
-        write={"checkpoints/step_00000001/state.json": "{"},
+        write={"checkpoints/step_00000001/hf/config.json": "{}"},
     ),
     "nan": Case(
         r"actor loss is nan: the step was not taken, no checkpoint was touched",
@@ -363,9 +364,30 @@ RUNS = {
 }
 
 
+# what they tell, among other things
+GO_ON = {
+    "two": Case(
+        r"resume: goes on from .*/two/checkpoints/step_00000001; changed since: steps: 1 -> 2; "
+        r"actor\.init: \".*/model\" -> \".*/gone\"; actor\.optimizer\.lr: .*; checkpoint\.every: null -> 1\n",
+        {"steps": 2, "checkpoint.every": 1, "actor.optimizer.lr": 1e-3, "actor.init": "{model:gone}"},
+        copy="finished",
+    ),
+    "falls-back": Case(
+        r"resume: .*/falls-back/checkpoints/step_00000002 is damaged: actor/common\.pt has 4 of the \d+ bytes .* "
+        r"\(becomes step_00000002\.damaged\); 1 step is made again\n"
+        r".*resume: goes on from .*/falls-back/checkpoints/step_00000001; changed since: steps: 1 -> 3; checkpoint.*\n"
+        r"(?s:.*)/metrics\.jsonl: line 1 is not a JSON .*; left out, the file as it was is metrics\.damaged\..*\n"
+        r".*/metrics\.jsonl has no records: those of the steps up to 1 are not there\n",
+        {"steps": 3, "checkpoint.every": 1},
+        copy="two",
+        write={"checkpoints/step_00000002/actor/common.pt": "gone", "metrics.jsonl": "garbage\n"},
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def refused_late(bad: Bad) -> dict[str, dict[str, Any]]:
-    return _run_group(bad, "late", {"sft": RUNS, "tempo": {**DATA, **MODELS}}, 150)
+    return _run_group(bad, "late", {"sft": {**RUNS, **GO_ON}, "tempo": {**DATA, **MODELS}}, 150)
 
 
 @pytest.mark.parametrize("name", [*DATA, *MODELS])
@@ -402,6 +424,22 @@ def test_the_run_that_the_others_spoil_is_a_good_one(bad: Bad, refused_late: dic
     assert (finished["code"], _messages(finished["output"], "sft finished")) == (0, [])
     assert (bad.folder / "late" / "finished" / "checkpoints" / "step_00000001" / "manifest.json").is_file()
     _check_whole(bad.folder / "late" / "finished")
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_runs_that_go_on(bad: Bad, refused_late: dict[str, dict[str, Any]], name: str) -> None:
+    """From a checkpoint whose model is gone; from the one before a damaged one, and metrics that are damaged too."""
+    result, run = refused_late[name], bad.folder / "late" / name
+    assert result["code"] == 0, result["output"]
+    assert re.search(GO_ON[name].told, result["output"]), result["output"]
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    if name == "falls-back":
+        assert kept == ["step_00000002", "step_00000002.damaged", "step_00000003"]
+        assert (run / "checkpoints/step_00000002.damaged/actor/common.pt").read_text() == "gone"
+        assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 3]
+    else:
+        assert kept == ["step_00000001", "step_00000002"]
+        _check_whole(run)
 
 
 # ---------------------------------------------------------------- met by ranks
@@ -493,7 +531,14 @@ def test_sigterm(bad: Bad, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
-    ended = _two_ranks(bad, "tempo", tmp_path / "run", FOR_EVER, lambda launcher: _rank(launcher, 1).kill())
+    def kill(launcher: subprocess.Popen) -> None:
+        rank = _rank(launcher, 1)
+        while not list((tmp_path / "run" / "checkpoints").glob(".partial-*")):  # in the middle of a save
+            assert launcher.poll() is None
+            time.sleep(0.001)
+        rank.kill()
+
+    ended = _two_ranks(bad, "tempo", tmp_path / "run", FOR_EVER, kill)
     (told,) = ended.messages  # by what the kernel counts of kills for lack of memory, where it does
     assert re.fullmatch(
         r"error: rank 1 was killed by SIGKILL(; out of memory\?| from outside; .* did not run out)", told

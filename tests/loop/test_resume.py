@@ -97,7 +97,7 @@ def test_train_command_goes_on_by_itself(tmp_path: Path) -> None:
             arguments = [*config, *overrides, f"output_dir={tmp_path / name}", f"steps={n}", "checkpoint.every=3"]
             result = launch(["-m", "tempo_megatron", "train", *arguments], 1, 120).check()
         runs[name] = [deterministic_view(r) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
-    assert "resumed from" in result.stderr
+    assert "resume: goes on from" in result.stderr
     assert runs["whole"] == runs["halves"]
     assert len(runs["whole"]) == 6
     # the schedule goes on at its position; its rates are what the resumed run is told

@@ -34,6 +34,7 @@ from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights 
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import resume_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
+from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import resolve_init  # noqa: E402
@@ -41,6 +42,7 @@ from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import LossFunction, MegatronEngine, StepResult  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
+from tests.checkpoint.folders import reseal  # noqa: E402
 from tests.model import critic_oracle as oracle  # noqa: E402
 from tests.model.hf_reference import TEMPERATURE, data, save_reference, wanted  # noqa: E402
 from tests.model.parity_cases import Layout, config_of  # noqa: E402
@@ -238,7 +240,7 @@ def resumed(root: Path, layout: Layout, dtype: str, groups: ModelParallelGroups)
     before = tensors_of(engine)
     loss = project_loss(engine.forward(data())["values"])
     steps = [engine.step(data(), loss) for _ in range(2)]
-    checkpoint = save_checkpoint(run, 2, {"critic": engine}, {"step": 2}, {"critic": folder}, keep=1)
+    checkpoint = save_checkpoint(run, 2, {"critic": engine}, {"step": 2}, {"critic": folder}, keep=1).folder
     saved = tensors_of(engine)
     export_hf(engine, folder, run / "hf", 1)
     third, next_rate = engine.step(data(), loss), rate(engine)
@@ -246,7 +248,7 @@ def resumed(root: Path, layout: Layout, dtype: str, groups: ModelParallelGroups)
 
     again = build("critic", folder, layout, groups, dtype=dtype)
     again.start_optimizer()
-    resume_checkpoint(checkpoint, {"critic": again})
+    resume_checkpoint(verify(checkpoint), {"critic": again})
     restored = tensors_of(again)
     exported = on_rank0(lambda: load_file(run / "hf" / "model.safetensors"))
     head = [n for n in before if n.startswith("score.")]
@@ -302,6 +304,7 @@ def drop(checkpoint: Path, role: str, key: str) -> Path:
         kept = {k: v for k, v in metadata.state_dict_metadata.items() if k != key}
         assert len(kept) == len(metadata.state_dict_metadata) - 1
         file.write_bytes(pickle.dumps(replace(metadata, state_dict_metadata=kept)))
+        reseal(target)
 
     on_rank0(copy)
     return target
@@ -322,8 +325,8 @@ def heads(root: Path, layout: Layout, groups: ModelParallelGroups) -> dict[str, 
     on_rank0(broken_folder)
     roles = {role: started(role, root / f"llama-tied-{role}", layout, groups) for role in ("actor", "critic")}
     dirs = {"actor": policy, "critic": critic}
-    of_policy = save_checkpoint(root / "run-policy", 1, {"actor": roles["actor"]}, {"step": 1}, dirs, keep=1)
-    of_both = save_checkpoint(root / "run-both", 1, roles, {"step": 1}, dirs, keep=1)
+    of_policy = save_checkpoint(root / "run-policy", 1, {"actor": roles["actor"]}, {"step": 1}, dirs, keep=1).folder
+    of_both = save_checkpoint(root / "run-both", 1, roles, {"step": 1}, dirs, keep=1).folder
     weights = tensors_of(roles["actor"])
 
     def fresh(source: Path, init_head: bool = True) -> MegatronEngine:
@@ -332,7 +335,7 @@ def heads(root: Path, layout: Layout, groups: ModelParallelGroups) -> dict[str, 
     def resume(checkpoint: Path) -> None:
         engine = build("critic", critic, layout, groups, init_head=True)
         engine.start_optimizer()
-        resume_checkpoint(checkpoint, {"critic": engine})
+        resume_checkpoint(verify(checkpoint), {"critic": engine})
 
     def with_fresh_head(source: Path) -> bool:
         engine = fresh(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -103,13 +104,37 @@ def test_resume_removes_a_torn_last_line(tmp_path: Path, cut: int) -> None:
     assert whole.startswith(path.read_bytes())
 
 
-def test_resume_refuses_a_file_that_is_broken_in_the_middle(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"step": 2', '"step": ', "line 2 is not a JSON object: .*"),
+        ('"step": 2', '"step": "2"', "line 2 is not a JSON object with an integer 'step'"),
+        ('{"step": 2', '\0\0{"step": 2', "line 2 is not a JSON object: .*"),
+    ],
+)
+def test_resume_leaves_out_what_is_no_record(tmp_path: Path, old: str, new: str, told: str) -> None:
     path = write_steps(tmp_path, 3)
-    path.write_text(path.read_text().replace('"step": 2', '"step": '))
+    path.write_text(path.read_text().replace(old, new))
     before = path.read_bytes()
-    with pytest.raises(TempoError, match=rf"{METRICS_FILE}: line 2 is not a JSON object"):
-        open_writer(tmp_path, last_step=3)
-    assert path.read_bytes() == before
+    with open_writer(tmp_path, last_step=3) as writer:
+        (note,) = writer.notes
+        writer.write({"step": 4})
+    assert re.fullmatch(rf"{path}: {told}; left out, the file as it was is metrics\.damaged\.jsonl", note)
+    assert [record["step"] for record in read_metrics(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == before
+
+
+def test_resume_tells_of_records_that_are_gone(tmp_path: Path) -> None:
+    path = write_steps(tmp_path, 3)
+    with open_writer(tmp_path, last_step=3) as writer:
+        assert writer.notes == []
+    with open_writer(tmp_path, last_step=5) as writer:
+        assert writer.notes == [f"{path} ends with step 3: those of the steps up to 5 are not there"]
+    path.unlink()
+    with open_writer(tmp_path, last_step=5) as writer:
+        assert writer.notes == [f"{path} has no records: those of the steps up to 5 are not there"]
+    with open_writer(tmp_path, last_step=0) as writer:
+        assert writer.notes == []  # a run may have none of its start
 
 
 def test_a_fresh_run_keeps_the_previous_metrics_aside(tmp_path: Path) -> None:

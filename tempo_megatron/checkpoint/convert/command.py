@@ -129,7 +129,7 @@ def _stay_on_cpu() -> None:
 
 def _convert_to_megatron(arguments: argparse.Namespace) -> None:
     from tempo_megatron.checkpoint.convert.plan import world_size_of
-    from tempo_megatron.checkpoint.convert.to_megatron import HFSource, write_checkpoint, write_manifest
+    from tempo_megatron.checkpoint.convert.to_megatron import HFSource, describe, write_checkpoint
     from tempo_megatron.checkpoint.convert.verify import verify_megatron
     from tempo_megatron.checkpoint.hf_read import load_hf_config
     from tempo_megatron.config.layout import check_layout, read_model_shape
@@ -144,9 +144,9 @@ def _convert_to_megatron(arguments: argparse.Namespace) -> None:
         source = HFSource(arguments.hf, config, role, init_head=arguments.init_head, dtype=_dtype(arguments.dtype))
         began, size = time.monotonic(), source.total_bytes()
         head_bias = CriticConfig.model_fields["initial_value"].default
-        write_checkpoint(source, partial, layout, head_bias, bar("converting", size))
+        written = write_checkpoint(source, partial, layout, head_bias, bar("converting", size))
         verified = verify_megatron(source, partial, bar("verifying", 2 * size)) if arguments.verify else None
-        write_manifest(source, partial, layout)
+        describe(source, partial, layout, written)
         os.replace(partial, arguments.megatron)
     _report(arguments.megatron, size, time.monotonic() - began, verified)
 
@@ -173,17 +173,18 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
     from tempo_megatron.checkpoint.convert.to_hf import MegatronSource, write_hf
     from tempo_megatron.checkpoint.convert.verify import verify_hf
     from tempo_megatron.checkpoint.hf_read import load_hf_config
-    from tempo_megatron.checkpoint.manifest import read_manifest
+    from tempo_megatron.checkpoint.manifest import find_whole, parts_of, read_manifest
 
     role: Role = "critic" if arguments.critic else "actor"
     if not arguments.shard_gib > 0:
         raise TempoError(f"--shard-gib {arguments.shard_gib:g} must be above 0")
     folder = resolve_checkpoint(str(arguments.megatron), "--megatron")
     manifest = read_manifest(folder)
-    roles = manifest["roles"]
+    roles = manifest.roles
     if role not in roles:
         hint = "; add --critic" if roles == ["critic"] else ""
         raise TempoError(f"--megatron: {folder} holds no {role} (roles: {', '.join(roles)}){hint}")
+    find_whole(folder, parts_of(role))
     hf_dir = folder / hf_name(role)
     verified: list[Verification] = []
     with _target(arguments.hf), _progress() as bar:
@@ -195,7 +196,7 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
                 verified.append(verify_hf(source, written, bar("verifying", 2 * size)))
 
         shard_bytes = int(arguments.shard_gib * 2**30)
-        head = arguments.head or manifest.get("head_format")
+        head = arguments.head or manifest.head_format
         write_hf(source, arguments.hf, hf_dir, shard_bytes, bar("converting", size), verify, head)
     _report(arguments.hf, size, time.monotonic() - began, *verified)
 

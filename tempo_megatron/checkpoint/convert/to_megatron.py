@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,15 @@ from tempo_megatron import __version__
 from tempo_megatron.checkpoint.convert.distcp import DistCheckpointWriter
 from tempo_megatron.checkpoint.convert.plan import Part, RankPlan, simulated_rank, world_size_of
 from tempo_megatron.checkpoint.critic_format import WEIGHT, CriticTensors, carry_lm_head, open_hf_folder
+from tempo_megatron.checkpoint.digests import FileDigest
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import CONFIG, changed_config, copy_side_files, dtype_change
-from tempo_megatron.checkpoint.manifest import FORMAT, sync_write
+from tempo_megatron.checkpoint.inprocess_writer import take_written
+from tempo_megatron.checkpoint.manifest import Manifest, digest_folder, write_manifest
 from tempo_megatron.config.architectures import TEXT_CLASSIFIER
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import MANIFEST, hf_name
+from tempo_megatron.locate import hf_name
 from tempo_megatron.model.families.base import VALUE_HEAD_RULES
 from tempo_megatron.model.hf_tensors import Role, expected_tensors
 from tempo_megatron.model.weights import entry_shard
@@ -109,8 +110,13 @@ class HFSource:
 
 def write_checkpoint(
     source: HFSource, folder: Path, layout: ParallelConfig, head_bias: float, on_bytes: OnBytes
-) -> None:
-    """Write the weights into ``folder/ROLE`` and the side files beside it, but no manifest yet."""
+) -> dict[str, FileDigest]:
+    """Write the weights into ``folder/ROLE`` and the side files beside it, but no manifest yet.
+
+    Returns:
+        digests of the shards, by their path in the folder.
+    """
+    take_written()  # of a conversion that failed
     writer = DistCheckpointWriter(folder / source.role)
     for rank in range(world_size_of(layout)):
         with simulated_rank(source.config, source.role, layout, rank) as plan:
@@ -122,6 +128,7 @@ def write_checkpoint(
     (side_files / CONFIG).write_bytes(config)
     if source.role == "critic":
         carry_lm_head(source.folder, side_files)
+    return {shard.path.relative_to(folder).as_posix(): shard.digest for shard in take_written()}
 
 
 def config_dtype(hf_dir: Path, dtypes: set[torch.dtype]) -> dict[str, Any]:
@@ -147,22 +154,25 @@ def _pieces(source: HFSource, plan: RankPlan, head_bias: float, on_bytes: OnByte
             on_bytes(written)
 
 
-def write_manifest(source: HFSource, folder: Path, layout: ParallelConfig) -> None:
-    """What makes the folder a checkpoint that ``train`` takes as ``init`` (and refuses to resume)."""
+def describe(source: HFSource, folder: Path, layout: ParallelConfig, written: Mapping[str, FileDigest]) -> None:
+    """Write the manifest, which makes the folder a checkpoint that ``train`` takes as ``init`` (no run to resume).
+
+    Args:
+        written: of ``write_checkpoint``.
+    """
     role = source.role
-    manifest = {
-        "format": FORMAT,
-        "step": 0,
-        "roles": [role],
-        "weights_only": True,
-        "head_format": source.head_format,
-        "world_size": world_size_of(layout),
-        "layouts": {role: layout.model_dump()},
-        "version": __version__,
-    }
-    partial = folder / f".{MANIFEST}.partial"
-    sync_write(partial, json.dumps(manifest, indent=2))
-    os.replace(partial, folder / MANIFEST)
+    manifest = Manifest(
+        step=0,
+        run="converted",
+        version=__version__,
+        roles=[role],
+        world_size=world_size_of(layout),
+        layouts={role: layout.model_dump()},
+        weights_only=True,
+        head_format=source.head_format,
+        files=digest_folder(folder, written),
+    )
+    write_manifest(folder, manifest)
 
 
 def _short(dtype: torch.dtype) -> str:
