@@ -79,7 +79,7 @@ class Watchdog:
         self._period_s = min(PERIOD_S, timeout_s / 4)
         self._phase, self._phase_began = "start", time.monotonic()
         self._main = threading.main_thread().ident
-        self._beats = 0
+        self._beats, self._started = 0, False
         self._lock = threading.Lock()
         self._peers = {r: Peer() for r in range(world_size) if r != rank}
         self._look_at_all, self._looked = threading.Event(), threading.Event()
@@ -90,6 +90,7 @@ class Watchdog:
         self._store.set(_key(self._rank), json.dumps(self._status()))
 
     def start(self) -> None:
+        self._started = True
         for target in (self._exchange, self._judge):
             threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
 
@@ -102,7 +103,8 @@ class Watchdog:
         self.enter(_ENDED)
         self._stop.set()
         self._wake.set()
-        self._looked.wait(LAST_LOOK_S)
+        if self._started:
+            self._looked.wait(LAST_LOOK_S)
 
     def who_is_missing(self) -> str:
         """After a collective that took too long: the ranks that did not take part, or what all were at."""

@@ -93,8 +93,10 @@ HANGS = """
 import os, sys, time
 import torch
 from tempo_megatron.cluster.launch import rank_from_environment
+from tempo_megatron import failures
 from tempo_megatron.failures import tell
 from tempo_megatron.parallel.distributed import enter_phase, start, sum_over_world
+failures.FOLLOWER_GRACE_S = 0.5
 place = rank_from_environment()
 start(1, 4)
 enter_phase("rollout")
@@ -109,6 +111,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hanging", [0, 1])
 def test_a_rank_that_hangs_while_the_other_waits(tmp_path: Path, hanging: int) -> None:
     (tmp_path / "program.py").write_text(HANGS)
