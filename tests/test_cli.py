@@ -21,6 +21,7 @@ from tempo_megatron.cluster.claim import claimed
 from tempo_megatron.cluster.launch import RankInfo
 from tempo_megatron.config.load import dump_config, load_config
 from tempo_megatron.errors import RunError, TempoError
+from tests.checkpoint.folders import seal
 from tests.launching import patience
 
 REPOSITORY = Path(__file__).parents[1]
@@ -165,8 +166,7 @@ def finish(config_file: Path, overrides: list[str]) -> Path:
     config = load_config(str(config_file), overrides)
     output = Path(config.output_dir)
     newest = output / "checkpoints" / "step_00000003"
-    newest.mkdir(parents=True)
-    (newest / "manifest.json").touch()
+    seal(newest, step=3)
     (output / "config.yaml").write_text(dump_config(config))
     info = {"stage": "sft", "finished": {"step": 3, "policy_updates": 3}}
     (output / "run.json").write_text(json.dumps(info))
@@ -193,7 +193,6 @@ def test_a_run_that_has_ended_does_not_start(
         ("steps=4", None),
         ("actor.optimizer.lr=1e-4", None),
         ("resume=never", None),
-        ("seed=0", "checkpoints/step_00000003/manifest.json"),
         ("seed=0", "config.yaml"),
         ("seed=0", "run.json"),
     ],

@@ -238,7 +238,7 @@ def test_a_dry_run_shows_settings_and_what_was_checked(launched: tuple[Path, Lau
     for part in (
         "will make 7 policy updates of tempo on 1 rank",
         f"resume: goes on from {folder / 'run' / 'checkpoints'}",
-        "checked: critic: headers of",
+        "checked: critic: manifest of",
         "checked: tokenizer: 21 tokens, responses end with ['<eos>']",
         "checked: vLLM: takes the sizes of this model",
         "checked: data: every row read",
