@@ -42,6 +42,9 @@ from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks, on_rank0, rank, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
+#: Folder of torch's random states, one file a rank.
+RANDOM_STATES = "rng"
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -146,11 +149,11 @@ def _begin(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     for left in partial.parent.glob(".partial-step_*"):  # of a run that was killed while it saved
         shutil.rmtree(left, ignore_errors=True)
-    (partial / "rng").mkdir(parents=True)
+    (partial / RANDOM_STATES).mkdir(parents=True)
 
 
 def random_state_name(of_rank: int) -> str:
-    return f"rng/rank_{of_rank}.safetensors"
+    return f"{RANDOM_STATES}/rank_{of_rank}.safetensors"
 
 
 def _save_random_state(partial: Path) -> tuple[str, FileDigest]:
