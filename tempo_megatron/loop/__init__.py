@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
+from tempo_megatron.cluster.lifetime import say
 from tempo_megatron.config.schema import Config
 from tempo_megatron.telemetry.progress import run_title
 
@@ -59,4 +59,4 @@ def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
 def _tell(text: str) -> None:
     """On rank 0, before there are ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        say(text)
