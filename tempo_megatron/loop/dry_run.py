@@ -32,7 +32,9 @@ from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import start
 from tempo_megatron.rollout.limits import check_model
 
-NOT_CHECKED = "not checked: the values of weights, whether a checkpoint fits the run that goes on from it, memory, vLLM"
+NOT_CHECKED = (
+    "not checked: the values of weights, the digests of checkpoints, whether it all fits into memory, vLLM itself"
+)
 
 
 def dry_run(config: Config, world_size: int) -> None:
