@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tempo_megatron.verifiers.withdrawn import is_withdrawn
+from tempo_megatron.verifiers.withdrawn import is_denied, is_withdrawn
 
 # One pass over boxes, escaped braces (no structure) and plain braces.  A box without braces holds what follows up to a
 # blank or a dollar sign: TeX would take one token, but nobody who writes \boxed 23 or \boxed\frac12 means that.
@@ -18,6 +18,9 @@ _BRACES = re.compile(
       |\\[{}]|[{}]""",
     re.VERBOSE,
 )
+
+
+_MAX_AROUND = 100  # characters between two nested boxes that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,23 @@ class Box:
 def last_box(text: str) -> Box | None:
     r"""The complete box that starts last, or None when there is none.
 
-    Of nested boxes that is the inner one.  An unclosed box (a truncated response) doesn't hide an earlier complete
-    one.  A single pass, so 10^6 open braces cost no more than 10^6 letters.
+    Of nested boxes that is the inner one, unless the outer one holds more than that.  An unclosed box (a truncated
+    response) doesn't hide an earlier complete one.  A single pass, so 10^6 open braces cost no more than 10^6 letters.
     """
-    return max(_boxes(text), key=lambda box: box.start, default=None)
+    last = found = None
+    for box in _boxes(text):
+        if last is None or box.start > last.start:
+            last = found = box
+        elif _holds_more(box, last, text):  # it ends later: it is around the last one
+            found = box
+    return found
+
+
+def _holds_more(outer: Box, inner: Box, text: str) -> bool:
+    if len(outer.text) - (inner.end - inner.start) > _MAX_AROUND:
+        return True
+    around = text[outer.end - 1 - len(outer.text) : inner.start] + text[inner.end : outer.end - 1]
+    return re.search(r"[^\s$*{}]", around) is not None
 
 
 def _boxes(text: str) -> Iterator[Box]:
@@ -63,9 +79,6 @@ def last_boxed(text: str) -> str | None:
     return None if box is None else box.text
 
 
-def final_answer(response: str) -> str:
-    """What the last complete box holds, else the whole response; empty where the box was withdrawn."""
-    box = last_box(response)
-    if box is None:
-        return response
-    return "" if is_withdrawn("." + response[box.end :]) else box.text
+def is_taken_back(response: str, box: Box) -> bool:
+    """Does what stands before or after the box say that it is no answer?"""
+    return is_denied(response[: box.start]) or is_withdrawn("." + response[box.end :])

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from tempo_megatron.verifiers import chinese
-from tempo_megatron.verifiers.boxed import last_box
+from tempo_megatron.verifiers.boxed import is_taken_back, last_box
 from tempo_megatron.verifiers.withdrawn import is_withdrawn
 
 MAX_TAIL = 4000  # characters of a response in which statements are looked for
@@ -49,10 +49,13 @@ _DENIAL = re.compile(
     |\b(?:opposite|contrary|reverse)\b
     |\b(?:thinks|believes|says|said|claim\w*+|argues|guess\w*+)(?:[ ]that)?
       (?:[ ](?:the|my|our))?(?:[ ](?:final|correct|right|best))?[\s*_]*+$
+    |\bwould[ ](?:expect|think|guess|suppose|believe)\b
     |\b(?:when|whenever|once|until|why|how|where|case|provided|were)(?:[ ]the)?[\s*_]*+$""",
     re.VERBOSE | re.IGNORECASE,
 )
-_DENIED_BOX = re.compile(r"\W*+(?:not|never|neither|nor|hardly|unlikely)\b.{0,40}?\\boxed", re.IGNORECASE)
+_DENIED_BOX = re.compile(
+    r"\W*+(?:not|never|neither|nor|hardly|unlikely)\b(?:(?!\bbut\b).){0,40}?\\boxed", re.IGNORECASE
+)
 _INTERJECTION = re.compile(r"\W*+no(?:,|[ ]wait\b)", re.IGNORECASE)
 _NO_VALUE = re.compile(
     r"[\s*_]{0,4}(?:(?:indeed|also|therefore|thus|then)\s)?(?:correct|right|valid|verified|confirmed|reasonable|consistent"
@@ -71,7 +74,9 @@ _BOLD = re.compile(r"(?<!\S)(?:\*\*|__)|(?:\*\*|__)(?=[\s.,;:]|\Z)")
 _VALUE_END = re.compile(r"[.．](?=\s|\Z)|。|,?[ ]+(?:because|since)\b|[,，]?因为")
 _ADVERB = re.compile(r"\A\s*(?:therefore|thus|hence|then|indeed|simply|just),?\s", re.IGNORECASE)
 _CHANGES = re.compile(
-    r"\W*+(?:(?:n?or|and|but|not|if|unless|maybe|perhaps|possibly|plus|times)\b|或|但|和)", re.IGNORECASE
+    r"\W*+(?:(?:n?or|and|but|not|if|unless|maybe|perhaps|possibly|plus|times"
+    r"|(?:this|that|which|it)\s(?:contradicts|violates|fails|is\s(?:impossible|absurd)))\b|或|但|和)",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?][*_\"'\u201d)\]]*+\s++(?![a-z])|\n(?![ \t]*+[a-z])")
 _WORD_BEFORE = re.compile(r"(?:\b(most)\s{1,4})?([A-Za-z'\u2019-]+)[\s*_]{0,4}$")
@@ -167,7 +172,7 @@ def final(response: str, besides: re.Pattern[str] | None = None) -> Final | None
         return Final(statement.text, statement.below, False, gone)
     if box is None:
         return None
-    gone = denies_box(statement) or is_withdrawn("." + response[box.end :])
+    gone = denies_box(statement) or is_taken_back(response, box)
     return Final(box.text, "", True, gone)
 
 
@@ -192,6 +197,16 @@ def final_value(response: str, otherwise: str | None = None) -> str | None:
     if found.refused:
         return None
     return found.text if found.is_box else _stated_value(found.text)
+
+
+def final_answer(response: str) -> str:
+    """What the last box holds, else the whole response; empty where that is taken back or differs later."""
+    box, found = last_box(response), final(response, besides=_NO_VALUE)
+    if box is None or found is None:
+        return response
+    text = box.text if found.is_box else _stated_value(found.text)
+    same = text is not None and text.split() == box.text.split()
+    return box.text if same and not found.refused else ""
 
 
 def _stated_value(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Does a response take back what it has just given as its answer?  "No wait, that is wrong." """
+"""Does a response take back what it gives as its answer?  "No wait, that is wrong", "it isn't 5"."""
 
 from __future__ import annotations
 
@@ -6,13 +6,30 @@ import re
 
 _IT = r"\b(?:that|this|it|which|(?:the|my|this|that)[ ](?:answer|result|value|guess|number|box|solution))"
 _SOME = r"(?:[ ][a-z]{1,12}){0,2}?[ ]"
+#: What takes an answer back, said right behind it; of another number it may be said further on.
+_REFUTED = r"""(?:fail(?:s|ed)|contradicts|violates|leads[ ]to[ ]a[ ]contradiction|makes[ ]no[ ]sense
+  |(?:is|was)[ ](?:impossible|absurd|false|untrue|a[ ]contradiction|off[ ]by))\b"""
 # Every repetition is bounded: a response must not make the search slow
 _WITHDRAWN = re.compile(
     rf"""
-    \A\.[\s*_$\\\])]{{0,8}}(?:\?
-      |(?:is|was|seems|must[ ]be|would[ ]be|can(?:not|['\u2019]t)[ ]be)[ ](?:[a-z]{{1,12}}[ ]){{0,2}}?
-        (?:not|wrong|incorrect|impossible|mistaken|false)\b
-      |(?:is|was|does|ca)n['\u2019]t\b|does[ ]not\b|(?:是)?(?:错|不对|不正确)|不是)
+    \A\.[\s*_$\\\])]{{0,8}}(?:[?？]
+      |(?:is|was|seems|(?:must|would|should|has[ ]to|can(?:not|['\u2019]t))[ ]be)[ ](?:[a-z]{{1,12}}[ ]){{0,2}}?
+        (?:not|wrong|incorrect|impossible|mistaken|false|invalid|absurd|excluded|rejected|discarded|ruled[ ]out
+          |off[ ]by|(?:mistake|error|trap|guess|attempt)(?=[,.;!?]|\Z))\b
+      |(?:is|was|seems)[ ](?:far[ ]|much[ ])?too\b
+      |(?:is|was|does|ca)n['\u2019]t\b|can[ ]?not[ ]be\b|does[ ]not\b
+      |(?:[.,;]?\s{{0,3}}(?:which|that|this|it)[ ])?{_REFUTED}
+      |[.,;]?\s{{0,3}}(?:contradiction|(?:that|it)['\u2019]s[ ]off[ ]by)\b
+      |(?:[(\[:]|->|\u2192)\s{{0,2}}(?:wrong|incorrect|false)\b|[\u2717\u2718\u274c]|\u00d7(?=\s{{0,9}}\Z)
+      |(?:是)?(?:错|不对|不正确)|不是|吗|[，,]?\s?[（(]?(?:应?舍去|不成立|不符合|不合题意|不满足|错)
+      |[，。,]?(?:但|可)?是?这?与[^。\n]{{0,12}}矛盾)
+    | \bbut[ ](?:it|this|that)[ ]{_REFUTED}
+    | \b(?:ignore|disregard|forget|retract|withdraw)[ ]
+      (?:that|this|it|the[ ]above|(?:my|the|this|that)[ ](?:[a-z]{{1,12}}[ ])?answer)(?=[.,;!]|\Z)
+    | \bnever[ ]?mind\b|\bmy[ ]bad\b|\b(?:i|we)[ ](?:have[ ])?mis(?:read|counted|calculated|interpreted|understood)\b
+    | \b(?:do[ ]not|don['\u2019]t)[ ](?:think|believe)[ ](?:that[ ])?(?:this|that|it)\b
+    | \bnot[ ]sure[ ](?:(?:that|if|whether)[ ])?(?:this|that|it)[ ]is\b
+    | (?:[.;\n]\s{{0,4}}|,[ ])(?:edit:|i[ ]mean\b|actually,?[ ](?:[-+$(\\0-9]|\S{{1,20}}\s{{0,9}}\Z))
     | (?:[.!?,;:\n)\u2014\u2013-]|\bbut)[\s*_"$\\\])]{{0,8}}
       (?:no(?=[,.!;:]|[ ]wait\b|[ ](?:that|this|it)\b)|nope\b|wait\b|hm{{1,6}}\b|hold[ ]on\b|oops\b|scratch[ ]that\b
         |(?:sorry|actually),?[ ](?:no|wait|that|this|it|i)\b|correction\b|on[ ]second[ ]thoughts?\b)
@@ -20,7 +37,8 @@ _WITHDRAWN = re.compile(
       {_SOME}?[ ]?(?:wrong|incorrect|mistaken|an?[ ]error|a[ ]mistake)\b
     | {_IT}(?:[ ](?:is|was)(?:n['\u2019]t|[ ]not)|['\u2019]s[ ]not|[ ]can(?:not|['\u2019]t|[ ]not)[ ]be
         |[ ]does(?:n['\u2019]t|[ ]not)[ ](?:seem|look))
-      {_SOME}?[ ]?(?:right(?![ -](?:angle|triang|side|hand|isos))|correct|the[ ]answer)\b
+      {_SOME}?[ ]?(?:right(?![ -](?:angle|triang|side|hand|isos))|correct|(?:true|possible|valid)(?=[.,;!?]|\Z)
+        |(?:the|my|our)[ ](?:[a-z]{{1,12}}[ ])?answer|what[ ](?:was|is|the|we))\b
     | {_IT}[ ](?:(?:does|did)(?:n['\u2019]t|[ ]not)|fails[ ]to)[ ](?:work|hold|fit|check|satisfy|match)
     | \b(?:i|we)(?:[ ]have|['\u2019]ve)?[ ](?:made|make)[ ]an?[ ](?:[a-z]{{1,12}}[ ])?(?:mistake|error)\b
     | \b(?:i|we)(?:[ ]was|[ ]were|['\u2019]m|[ ]am)[ ](?:wrong|mistaken)\b
@@ -33,6 +51,35 @@ _WITHDRAWN = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+
+
+_MAX_BEFORE = 120
+_DENIED = re.compile(
+    r"""(?:
+      (?:\b(?:not|never|neither|nor|cannot|instead[ ]of|rather[ ]than|rul(?:e|ed|ing)[ ]out
+        |(?:exclud|reject|discard|eliminat)(?:e|es|s|ed|ing)?)|n['\u2019]t)
+      (?:\s(?:be|equals?|to|the|an?|answer|option|choice|value|possibly|simply|exactly))*
+    | \bbetween\s[^.\n\\]{1,30}\sand|\b(?:wrong|incorrect|false|mistaken|naive)\s(?:answer|result|guess)
+      (?:\s(?:is|was|would\sbe|of))?
+    | \b(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|imagine)\b
+      (?:(?!\bthen\b)[^.,;:!?\n\\]){0,40}\b(?:were|was|(?:answer|result|it)\sis)
+    | \b(?:whether|suppose|assume|imagine)(?:\sthat)?
+    | \b(?:maybe|perhaps|possibly|(?:may|might|could)\s(?:well\s)?be)
+    | (?:\A|[.!?\n]\s{0,4})(?:is|was)\s(?:it|the\sanswer)
+    | \b(?:wrong|incorrect|mistake|error|tempting|tempted)\sto\s(?:say|answer|conclude|think|write|choose|guess)
+    | \b(?:first|initial)\s(?:guess|thought|attempt)\s(?:is|was)
+    | \b(?:at\sfirst|initially),?\s(?:(?:i|we)\s)?(?:thought|got|found|guessed|obtained)
+    | \b(?:could|might|would)\s(?:think|guess|expect|say)\s(?:that\s)?(?:it['\u2019]s|(?:it|the\sanswer)\sis)
+    | 不(?:是|为|等于|可能(?:是|为)|应(?:是|为|选)|选)|并非|而非|排除|错误的?(?:答案|结果)(?:是|为)?
+    | 假设(?:是|为)?|(?:(?<![大小有])可能|也许|或许|大概|是否)(?:是|为)?
+    )[\s:：$*_"'(\[{\\]{0,8}\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def is_denied(before: str) -> bool:
+    """Does ``before``, what leads to a box, deny or only suppose it?  "It isn't", "we can rule out", "if it were"."""
+    return _DENIED.search(before[-_MAX_BEFORE:]) is not None
 
 
 def is_withdrawn(after: str) -> bool:

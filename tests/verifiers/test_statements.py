@@ -101,3 +101,62 @@ def test_what_is_denied_or_taken_back_does_not(kind: str) -> None:
 )
 def test_a_box_and_what_follows(kind: str, after: str, stands: bool) -> None:
     assert verify(rf"So \boxed{{24}}{after}", "24", kind).correct is stands
+
+
+BOXED = {"int": "24", "math": r"\frac12", "choice": "C", "text": "yes", "brackets": "] )", "exact": "a b"}
+#: Around a box: what denies it, only supposes it, or leaves it open, right before or right behind it.
+UNSTATED = [
+    *(
+        "The answer isn't {}.",
+        "The answer is definitely not {}",
+        "So it's not {}.",
+        "It cannot be {}",
+        "We can rule out {}",
+    ),
+    *("The wrong answer is {}.", "If it were {}, 0 = 1.", "Suppose the answer were {}. Then 0 = 1.", "Assume {}"),
+    *("It might be {}.", "Maybe {}", "Is it {}", "I can't tell whether it is {}.", "My first guess was {}."),
+    *("It would be a mistake to say {}.", "Instead of {}, another", "不是{}", "可能是{}", "排除{}"),
+    *("{} cannot be the answer.", "{} is only a guess.", "{} was my first guess, but it fails.", "{} is too large."),
+    *("{} fails.", "{} is off by one.", "{} is ruled out.", "{} must be rejected.", "{}: false.", "{} \u2717"),
+    *("{}, which is impossible.", "{}. This contradicts the given.", "{}. But this contradicts the assumption."),
+    *("{}. This is not the final answer.", "{}. This is not what was asked.", "{}. I don't think this is right."),
+    *(
+        "{}. Disregard this answer.",
+        "{}. Never mind.",
+        "{}. I misread the question.",
+        "{}. Edit: 7",
+        "{}. Actually, 7.",
+    ),
+    *("{}？不是。", "{}不成立。", "{}（舍去）", "{}，错。", "{}。但这与题意矛盾。"),
+]
+STATED = [
+    *(
+        "The answer is not 17 but {}.",
+        "If x = 3 then the answer is {}.",
+        "It holds if and only if {}.",
+        "{} is the answer.",
+    ),
+    *("This is not hard: {}", "We cannot do better, so it is {}.", "We reject the negative root and keep {}."),
+    *("Tom initially has {}", "The largest possible one is {}.", "{} is our final answer.", "{}, as required."),
+    *("{}. If it were larger, this contradicts the assumption.", "{}. It is not possible to do better.", "{} \u2713"),
+    *(
+        "{}. The others don't work.",
+        "{}.\nActually, one can verify this.",
+        "不难得到{}。",
+        "舍去负根，得{}。",
+        "{}。所以答案正确。",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", BOXED)
+@pytest.mark.parametrize("around", UNSTATED)
+def test_a_box_that_the_words_around_it_deny(kind: str, around: str) -> None:
+    verdict = verify(around.format(rf"\boxed{{{BOXED[kind]}}}"), BOXED[kind], kind)
+    assert (verdict.correct, verdict.verified) == (False, True)
+
+
+@pytest.mark.parametrize("kind", BOXED)
+@pytest.mark.parametrize("around", STATED)
+def test_a_box_that_the_words_around_it_leave(kind: str, around: str) -> None:
+    assert verify(around.format(rf"\boxed{{{BOXED[kind]}}}"), BOXED[kind], kind).correct

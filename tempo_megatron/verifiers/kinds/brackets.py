@@ -1,9 +1,10 @@
 r"""Sequences of brackets, compared bracket by bracket (BBH's ``dyck_languages``).
 
-The answer itself has braces, so that no box can be told by matching them: the final answer is the rest of the line
-after the last ``\boxed{`` without the box's own brace, or what the last statement ("the answer is", "Answer:") says on
-its line, whichever comes last; else the whole response where that is one line.  Blanks, commas, dollar signs, quotes
-and LaTeX text commands don't count; anything else than a bracket makes it unreadable.
+The answer itself has braces, so that no box can be told by matching them: the final answer is what follows the last
+``\boxed{`` on its line, up to the last brace before other text, or what the last statement ("the answer is",
+"Answer:") says on its line, whichever comes last; else the whole response where that is one line.  Blanks, commas,
+dollar signs, quotes and LaTeX text commands don't count; anything else than a bracket makes it unreadable, and so do
+further brackets in the text after a box.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 
 from tempo_megatron.verifiers.statements import MAX_TAIL, denies_box, last_statement
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
-from tempo_megatron.verifiers.withdrawn import is_withdrawn
+from tempo_megatron.verifiers.withdrawn import is_denied, is_withdrawn
 
 _BOX = re.compile(r"\\(?:boxed|fbox)[ ]?\{")
 #: What may stand behind a box or a statement: bold marks, the end of LaTeX's mathematics.
@@ -24,6 +25,7 @@ _SPELLED = (
     ("\\quad", ""), ("\\ ", ""), ("\\,", ""), ("\\;", ""), ("\\:", ""), ("\\!", ""),
 )  # fmt: skip
 _SEPARATORS = re.compile("[\\s,$`'\"\u201c\u201d]")
+_IN_BOX = re.compile(r"(?:[\s,$`'\"()\[\]{}<>]|\\[a-zA-Z]+|\\.)*+")
 _BRACKETS = re.compile(r"[()\[\]{}<>]+")
 
 
@@ -37,7 +39,7 @@ def _normal(text: str) -> str | None:
 
 def _trimmed(text: str) -> str:
     while True:
-        shorter = text.rstrip(" \t\r$.")
+        shorter = text.rstrip(" \t\r$.。")
         for mark in _TRAILING:
             shorter = shorter.removesuffix(mark)
         if shorter == text:
@@ -45,9 +47,18 @@ def _trimmed(text: str) -> str:
         text = shorter
 
 
+def _parted(line: str) -> tuple[str, str]:
+    """A box with its own brace, and the text after it; all of ``line`` where no text follows a brace."""
+    found = _IN_BOX.match(line)
+    end = line.rfind("}", 0, found.end() if found else 0) + 1
+    return (line[:end], line[end:]) if re.match(r"[^\w\\]{0,4}\s|[.,:;!。，]", line[end:]) else (line, "")
+
+
 def _boxed(line: str) -> str | None:
     """Content of a box that ends on its line; ``line`` begins behind its opening brace."""
-    line = _trimmed(line)
+    line, after = _parted(_trimmed(line))
+    if re.search(r"[()\[\]{}<>]", after):
+        return None
     command = _TEXT_COMMAND.match(line.lstrip())
     closing = "}}" if command else "}"
     if not line.endswith(closing) or line.endswith("\\}"):
@@ -71,7 +82,9 @@ def _final(response: str) -> str | None:
         return None if statement.refused or is_withdrawn(f"\n{statement.below}") else _trimmed(statement.text)
     if boxes:
         line, _, below = tail[boxes[-1].end() :].partition("\n")
-        return None if denies_box(statement) or is_withdrawn(f"\n{below}") else _boxed(line)
+        after = f".{_parted(line)[1]}\n{below}"
+        gone = denies_box(statement) or is_denied(tail[: boxes[-1].start()]) or is_withdrawn(after)
+        return None if gone else _boxed(line)
     return response.strip()
 
 

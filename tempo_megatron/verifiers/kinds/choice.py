@@ -38,11 +38,16 @@ _OPTION = re.compile(r"(?:\([A-Z]\)|[A-Z](?:\)|[.:]))[ ]\S")
 _LISTED = re.compile(r"[^\w\n]{0,8}+(?:[B-HJ-Z] |[A-Z](?:\)|[.:](?!\w)|\]))")
 _OTHER = re.compile(
     r"(?<![A-Za-z])(?:[(\[]([A-Z])[)\]]|([A-Z])[):]|(?<!not )([A-Z])\.(?=[ ]\S)|\(([A-Z])\b)"
-    r"|(?<=[ ])[-|/+\u2013\u2014][ ]?([A-Z])\b"
+    r"|(?<=[ ])[-|/+\u2013\u2014][ ]?([A-Z])\b|[,;/][ ]?[(\[]?([A-H]{2,6})\b"
+    r"|(?:[,;/]|(?i:\b(?:to|now|is|vs\.?|than|alternatively|mean|be)|=>?|edit:|\u2026)[ ])[ ]?"
+    r"([A-HJ-Z]|[A-H]{2,6})\W*$"
 )
 _REASON = re.compile(rf"\b{_REASONS}")
 _HEDGE = re.compile(
-    r"\W*+n?or\b|[^\w.]*+(?:is|are|was|isn|wrong|incorrect|and|but|if|unless|maybe|perhaps|possibly|not)\b"
+    r"\W*+n?or\b|[^\w.]*+(?:is|are|was|isn|wrong|incorrect|and|but|if|only[ ]if|unless|maybe|perhaps|possibly|not)\b"
+    r"|[^\w.?]*+\?|\W*(?:\\(?:to|rightarrow|neq?)\b|\u2192|->)|\W*+(?:for|in)[ ](?:part|case|the[ ]first)\b"
+    r"|[^\w]*(?:but[ ])?(?:which|that|this|it)[ ]"
+    r"(?:contradicts|violates|fails|is[ ](?:impossible|absurd))\b"
     r"|\W*+(?:which|that|this|it)[ ](?:is|was)[ ](?:not|wrong|incorrect|false)\b|:[ ]?false\b"
     r"|.*\bor\b[ ]?(?:option[ ])?[(\[]?[A-Z]\b"
     r"|\W*+(?:或|还是|吗|不对|不,|错|但|也)|.*(?:或者?|还是)[ ]?[(\[]?[A-Z]\b",

@@ -1,11 +1,11 @@
 r"""Text that must be the same up to white space.
 
-The final answer is the last complete ``\boxed{}``, else the whole response.
+The final answer is the last complete ``\boxed{}``, else the whole response; none where another one is stated after it.
 """
 
 from __future__ import annotations
 
-from tempo_megatron.verifiers.boxed import final_answer
+from tempo_megatron.verifiers.statements import final_answer
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict, itself
 
 

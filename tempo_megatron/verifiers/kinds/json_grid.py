@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 from tempo_megatron.verifiers.verdict import Kind, Verdict, itself
+from tempo_megatron.verifiers.withdrawn import is_denied, is_withdrawn
 
 Grid = dict[str, dict[str, str]]  # row -> column -> cell
 
@@ -34,19 +35,22 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _last_object(text: str) -> dict[str, Any] | None:
-    """The last complete JSON object that is not inside another one and may be meant as a grid."""
+    """The last complete JSON object that is not inside another one and may be meant as a grid; None if it is denied."""
     text, last, at, scanned = text[-_MAX_TAIL:], None, 0, 0
+    start = end = 0
     while (at := text.find("{", at)) >= 0 and scanned < _MAX_SCANNED:
+        begin = at
         try:
             found, at = _DECODER.raw_decode(text, at)
-            last = found if _may_be_grid(found) else last
+            if _may_be_grid(found):
+                last, start, end = found, begin, at
         except json.JSONDecodeError as error:
             scanned += error.pos  # from the text's start: the error counts lines
             at += 1
         except (RecursionError, ValueError):  # too deep; a number of too many digits
             scanned += 20 * len(text)
             at += 1
-    return last
+    return None if is_denied(text[:start]) or is_withdrawn("." + text[end:]) else last
 
 
 def _may_be_grid(found: dict[str, Any]) -> bool:

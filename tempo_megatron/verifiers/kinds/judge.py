@@ -18,7 +18,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers.boxed import final_answer
+from tempo_megatron.verifiers.statements import final_answer
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, CheckFailedError, Kind, Verdict
 
 if TYPE_CHECKING:

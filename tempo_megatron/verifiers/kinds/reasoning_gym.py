@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from tempo_megatron.errors import TempoError
-from tempo_megatron.verifiers.boxed import final_answer
+from tempo_megatron.verifiers.statements import final_answer
 from tempo_megatron.verifiers.verdict import MAX_ANSWER_CHARS, Kind, Verdict
 
 PACKAGE = "reasoning-gym"

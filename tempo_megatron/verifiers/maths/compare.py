@@ -135,7 +135,8 @@ def _equal_bare(gold: Shape, got: Shape) -> bool:
     if isinstance(gold, Expression) and isinstance(got, Expression):
         return _equal_expressions(gold.text, got.text)
     if isinstance(gold, Blanks):
-        return isinstance(got, Blanks | Items) and not _is_union(got) and _pairwise(gold.items, got.items)
+        one_of = isinstance(got, Items) and (got.union or got.either or got.by_or)
+        return isinstance(got, Blanks | Items) and not one_of and _pairwise(gold.items, got.items)
     if isinstance(gold, Items) or isinstance(got, Items):
         return _equal_items(gold, Items(got.items) if isinstance(got, Blanks) else got)
     if isinstance(gold, Sequence) and isinstance(got, Sequence):
@@ -143,10 +144,6 @@ def _equal_bare(gold: Shape, got: Shape) -> bool:
     if isinstance(gold, Matrix) and isinstance(got, Matrix):
         return len(gold.rows) == len(got.rows) and all(map(_pairwise, gold.rows, got.rows))
     return False
-
-
-def _is_union(of: Shape) -> bool:
-    return isinstance(of, Items) and (of.union or of.either)
 
 
 def _is_either(of: Shape) -> bool:

@@ -22,7 +22,9 @@ _REFUSED = [
     (re.compile(r"(?<!\\)[0-9)}]\s*_|I\s*_"), "a subscript of no variable"),  # it would be dropped
     (re.compile(r"\\frac\s*[0-9]\s*[0-9]\s*[0-9.]"), "a fraction of three digits"),
     (re.compile(r"\\sqrt\s*[0-9][0-9.]"), "a root of two digits"),
-    (re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]\s*0(?![0-9.])"), "nought times a letter"),
+    (re.compile(r"(?:(?<![\\a-zA-Z])[a-zA-Z]+|\))\s*0(?![0-9.])"), "nought times a letter"),  # "not 0" is not 0
+    (re.compile(r"(?<![0-9._^{])0+(?:\.0*)?\s*(?:[a-hj-zA-Z]|i[a-z]|\()"), "nought times a letter"),
+    (re.compile(r"(?<![_{])\\text(?![a-zA-Z])"), "a word in an expression"),
     (re.compile(r"\\text\s*\{[^{}]*\}\s*\^"), "a power of a text"),
     (re.compile(r"/\s*(?:[0-9.]+|\([^()]*\))\s*\("), "a quotient that can be read in two ways"),
     (re.compile(r"(?<![_^0-9c])[0-9]+\s*\{\s*[0-9.\\]"), "two numbers side by side"),

@@ -83,7 +83,7 @@ def _blanks(parts: list[str]) -> Shape:
 
 
 def _items(parts: list[str], *, either: bool) -> Shape:
-    """``x = 1, 2`` and ``x = 1, x = 2`` are the values of x; "or" matters between inequalities only."""
+    """``x = 1, 2`` and ``x = 1, x = 2`` are the values of x; "or" matters between inequalities and several names."""
     items = [shape(p) for p in parts]
     if isinstance(items[-1], Quantity) and all(isinstance(i, Expression) for i in items[:-1]):
         items = [*(Quantity(i, items[-1].unit) for i in items[:-1]), items[-1]]  # 3, 5 cm
@@ -91,9 +91,9 @@ def _items(parts: list[str], *, either: bool) -> Shape:
     if name is not None and {name_of(i) for i in items} <= {name, None} and all(map(_has_one_value, items)):
         values = [_assigned(i) for i in items]
         return Named(name, Items(tuple(m for p, i in zip(parts, values, strict=True) for m in _two_signs(p, i))))
-    inequalities = any(isinstance(i, Relation) and i.operators != ("=",) for i in items)
+    matters = len({name_of(i) for i in items} - {None}) > 1 or not all(map(_has_one_value, items))
     flat = [member for part, item in zip(parts, items, strict=True) for member in _two_signs(part, item)]
-    return Items(tuple(flat), either=either and inequalities)
+    return Items(tuple(flat), either=either and matters, by_or=either)
 
 
 def _has_one_value(of: Shape) -> bool:

@@ -2,7 +2,7 @@ r"""What an answer can be: one expression, a quantity, a list, blanks, a tuple, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tempo_megatron.verifiers.maths.units import Unit
 
@@ -26,12 +26,14 @@ class Quantity:
 class Items:
     r"""Several answers in any order: ``1, 2``, ``\{1, 2\}``, ``a \cup b``, ``1 \pm 2``.
 
-    ``union`` tells the third, and ``either`` that one of several inequalities holds, not all of them.
+    ``union`` tells the third, and ``either`` that one of several inequalities or equations holds, not all of them.
+    ``by_or``: they were joined by "or", whether that matters or not.
     """
 
     items: tuple[Shape, ...]
     union: bool = False
     either: bool = False
+    by_or: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
