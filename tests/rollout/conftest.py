@@ -1,4 +1,4 @@
-"""Tiny models for the whole session and the vLLM engine of one of them, in a world of one."""
+"""Tiny models for the whole session; the vLLM engine of one of them, in a world of one, for a file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from tests.rollout.tiny_models import (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world_of_one() -> Iterator[None]:
+    """Gone before the next file's tests, which may make a world of their own in this process."""
     torch.set_num_threads(1)
-    owner = not dist.is_initialized()
-    if owner:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    if owner:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +54,7 @@ def olmo3(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_olmo3(tmp_path_factory.mktemp("olmo3"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engines(world_of_one: None, request: pytest.FixtureRequest) -> Iterator[Engines]:
     engines = Engines(request.getfixturevalue)
     yield engines
