@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tempo_megatron.rollout.engine import RolloutEngine
-from tests.rollout.tiny_models import (
+from tempo_megatron.parallel import cpu_shim
+
+cpu_shim.install()  # as in every run: before vLLM, which replaces some of the same functions
+
+from tempo_megatron.rollout.engine import RolloutEngine  # noqa: E402
+from tests.rollout.tiny_models import (  # noqa: E402
     Engines,
     TinyModel,
     tiny_olmo3,
@@ -24,9 +28,16 @@ from tests.rollout.tiny_models import (
 def world_of_one() -> Iterator[None]:
     """Gone before the next file's tests, which may make a world of their own in this process."""
     torch.set_num_threads(1)
+    streams = {name: getattr(torch.cuda, name) for name in ("Event", "Stream", "current_stream", "stream")}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    from vllm.distributed.parallel_state import destroy_distributed_environment
+
+    destroy_distributed_environment()  # the world, and what vLLM keeps of it for the process
+    # v1/worker/cpu/shm.py replaces them; Megatron's dispatcher of tokens to experts, which a run builds before it
+    # starts vLLM, would get one without events
+    for name, ours in streams.items():
+        setattr(torch.cuda, name, ours)
 
 
 @pytest.fixture(scope="session")
