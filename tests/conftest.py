@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def _seeded() -> None:
         torch.manual_seed(0)
         if torch.get_num_threads() != 1:
             torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_world_is_left() -> Iterator[None]:
+    """A process group of a file's tests ends with them: which files share a process is a matter of chance."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
