@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tempo_megatron.verifiers.withdrawn import is_denied, is_withdrawn
+from tempo_megatron.verifiers.withdrawn import gives_another, is_denied, is_withdrawn
 
 # One pass over boxes, escaped braces (no structure) and plain braces.  A box without braces holds what follows up to a
 # blank or a dollar sign: TeX would take one token, but nobody who writes \boxed 23 or \boxed\frac12 means that.
@@ -81,4 +81,5 @@ def last_boxed(text: str) -> str | None:
 
 def is_taken_back(response: str, box: Box) -> bool:
     """Does what stands before or after the box say that it is no answer?"""
-    return is_denied(response[: box.start]) or is_withdrawn("." + response[box.end :])
+    after = response[box.end :]
+    return is_denied(response[: box.start]) or is_withdrawn("." + after) or gives_another(after, box.text)

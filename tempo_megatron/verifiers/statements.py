@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tempo_megatron.verifiers import chinese
 from tempo_megatron.verifiers.boxed import is_taken_back, last_box
-from tempo_megatron.verifiers.withdrawn import is_withdrawn
+from tempo_megatron.verifiers.withdrawn import gives_another, is_withdrawn
 
 MAX_TAIL = 4000  # characters of a response in which statements are looked for
 _MAX_SENTENCE = 600  # characters before a statement that may deny it
@@ -47,7 +47,11 @@ _DENIAL = re.compile(
     |den(?:y|ies|ied)|disagree\w*+|contradict\w*+|refut\w*+|reject\w*+|impossible|unlikely|hardly|unclear|unsure|uncertain\w*+
     |wonder\w*+|least|except|might|may|maybe|perhaps|possibl[ey]|could)\b|n['\u2019]t\b
     |\b(?:opposite|contrary|reverse)\b
-    |\b(?:thinks|believes|says|said|claim\w*+|argues|guess\w*+)(?:[ ]that)?
+    |\baccording[ ]to(?![ ](?:the|our|my|this|these|that)[ ](?:above|given|problem|question|statement|formula|equation
+      |calculation|computation|pattern|rule|analysis|step|theorem|definition|information|table|data|condition|work)s?\b)
+    |\b(?:thinks|believes|says|said|claim\w*+|argues|guess\w*+|tells?|told|writes|wrote|insist\w*+|announce\w*+|replie[sd]
+      |reckons?|propose[sd]?|assert\w*+|heard|hopes?|wish\w*+|wants?|(?<!this[ ])(?<!which[ ])suggests)
+      (?:[ ](?:me|us|him|her|them|everyone))?(?:[ ]that)?
       (?:[ ](?:the|my|our))?(?:[ ](?:final|correct|right|best))?[\s*_]*+$
     |\bwould[ ](?:expect|think|guess|suppose|believe)\b
     |\b(?:when|whenever|once|until|why|how|where|case|provided|were)(?:[ ]the)?[\s*_]*+$""",
@@ -63,6 +67,8 @@ _NO_VALUE = re.compile(
     r"|be\s(?:similarly|also|easily|found|obtained|checked|verified|computed))\b",
     re.IGNORECASE,
 )
+#: ``####`` once more, with something that is no number.
+_MARK_AGAIN = re.compile(r"^\#{4}(?!\#)", re.MULTILINE)
 _MAX_CHECK = 40
 #: "We check our answer: 2 + 3 = 5" states nothing.
 _CHECK = re.compile(
@@ -124,7 +130,8 @@ def last_statement(text: str, besides: re.Pattern[str] | None = None) -> Stateme
         line, _, below = below.lstrip().partition("\n")
     if closing := _DISPLAYS.get(line.strip()):  # a formula on lines of its own
         line, _, below = below.partition(closing)
-    return Statement(last.start(), line.strip(), below, _is_refused(text, last))
+    gone = bool(last["mark"]) and _MARK_AGAIN.search(below) is not None
+    return Statement(last.start(), line.strip(), below, gone or _is_refused(text, last))
 
 
 def _is_refused(text: str, found: re.Match[str]) -> bool:
@@ -168,12 +175,18 @@ def final(response: str, besides: re.Pattern[str] | None = None) -> Final | None
     tail = response[-MAX_TAIL:]
     statement, box = last_statement(tail, besides), last_box(response)
     if statement is not None and (box is None or len(response) - len(tail) + statement.start > box.start):
-        gone = statement.refused or is_withdrawn(f"{statement.text}\n{statement.below}")
-        return Final(statement.text, statement.below, False, gone)
+        return Final(statement.text, statement.below, False, statement.refused or _is_taken_back(statement))
     if box is None:
         return None
     gone = denies_box(statement) or is_taken_back(response, box)
     return Final(box.text, "", True, gone)
+
+
+def _is_taken_back(statement: Statement) -> bool:
+    whole = f"{statement.text}\n{statement.below}"
+    end = _VALUE_END.search(statement.text)
+    value = statement.text[: end.start()] if end else statement.text
+    return is_withdrawn(whole) or gives_another(whole[len(value) :], value)
 
 
 def denies_box(statement: Statement | None) -> bool:

@@ -77,6 +77,48 @@ _DENIED = re.compile(
 )
 
 
+_NUMBER = r"[-\u2212]?[0-9](?:[0-9,./]{0,40}[0-9])?"
+_VALUE = rf"(?:{_NUMBER}|\(?\b[A-J]\b\)?)"
+#: "It is 25." as a sentence of its own.
+_OTHER = re.compile(
+    rf"""(?:[.!?:;,\n\u2026。！？；，]|\A)[\s*_]{{0,8}}
+      (?:(?:so|then|therefore|thus|hence|actually|in[ ]fact|indeed|now|oh|ah|ok|okay|yes|and|but|rather),?[ ]){{0,3}}
+      (?:it|the[ ](?:[a-z]{{1,12}}[ ])?(?:value|result|number|total|sum|option|choice|letter)|i[ ](?:now[ ])?(?:say|choose))
+      (?:['\u2019]s|[ ](?:is|was|equals|=|(?:should|must|has[ ]to|would)[ ]be))?
+      [ ](?:(?:really|actually|in[ ]fact|therefore|thus|then|rather|option|choice|just|simply)[ ]){{0,2}}
+      [$*_"'`\\(\[]{{0,6}}(?P<value>{_VALUE})[$*_"'`\\)\]]{{0,6}}[ ]?(?=[.!;,\n](?![0-9])|\Z)
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_DOUBT = re.compile(
+    r"\b(?:double[- ]?check|re-?check|re-?verify|re-?count|redo|(?:check|verify|look|count|think)[a-z]{0,3}"
+    r"(?:\s(?:it|this|that))?\sagain)",
+    re.IGNORECASE,
+)
+_CASED_VALUE = re.compile(rf"{_NUMBER}|(?<![A-Za-z])[A-J](?![A-Za-z])")
+
+
+def gives_another(after: str, value: str) -> bool:
+    """Does ``after``, what follows the answer ``value``, end in another number or letter?
+
+    "It is 25." as a sentence, or, after a doubt ("let me double-check"), the last number of all.  In linear time.
+    """
+    mine = _values(value)
+    if not mine:
+        return False
+    said = [found["value"] for found in _OTHER.finditer(after)]
+    if said and _values(said[-1]) and not _values(said[-1]) <= mine:
+        return True
+    doubt = _DOUBT.search(after)
+    last = _CASED_VALUE.findall(after, doubt.end())[-1:] if doubt else []
+    return bool(last) and last[0][-1].isdigit() == any(v[-1].isdigit() for v in mine) and not _values(last[0]) <= mine
+
+
+def _values(text: str) -> set[str]:
+    """The numbers and option letters that are written in ``text``."""
+    return {found.replace(",", "").replace("\u2212", "-").lstrip("(") for found in _CASED_VALUE.findall(text)}
+
+
 def is_denied(before: str) -> bool:
     """Does ``before``, what leads to a box, deny or only suppose it?  "It isn't", "we can rule out", "if it were"."""
     return _DENIED.search(before[-_MAX_BEFORE:]) is not None
