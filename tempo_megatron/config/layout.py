@@ -13,6 +13,9 @@ from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.config.stages import stage_sizes
 from tempo_megatron.errors import TempoError
 
+#: Far beyond any model; a list with an item per layer of a mistyped number would fill the memory.
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -63,10 +66,11 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
             valid += f" (of OpenRLHF: where the head is score.weight, name it FAMILY{TEXT_CLASSIFIER})"
         raise TempoError(f"{key}: {config_json}: architectures: {named} is not supported; supported: {valid}")
 
-    def number(name: str) -> int:
+    def number(name: str, most: int | None = None) -> int:
         value = values.get(name)
-        if type(value) is not int or value < 1:
-            raise TempoError(f"{key}: {config_json}: {name}: {value!r} must be a positive integer")
+        if type(value) is not int or value < 1 or (most is not None and value > most):
+            limit = "" if most is None else f" of at most {most}"
+            raise TempoError(f"{key}: {config_json}: {name}: {value!r} must be a positive integer{limit}")
         return value
 
     heads = number("num_attention_heads")
@@ -80,7 +84,7 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         head_dim=number("hidden_size") // heads if values.get("head_dim") is None else number("head_dim"),
         copies_kv_heads=not family.projection_norm,
         intermediate_size=number("intermediate_size"),
-        layers=number("num_hidden_layers"),
+        layers=number("num_hidden_layers", MOST_LAYERS),
         vocab_size=number("vocab_size"),
         max_positions=number("max_position_embeddings"),
         experts=number(experts) if family.experts else 0,

@@ -83,7 +83,8 @@ _VALUE = rf"(?:{_NUMBER}|\(?\b[A-J]\b\)?)"
 _OTHER = re.compile(
     rf"""(?:[.!?:;,\n\u2026。！？；，]|\A)[\s*_]{{0,8}}
       (?:(?:so|then|therefore|thus|hence|actually|in[ ]fact|indeed|now|oh|ah|ok|okay|yes|and|but|rather),?[ ]){{0,3}}
-      (?:it|the[ ](?:[a-z]{{1,12}}[ ])?(?:value|result|number|total|sum|option|choice|letter)|i[ ](?:now[ ])?(?:say|choose))
+      (?:it|the[ ](?:[a-z]{{1,12}}[ ])?(?:value|result|number|total|sum|option|choice|letter)
+        |i[ ](?:now[ ])?(?:say|choose))
       (?:['\u2019]s|[ ](?:is|was|equals|=|(?:should|must|has[ ]to|would)[ ]be))?
       [ ](?:(?:really|actually|in[ ]fact|therefore|thus|then|rather|option|choice|just|simply)[ ]){{0,2}}
       [$*_"'`\\(\[]{{0,6}}(?P<value>{_VALUE})[$*_"'`\\)\]]{{0,6}}[ ]?(?=[.!;,\n](?![0-9])|\Z)

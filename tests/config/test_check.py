@@ -152,6 +152,7 @@ def test_divisors_and_nearest(n: int, value: int) -> None:
         ({"architectures": []}, "architectures: none is not supported"),
         ({"num_attention_heads": "absent"}, "num_attention_heads: None must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: 0 must be a positive integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 must be a positive integer of at most 10000"),
         ({"vocab_size": True}, "vocab_size: True must be a positive integer"),
     ],
 )

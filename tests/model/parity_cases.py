@@ -93,11 +93,13 @@ LAYOUTS = {
 #: Cases of each layout that ``make test`` runs, by world size; ``make parity`` and ``.ci/run`` run all.
 ROTATED = {1: 6, 2: 2, 4: 1}
 
+#: Attention heads of every model.
+HEADS = 8
 _COMMON = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": HEADS,
     "num_key_value_heads": 4,
     "head_dim": 10,
     "max_position_embeddings": 64,

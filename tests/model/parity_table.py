@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launching import ROOT, launch_ranks
-from tests.model.parity_cases import FAMILIES, LAYOUTS, RANKS, ROLES, Layout, ParityCase, all_cases, largest
+from tests.model.parity_cases import FAMILIES, HEADS, LAYOUTS, RANKS, ROLES, Layout, ParityCase, all_cases, largest
 
 TABLE = ROOT / "docs" / "parity.md"
 MEASURES = ("forward", "loss", "gradient", "grad_norm")
@@ -115,6 +115,8 @@ def chosen(family: str | None, role: str | None, layout: str | None) -> list[Par
         ]
         if not cases:
             wanted = Layout(layout)
+            if (heads := HEADS) % (wanted.words.get("tp") or 1):
+                raise ValueError(f"layout {layout!r}: the models have {heads} heads, which tp must divide")
             ranks = math.lcm(wanted.parallel.model_parallel_size, wanted.parallel.expert_parallel_size)
             cases = [ParityCase(ranks, layout, f, r) for f in FAMILIES for r in ROLES if wanted.fits(f)]
     return [case for case in cases if family in (None, case.family) and role in (None, case.role)]
