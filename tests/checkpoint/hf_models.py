@@ -59,6 +59,10 @@ def v_head_folder(family: str, folder: Path) -> Path:
     return folder
 
 
+#: Two forward passes with the same weights: where tensors lie in memory may change a matrix product's last bits.
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+
+
 def v_head_values(folder: Path, ids: Tensor) -> Tensor:
     """The values [n, length] of a folder in TRL's form by plain torch: the last hidden state through ``v_head``."""
     model, loading = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

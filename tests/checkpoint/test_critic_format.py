@@ -29,6 +29,7 @@ from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.checkpoint.hf_write import HFWriter, copy_side_files
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.hf_models import (
+    CLOSE,
     FAMILIES,
     classifier,
     config_of,
@@ -60,10 +61,6 @@ def written(source: Path, target: Path, form: HeadFormat | None = None) -> Path:
     tensors, changes = critic_folder(canonical(source).items(), load_hf_config(source), source, form)
     HFWriter(target, 4096).write(tensors, source, changes)
     return target
-
-
-#: Two forward passes with the same weights: where tensors lie in memory may change a matrix product's last bits.
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
