@@ -12,6 +12,8 @@ FAMILY ?=
 ROLE ?=
 LAYOUT ?=
 CHECK ?=
+BENCH ?=
+ROUNDS ?= 5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ REAL_STAMP := $(VENV)/.real-model-$(KEY)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
-.PHONY: help demo demo-real study test test-slurm parity lint lock clean
+.PHONY: help demo demo-real study test test-slurm parity bench lint lock clean
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -50,6 +52,9 @@ test-slurm: $(STAMP) ## tests on a real two-node Slurm cluster on loopback; as r
 parity: $(STAMP) ## compare all models with transformers, write docs/parity.md [CHECK=1: don't] [FAMILY=qwen2 ROLE=critic LAYOUT="tp2 sp"]
 	$(BIN)/python -m tests.model.parity_table $(if $(FAMILY),--family $(FAMILY)) $(if $(ROLE),--role $(ROLE)) \
 		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(CHECK),--check)
+
+bench: $(STAMP) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
+	$(BIN)/python -m benchmarks --rounds $(ROUNDS) $(BENCH)
 
 lint: $(STAMP) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .

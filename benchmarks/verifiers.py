@@ -1,26 +1,71 @@
 """How long 10^4 ordinary answers take in the verifier's workers, start-up included.
 
-    python benchmarks/verifiers.py [--answers N] [--workers N]
-
 The mix is that of a training step on mathematics: mostly integers, some fractions, roots, sets and intervals, a few
 choices and texts; responses of a few thousand characters; a quarter of them wrong; equal answers repeat within a group.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
 from collections import Counter
+from typing import Any
 
+from benchmarks.harness import Contender, Prepare, Run, compare, started
+from benchmarks.report import Figure, Options, Report
 from tempo_megatron.config.schema import VerifierConfig
 from tempo_megatron.verifiers.service import VerifierService
 
 SAMPLES = 8  # per prompt
 TEXT = "Let us consider the problem step by step, and check every case before we state the result. " * 30
 
+Item = tuple[str, str, str]  # response, answer, kind
 
-def prompts(count: int, rng: random.Random) -> list[tuple[str, list[str], str]]:
+
+def run(options: Options) -> Report:
+    answers = 160 if options.small else 10_000
+    contender = Contender("2 workers", "benchmarks.verifiers:pool", {"answers": answers, "workers": 2})
+    with started([contender]) as running:
+        comparison = compare(f"{answers} answers, workers started anew", {}, running, options.rounds, unit="answers")
+    line = comparison.lines[0]
+    figures = (
+        []
+        if line.seconds is None
+        else [Figure(f"{answers} answers in 2 workers, start-up included", line.seconds, "s")]
+    )
+    about = "Ordinary answers of a step on mathematics in the verifier's workers, from their start to the last verdict."
+    return Report("verifiers", about, [comparison], figures)
+
+
+def pool(settings: dict[str, Any]) -> Prepare:
+    """A service that is started, asked once for everything, and closed."""
+    items = mix(settings["answers"], random.Random(0))
+    workers = VerifierConfig(workers=settings["workers"])
+
+    def prepare(case: dict[str, Any]) -> Run:
+        def measured() -> dict[str, Any]:
+            with VerifierService({}, workers) as service:
+                verdicts = service.score(items)
+                unverified = dict(service.failures)
+            correct = sum(v.correct for v in verdicts) / len(verdicts)
+            kinds = dict(Counter(kind for *_, kind in items))
+            return {"work": len(items), "correct": correct, "unverified": unverified, "kinds": kinds}
+
+        return measured
+
+    return prepare
+
+
+def mix(count: int, rng: random.Random) -> list[Item]:
+    """``count`` responses with their prompts' answers."""
+    items = []
+    for answer, spellings, kind in _prompts(count // SAMPLES, rng):
+        for _ in range(SAMPLES):
+            final = spellings[-1] if rng.random() < 0.25 else rng.choice(spellings[:-1])
+            items.append((TEXT + final, answer, kind))
+    return items
+
+
+def _prompts(count: int, rng: random.Random) -> list[tuple[str, list[str], str]]:
     """``(answer, [right spellings and a wrong one], kind)`` of each prompt."""
     made = []
     for _ in range(count):
@@ -45,32 +90,3 @@ def prompts(count: int, rng: random.Random) -> list[tuple[str, list[str], str]]:
         else:
             made.append(("yes", ["So the answer is yes.", "So the answer is no."], "text"))
     return made
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    rng = random.Random(0)
-    items = []
-    for answer, spellings, kind in prompts(options.answers // SAMPLES, rng):
-        for _ in range(SAMPLES):
-            final = spellings[-1] if rng.random() < 0.25 else rng.choice(spellings[:-1])
-            items.append((TEXT + final, answer, kind))
-    start = time.perf_counter()
-    with VerifierService({}, VerifierConfig(workers=options.workers)) as service:
-        started = time.perf_counter()
-        verdicts = service.score(items)
-        first = time.perf_counter()
-        service.score(items)
-        second = time.perf_counter()
-        unverified = dict(service.failures)
-    print(f"{len(items)} answers, {options.workers} workers, kinds {dict(Counter(kind for *_, kind in items))}")
-    print(f"correct {sum(v.correct for v in verdicts) / len(verdicts):.3f}, unverified {unverified}")
-    print(f"start {started - start:.2f} s; first call {first - started:.2f} s ({len(items) / (first - started):.0f}/s)")
-    print(f"the same again, answers cached: {second - first:.2f} s ({len(items) / (second - first):.0f}/s)")
-
-
-if __name__ == "__main__":
-    main()

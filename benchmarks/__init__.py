@@ -1,0 +1,6 @@
+"""What this package costs beside others that do the same: ``make bench [BENCH=name]``; one module a benchmark."""
+
+from __future__ import annotations
+
+#: In the order in which they run; each is a module here with ``run(Options) -> Report``.
+NAMES = ("host", "verifiers")

@@ -1,0 +1,53 @@
+"""What contenders of this project share: a world of ranks, models of random weights, rows of a long tail."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+
+def join_world(threads: int) -> None:
+    """Join the ranks of this contender (a world of one where there is one process), as ``train`` does."""
+    from tempo_megatron.parallel import cpu_shim
+
+    cpu_shim.install()
+    from tempo_megatron.parallel.distributed import start
+
+    start(threads, 600)
+
+
+def long_tail(count: int, mean: int, seed: int = 0) -> list[int]:
+    """``count`` lengths, lognormal (sigma 0.7), cut at 4 and at four times ``mean``, which is about their mean."""
+    rng = random.Random(seed)
+    return [max(4, min(4 * mean, int(rng.lognormvariate(0, 0.7) * mean / 1.2776))) for _ in range(count)]
+
+
+def token_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Random ids; the first four are left to special tokens."""
+    rng = random.Random(seed)
+    return [[rng.randrange(4, vocab_size) for _ in range(n)] for n in lengths]
+
+
+def write_random_model(folder: Path, *, vocab_size: int = 32_000, hidden: int = 384, layers: int = 8) -> Path:
+    """An HF folder of a Qwen3 with random float32 weights, by default about 29 million; no tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        head_dim=64,
+        intermediate_size=8 * hidden // 3 // 64 * 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    return folder

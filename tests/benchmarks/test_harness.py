@@ -1,0 +1,44 @@
+"""The harness of the benchmarks: turns, ratios, failures, ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.harness import Contender, compare, started
+
+HERE = "tests.benchmarks.contenders"
+MIB = 2**20
+
+
+def contender(name: str, seconds: float = 0.0, ranks: int = 1, threads: int = 1) -> Contender:
+    return Contender(name, f"{HERE}:{name.split()[0]}", {"seconds": seconds}, ranks, threads)
+
+
+def test_contenders_are_compared_with_the_first_in_rounds_that_count() -> None:
+    with started([contender("sleeper fast", 0.001, threads=3), contender("sleeper slow", 0.2)]) as running:
+        found = compare("a case", {"memory": 64 * MIB}, running, rounds=2)
+    first, second = found.lines
+    assert (found.case, found.unit, found.rounds) == ("a case", "tokens", 2)
+    assert first.ahead is None and first.facts["threads"] == 3 and first.facts["case"] == {"memory": 64 * MIB}
+    assert second.seconds is not None and second.seconds.low >= 0.2
+    assert second.speed is not None and second.speed.high <= 10 / 0.2
+    assert second.ahead is not None and 1 < second.ahead.low <= second.ahead.median <= second.ahead.high
+    assert first.extra_bytes is None or 60 * MIB <= first.extra_bytes < 96 * MIB
+
+
+def test_one_that_fails_is_told_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with started([contender("sleeper"), contender("dies"), contender("dies_later")]) as running:
+        found = compare("a case", {}, running, rounds=2)
+    assert [line.failed for line in found.lines] == [
+        None,
+        "dies: ValueError: as this",
+        "dies_later: it died; it said nothing",
+    ]
+    assert found.line("sleeper").speed is not None
+    assert "failed: dies: ValueError" in capsys.readouterr().err
+
+
+def test_ranks_know_their_places_and_the_slowest_counts() -> None:
+    with started([contender("sleeper", 0.01, ranks=2)]) as running:
+        sample = running[0].measure({})
+    assert sample.facts["rank"] == "0" and sample.seconds >= 0.01
