@@ -23,7 +23,7 @@ _WITHDRAWN = re.compile(
       |(?:[(\[:]|->|\u2192)\s{{0,2}}(?:wrong|incorrect|false)\b|[\u2717\u2718\u274c]|\u00d7(?=\s{{0,9}}\Z)
       |(?:是)?(?:错|不对|不正确)|不是|吗|[，,]?\s?[（(]?(?:应?舍去|不成立|不符合|不合题意|不满足|错)
       |[，。,]?(?:但|可)?是?这?与[^。\n]{{0,12}}矛盾)
-    | \bbut[ ](?:it|this|that)[ ]{_REFUTED}
+    | \A\.?[^.!?\n]{{0,80}}[.!?]?[^.!?\n]{{0,80}}\bbut[ ](?:it|this|that)[ ]{_REFUTED}
     | \b(?:ignore|disregard|forget|retract|withdraw)[ ]
       (?:that|this|it|the[ ]above|(?:my|the|this|that)[ ](?:[a-z]{{1,12}}[ ])?answer)(?=[.,;!]|\Z)
     | \bnever[ ]?mind\b|\bmy[ ]bad\b|\b(?:i|we)[ ](?:have[ ])?mis(?:read|counted|calculated|interpreted|understood)\b

@@ -44,6 +44,7 @@ _STATEMENT = re.compile(
     r"|equiv|complement)(?![a-zA-Z])"
     r"|\\text\s*\{[^{}]*[a-zA-Z]{2}"
 )
+_LETTER_IN_BRACKETS = re.compile(r"\(\s*\\text\s*\{\s*[a-zA-Z]\s*\}\s*\)")
 _RATIO = re.compile(r"[0-9]+(?:\s*:\s*[0-9]+)+")  # compared as a text
 _MAX_ITEMS = 32
 _MAX_SIDES = 4
@@ -325,7 +326,7 @@ def _rounded(exact: str, decimal: str) -> bool:
 
 
 def _is_text(text: str) -> bool:
-    if _CHINESE.search(text):
+    if _CHINESE.search(text) or _LETTER_IN_BRACKETS.fullmatch(text):
         return True
     return text.startswith(r"\text") or (_WORDS.fullmatch(text) is not None and _LONG_WORD.search(text) is not None)
 
