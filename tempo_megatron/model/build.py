@@ -43,6 +43,7 @@ from tempo_megatron.model.layers import (
     RopedSelfAttention,
     ValueHead,
 )
+from tempo_megatron.model.log_probs import OutputWeight
 from tempo_megatron.model.rope import ModelRope, head_dim, rope_of_layer, ropes
 from tempo_megatron.model.weight_map import ModelDims, padded_vocab_size
 from tempo_megatron.parallel.device import use_cuda
@@ -303,6 +304,7 @@ def _build_chunk(
             # tensor parallelism differ they need them too, or their gradients are silently not summed; and always
             # having them keeps the optimizer's checkpoint the same for every EP.
             replace_value(parameter, "allreduce", False, bool, package="megatron")
-    if role_name == "critic" and last:
-        replace_value(model, "output_layer", ValueHead(megatron_config, head_bias), torch.nn.Module)
+    if last:
+        output = ValueHead(megatron_config, head_bias) if role_name == "critic" else OutputWeight(model.output_layer)
+        replace_value(model, "output_layer", output, ColumnParallelLinear)
     return model

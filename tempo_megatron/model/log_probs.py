@@ -1,48 +1,206 @@
-"""Log-probabilities and entropy of sampled tokens from vocabulary-parallel logits."""
+"""Log-probabilities and entropies of tokens from hidden states and the output weight, without their logits.
+
+Logits are made in chunks of tokens and made again in the backward, but for the last chunk's.  With n tokens, w columns
+of this rank (vocabulary / TP) and c = min(n, chunk) this holds, beside the outputs and what goes in:
+
+- in the forward 2 c w numbers of float32, between forward and backward c w and 3 n, in the backward 2 c w again;
+- with bfloat16 weights c w numbers of bfloat16 more while it computes;
+- in the backward the gradients that it gives back, the weight's in float32 until all chunks are in it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Logits of one chunk (c w above; 512 MiB): 883 tokens of a vocabulary of 152k on one rank, 4,096 of 32k.
+CHUNK_LOGITS = 2**27
+
+
+class OutputWeight(ColumnParallelLinear):
+    """In place of ``GPTModel.output_layer`` of an actor: holds its weight and hands the hidden states on.
+
+    They come out whole under sequence parallelism: every tensor-parallel rank has columns of all tokens to compute.
+    """
+
+    def __init__(self, replaced: ColumnParallelLinear) -> None:
+        super().__init__(
+            replaced.input_size,
+            replaced.output_size,
+            config=replaced.config,
+            init_method=replaced.config.init_method,
+            bias=False,
+            skip_weight_param_allocation=True,
+            tp_group=replaced.tp_group,
+        )
+        if replaced.weight is not None:  # a tied weight is the embedding's
+            self.weight = replaced.weight
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
+        """``[s, b, h]`` (s split over TP under sequence parallelism) -> ``([s, b, h], None)``."""
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(input_, group=self.tp_group), None
+        return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
 def vocab_parallel_log_probs(
-    logits: Tensor, targets: Tensor, *, vocab_size: int, tp_group: dist.ProcessGroup, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    temperature: float,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
+    """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits: ``[n, padded_vocab / tp]`` of this tensor-parallel rank.
+        hidden: ``[n, h]`` of the tokens that predict a target.
+        weight: ``[padded_vocab / tp, h]`` of this tensor-parallel rank, of the dtype of ``hidden``.
         targets: ``[n]`` int64 global token ids.
-        vocab_size: columns at and beyond it are padding and get no probability.
+        vocab_size: columns at and beyond it are padding and get no probability and no gradient.
+        tp_group: None where one rank has the whole vocabulary.  The gradient of ``hidden`` is this rank's part; what
+            made ``hidden`` sums it over the group (``OutputWeight``).
+        chunk: tokens whose logits exist at a time; as many as ``CHUNK_LOGITS`` allows if None.
 
     Returns:
-        log-probabilities ``[n]`` float32 (differentiable) and entropies ``[n]`` float32 in nats (no gradient).
+        log-probabilities ``[n]`` and entropies ``[n]`` in nats, float32 (of float64 weights float64), both
+        differentiable, the same on all ranks of the group.
     """
-    logits = logits.float() / temperature
-    width = logits.shape[-1]
-    first_padding = vocab_size - tp_group.rank() * width
-    if first_padding < width:
-        columns = torch.arange(width, device=logits.device) >= first_padding
-        # not -inf: 0 * -inf would poison the entropy
-        logits = logits.masked_fill(columns, torch.finfo(torch.float32).min / 2)
-    entropy = _entropy(logits.detach(), tp_group)
-    # Megatron's cross entropy works in place on what it is given
-    log_probs = -vocab_parallel_cross_entropy(logits.clone().unsqueeze(0), targets.unsqueeze(0)).squeeze(0)
+    rank = tp_group.rank() if tp_group is not None else 0
+    width = max(0, min(len(weight), vocab_size - rank * len(weight)))
+    part = _Part(
+        first=rank * len(weight),
+        width=width,
+        group=tp_group if tp_group is not None and tp_group.size() > 1 else None,
+        temperature=temperature,
+        chunk=chunk or max(1, CHUNK_LOGITS // max(width, 1)),
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+    )
+    log_probs, entropy = _LogProbs.apply(hidden, weight, targets, part)
     return log_probs, entropy
 
 
-@torch.no_grad()
-def _entropy(logits: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    peak = logits.max(-1, keepdim=True).values
-    if tp_group.size() > 1:
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=tp_group)
-    shifted = logits - peak
-    weights = shifted.exp()
-    sums = torch.stack([weights.sum(-1), (weights * shifted).sum(-1)])
-    if tp_group.size() > 1:
-        dist.all_reduce(sums, group=tp_group)
-    total, weighted = sums
-    return total.log() - weighted / total
+@dataclass(frozen=True)
+class _Part:
+    """The columns of this rank: ``width`` from ``first`` on, without padding; and how they are computed."""
+
+    first: int
+    width: int
+    group: dist.ProcessGroup | None
+    temperature: float
+    chunk: int
+    dtype: torch.dtype
+
+    def chunks(self, n: int) -> list[slice]:
+        """None where all columns of the rank are padding."""
+        return [slice(i, min(i + self.chunk, n)) for i in range(0, n, self.chunk)] if self.width else []
+
+    def room(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """For a chunk, ``[c, width]`` each."""
+        size = min(self.chunk, len(hidden)), self.width
+        return hidden.new_empty(size, dtype=self.dtype), hidden.new_empty(size, dtype=self.dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """``[c, h]`` -> ``[c, width]``, in ``out``."""
+        columns = weight[: self.width].t()
+        if out.dtype == weight.dtype:
+            torch.mm(hidden, columns, out=out)
+        else:
+            out.copy_(hidden @ columns)
+        return out.div_(self.temperature) if self.temperature != 1 else out
+
+    def place(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """``[c, 1]`` column of each target, and 1 where this rank has it, else 0."""
+        local = (targets - self.first).unsqueeze(1)
+        inside = (local >= 0) & (local < self.width)
+        return local.clamp(0, self.width - 1), inside.to(self.dtype)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        n = len(hidden)
+        peak = hidden.new_full((n,), torch.finfo(part.dtype).min / 2, dtype=part.dtype)
+        # of z, the logits less their peak, and w = exp(z): the sums of w and of w z; the logit of the target
+        sums = hidden.new_zeros(3, n, dtype=part.dtype)
+        logits, weights = part.room(hidden)
+        kept, last = weights[:0], slice(0, 0)
+        for last in part.chunks(n):
+            z, kept = logits[: last.stop - last.start], weights[: last.stop - last.start]
+            part.logits(hidden[last], weight, z)
+            column, inside = part.place(targets[last])
+            sums[2, last] = (z.gather(1, column) * inside).squeeze(1)
+            torch.amax(z, 1, out=peak[last])
+            torch.exp(z.sub_(peak[last].unsqueeze(1)), out=kept)
+            torch.sum(kept, 1, out=sums[0, last])
+            torch.sum(z.mul_(kept), 1, out=sums[1, last])
+        if part.group is not None and n:
+            peak, scale = _merge(peak, sums, part.group)
+            kept.mul_(scale[last].unsqueeze(1))
+        total, weighted, chosen = sums
+        log_total = total.log()
+        entropy = log_total - weighted / total
+        ctx.save_for_backward(hidden, weight, targets, peak, total, entropy)
+        ctx.part, ctx.kept = part, kept
+        ctx.set_materialize_grads(False)
+        return chosen - peak - log_total, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, peak, total, entropy = ctx.saved_tensors
+        part: _Part = ctx.part
+        kept, ctx.kept = ctx.kept, None  # changed below: another backward makes its own
+        hidden_grad = torch.zeros_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=part.dtype)
+        logits, weights = part.room(hidden)
+        if by_log_prob is None:
+            by_log_prob = torch.zeros_like(total)
+        for c in reversed(part.chunks(len(hidden))):
+            # by the logits: -(slope * scale), where slope is w less the sum of all w at the target
+            scale, at_target = by_log_prob[c], total[c]
+            if by_entropy is None and kept is not None:
+                slope, kept = kept, None
+            else:
+                z, slope = logits[: c.stop - c.start], weights[: c.stop - c.start]
+                part.logits(hidden[c], weight, z).sub_(peak[c].unsqueeze(1))
+                torch.exp(z, out=slope)
+                if by_entropy is not None:
+                    z.add_((entropy[c] - total[c].log()).unsqueeze(1)).mul_(by_entropy[c].unsqueeze(1))
+                    slope.mul_(z.add_(by_log_prob[c].unsqueeze(1)))
+                    scale, at_target = torch.ones_like(scale), total[c] * by_log_prob[c]
+            column, inside = part.place(targets[c])
+            slope.scatter_add_(1, column, -inside * at_target.unsqueeze(1))
+            scale = (scale / (-part.temperature * total[c])).unsqueeze(1)
+            columns = slope.to(weight.dtype)
+            hidden_grad[c] = columns @ weight[: part.width] * scale
+            rows = (hidden[c] * scale).to(weight.dtype)
+            if weight_grad.dtype == weight.dtype:
+                weight_grad[: part.width].addmm_(columns.t(), rows)
+            else:
+                weight_grad[: part.width] += columns.t() @ rows
+        return hidden_grad, weight_grad.to(weight.dtype), None, None
+
+
+def _merge(peak: Tensor, sums: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Peak and (in place) ``sums`` of this rank's columns -> of all; also the factor on its w, ``[n]``."""
+    highest = peak.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    shift = peak - highest
+    scale = shift.exp()
+    sums[1] = (sums[1] + shift * sums[0]) * scale
+    sums[0] *= scale
+    dist.all_reduce(sums, group=group)
+    return highest, scale

@@ -215,15 +215,18 @@ class MegatronEngine:
 
     def _forward_step(self, loss: LossFunction | None, data: Iterator[MicroBatch], model: Any) -> Any:
         mb = next(data)
-        output = model(mb.input_ids, mb.position_ids, None, packed_seq_params=mb.packed)
+        # Float16Module would turn hidden states into float32
+        as_they_are = {"fp32_output": False} if self.megatron_config.bf16 else {}
+        output = model(mb.input_ids, mb.position_ids, None, packed_seq_params=mb.packed, **as_they_are)
         return output, partial(self._finish, mb, loss)
 
     def _finish(self, mb: MicroBatch, loss: LossFunction | None, output: Tensor) -> Any:
         """Last stage: model output ``[1, t, *]`` -> loss share and (rows, detached outputs, sums)."""
         no_tokens = torch.zeros((), dtype=torch.int, device=output.device)
-        if not mb.rows:  # a filler so that every data-parallel rank runs as many micro-batches
-            return output.float().sum() * 0, no_tokens, ([], {}, {"_loss": 0.0})
         outputs = self._by_row(mb, output[0])
+        if not mb.rows:  # a filler: every data-parallel rank runs as many micro-batches, with all parameters in each
+            nothing = torch.stack([x.sum() for x in outputs.values()]).sum()
+            return nothing, no_tokens, ([], {}, {"_loss": 0.0})
         kept = {k: v.detach().cpu() for k, v in outputs.items()}
         if loss is None:
             return output.new_zeros(()), no_tokens, (mb.rows, kept, {})
@@ -237,8 +240,11 @@ class MegatronEngine:
             if isinstance(self.config, CriticConfig) and self.config.head == "sigmoid":
                 return {"values": head.sigmoid(), "logits": head}
             return {"values": head}
+        model = self.models[-1]
+        tied = model.share_embeddings_and_output_weights
         log_probs, entropy = vocab_parallel_log_probs(
             output[mb.predicting],
+            model.shared_embedding_or_output_weight() if tied else model.output_layer.weight,
             mb.targets,
             vocab_size=self.hf_config.vocab_size,
             tp_group=self.groups.tp_group,
