@@ -107,11 +107,12 @@ def pack(settings: dict[str, Any]) -> Prepare:
     prompts = [list(range(PROMPT)) for _ in lengths]
 
     def prepare(case: dict[str, Any]) -> Run:
-        sequences = Sequences(prompts, responses)
+        sequences = Sequences.of(prompts, responses)
+        homes = sequences.dealt(1, 1)
 
         def measured() -> dict[str, Any]:
-            made = make_microbatches(sequences, BUDGET, (0, 1), (0, 1), align=1, multiple=1, equal_lengths=False)
-            return {"work": sum(lengths), "microbatches": len(made)}
+            made = make_microbatches(sequences, homes, BUDGET, (0, 1), (0, 1), align=1, multiple=1, equal_lengths=False)
+            return {"work": sum(lengths), "microbatches": sum(1 for _ in made)}
 
         return measured
 

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tempo_megatron.algorithm.statistics import Gather, alone, parts_of
+
 TerminalPosition = Literal["pre_last", "post_last"]
 Normalization = Literal["whiten", "scale", "none"]
 
@@ -28,51 +30,40 @@ def check_outcomes(outcome: Tensor, labeled: Tensor) -> None:
         raise ValueError(f"labeled row {row} has outcome {float(outcome[row])}; a verified outcome lies in [0, 1]")
 
 
-def response_lengths(mask: Tensor) -> Tensor:
-    """``T_i`` as ``[N]`` int64; raises ValueError when a row's response tokens are not its first columns."""
-    lengths = mask.sum(1)
-    if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-        raise ValueError("the response mask must be True on the first T_i columns of each row and False after them")
-    return lengths
+@torch.no_grad()
+def terminal_states(lengths: Tensor, position: TerminalPosition) -> Tensor:
+    """``[N]`` int64: the state at which each response of ``lengths [N]`` tokens is judged.
 
+    ``post_last`` reads V(x, y), state ``T_i``, as the paper writes it; ``pre_last`` reads V(x, y_<T), state
+    ``T_i - 1``, before the last token (normally the end-of-sequence token), as the released code does.
 
-def _check_values(values: Tensor, mask: Tensor) -> None:
-    rows, longest = mask.shape
-    if values.shape != (rows, longest + 1):
-        raise ValueError(
-            f"values have shape {tuple(values.shape)}; a mask of [{rows}, {longest}] needs one column more"
-        )
+    Raises:
+        ValueError: a row without response tokens.
+    """
+    if (lengths == 0).any():
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"row {row} has no response token, so it has no terminal value")
+    return lengths if position == "post_last" else lengths - 1
 
 
 @torch.no_grad()
-def terminal_rewards(
-    outcome: Tensor, labeled: Tensor, values: Tensor, mask: Tensor, *, position: TerminalPosition, clamp: bool
-) -> Tensor:
+def terminal_rewards(outcome: Tensor, labeled: Tensor, terminal_values: Tensor, *, clamp: bool) -> Tensor:
     """What each response is worth at its end: the outcome where labeled, else the critic's value.
 
     Args:
         outcome: ``[N]`` in [0, 1]; ignored (NaN) on unlabeled rows.
         labeled: ``[N]`` bool.
-        values: ``[N, L+1]`` float32.
-        mask: ``[N, L]`` bool.
-        position: ``post_last`` reads V(x, y), as the paper writes it; ``pre_last`` reads V(x, y_<T), before the
-            last token (normally the end-of-sequence token), as the released code does.
+        terminal_values: ``[N]`` float32, at the :func:`terminal_states`.
         clamp: bound the critic's value to the range of outcomes, which leaves nothing to gain beyond 1.
 
     Returns:
         ``[N]`` float32.
 
     Raises:
-        ValueError: a row without response tokens, a labeled row without an outcome, shapes that do not fit.
+        ValueError: a labeled row without an outcome.
     """
-    _check_values(values, mask)
     check_outcomes(outcome, labeled)
-    lengths = response_lengths(mask)
-    if (lengths == 0).any():
-        row = int((lengths == 0).nonzero()[0])
-        raise ValueError(f"row {row} has no response token, so it has no terminal value")
-    column = lengths if position == "post_last" else lengths - 1
-    terminal = values.gather(1, column[:, None]).squeeze(1).float()
+    terminal = terminal_values.float()
     if clamp:
         terminal = terminal.clamp(0.0, 1.0)
     return torch.where(labeled, outcome.float(), terminal)
@@ -80,7 +71,7 @@ def terminal_rewards(
 
 @torch.no_grad()
 def em_token_advantages(
-    terminal: Tensor, values: Tensor, mask: Tensor, *, rows: Tensor, normalization: Normalization
+    terminal: Tensor, baselines: Tensor, *, normalization: Normalization, gather: Gather = alone
 ) -> Tensor:
     """``A[i, t] = R_i - V(x_i, y_i,<t)``, normalized over the tokens that the actor trains on.
 
@@ -90,46 +81,43 @@ def em_token_advantages(
     a sign; ``none`` leaves the raw advantage.
 
     Args:
-        terminal: ``[N]`` float32, ``R_i``.
-        values: ``[N, L+1]`` float32.
-        mask: ``[N, L]`` bool.
-        rows: ``[N]`` bool, the rows that the actor trains on.
+        terminal: ``[T]`` float32, ``R_i`` at each of this rank's tokens.
+        baselines: ``[T]`` float32, ``V(x_i, y_i,<t)`` of them.
         normalization: ``whiten``, ``scale`` or ``none``.
+        gather: brings in the tokens of other shards.
 
     Returns:
-        ``[N, L]`` float32, 0 off the mask and off ``rows``.
+        ``[T]`` float32.
     """
-    _check_values(values, mask)
-    valid = mask & rows[:, None]
-    raw = torch.where(valid, terminal.float()[:, None] - values[:, :-1].float(), 0.0)
-    tokens = raw[valid].double()
-    if normalization == "none" or not tokens.numel():
+    raw = terminal.float() - baselines.float()
+    if normalization == "none":
+        return raw
+    tokens = raw.double()
+    count, total, squares = parts_of([float(len(tokens)), tokens.sum(), tokens.square().sum()], gather).sum(0)
+    if not count:
         return raw
     if normalization == "scale":
-        return raw / (tokens.square().mean() + VARIANCE_EPS).sqrt()
-    shift = tokens.mean()
-    variance = (tokens - shift).square().sum() / max(tokens.numel() - 1, 1)
-    return torch.where(valid, (raw - shift) / (variance + VARIANCE_EPS).sqrt(), 0.0)
+        return raw / (squares / count + VARIANCE_EPS).sqrt()
+    shift = total / count
+    (about_mean,) = parts_of([(tokens - shift).square().sum()], gather).sum(0)
+    variance = about_mean / (count - 1).clamp(min=1)
+    return (raw - shift) / (variance + VARIANCE_EPS).sqrt()
 
 
 @torch.no_grad()
-def group_advantages(
-    rewards: Tensor, group: Tensor, mask: Tensor, *, rows: Tensor, normalization: Normalization
-) -> Tensor:
-    """GRPO's ``A_i = (R_i - mean_g) / (std_g + 1e-6)`` on every token of row i (arXiv 2402.03300).
+def group_advantages(rewards: Tensor, group: Tensor, *, normalization: Normalization) -> Tensor:
+    """GRPO's ``A_i = (R_i - mean_g) / (std_g + 1e-6)``, that of every token of row i (arXiv 2402.03300).
 
-    Statistics are those of the group's rows that the actor trains on, in float64; the standard deviation has
-    Bessel's correction. A group of one row, or of equal rewards, has advantage 0.
+    Statistics are in float64; the standard deviation has Bessel's correction. A group of one row, or of equal
+    rewards, has advantage 0.
 
     Args:
-        rewards: ``[N]`` float32, ``R_i``.
+        rewards: ``[N]`` float32, ``R_i`` of the rows that the actor trains on.
         group: ``[N]`` int64, the same number for the samples of one prompt draw.
-        mask: ``[N, L]`` bool.
-        rows: ``[N]`` bool, the rows that the actor trains on.
         normalization: ``whiten`` as above; ``none`` leaves out the division.
 
     Returns:
-        ``[N, L]`` float32, 0 off the mask and off ``rows``.
+        ``[N]`` float32.
 
     Raises:
         ValueError: ``scale``, which has no meaning within a group.
@@ -137,39 +125,33 @@ def group_advantages(
     if normalization == "scale":
         raise ValueError("group advantages are whitened (whiten) or centred (none), not scaled")
     _, member = torch.unique(group, return_inverse=True)
-    chosen = rows.double()
     zeros = torch.zeros(int(member.max()) + 1 if len(member) else 0, dtype=torch.float64, device=rewards.device)
-    count = zeros.index_add(0, member, chosen)
-    mean = zeros.index_add(0, member, rewards.double() * chosen) / count.clamp(min=1)
-    centred = (rewards.double() - mean[member]) * chosen
+    count = zeros.index_add(0, member, torch.ones_like(rewards, dtype=torch.float64))
+    mean = zeros.index_add(0, member, rewards.double()) / count.clamp(min=1)
+    centred = rewards.double() - mean[member]
     if normalization == "whiten":
         variance = zeros.index_add(0, member, centred.square()) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + GROUP_STD_EPS)[member]
-    return torch.where(mask & rows[:, None], centred.float()[:, None], 0.0)
+    return centred.float()
 
 
 @torch.no_grad()
-def value_targets(
-    outcome: Tensor, labeled: Tensor, mask: Tensor, *, position: TerminalPosition
-) -> tuple[Tensor, Tensor]:
-    """The E-step's regression targets: the outcome at every state of a labeled response (paper Eq. 6).
+def target_states(outcome: Tensor, labeled: Tensor, lengths: Tensor, *, position: TerminalPosition) -> Tensor:
+    """The E-step's regression targets: the outcome at the first so many states of each response (paper Eq. 6).
 
     Args:
         outcome: ``[N]`` in [0, 1]; ignored (NaN) on unlabeled rows.
         labeled: ``[N]`` bool.
-        mask: ``[N, L]`` bool.
+        lengths: ``[N]`` int64, ``T_i``.
         position: ``post_last`` also trains the state after the last token, because it is read as the reward.
 
     Returns:
-        ``targets [N, L+1]`` float32, 0 where there is none, and ``target_mask [N, L+1]`` bool: columns
-        ``0..T_i-1`` of labeled rows, and ``T_i`` with ``post_last``.  A row without tokens has no target.
+        ``[N]`` int64: ``T_i`` on labeled rows, ``T_i + 1`` with ``post_last``; 0 on the others and on rows without
+        tokens, which have no target.
 
     Raises:
         ValueError: a labeled row without an outcome.
     """
     check_outcomes(outcome, labeled)
-    lengths = response_lengths(mask)
     states = lengths + 1 if position == "post_last" else lengths
-    columns = torch.arange(mask.shape[1] + 1, device=mask.device)
-    target_mask = (columns < states[:, None]) & (labeled & (lengths > 0))[:, None]
-    return torch.where(target_mask, outcome.float()[:, None], 0.0), target_mask
+    return torch.where(labeled & (lengths > 0), states, 0)

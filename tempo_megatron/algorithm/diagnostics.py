@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from tempo_megatron.algorithm.statistics import Gather, alone, parts_of
 from tempo_megatron.errors import RunError
 
 ECE_BINS = 10
@@ -99,36 +100,28 @@ class LogProbDifference:
 
 
 @torch.no_grad()
-def log_prob_difference(rollout: Tensor, trainer: Tensor, mask: Tensor) -> LogProbDifference:
+def log_prob_difference(rollout: Tensor, trainer: Tensor, gather: Gather = alone) -> LogProbDifference:
     """Compare log-probabilities of the same tokens under the same weights.
 
     Args:
-        rollout: ``[N, L]`` float32, from the engine that sampled.
-        trainer: ``[N, L]`` float32, by the training engine.
-        mask: ``[N, L]`` bool.
+        rollout: ``[T]`` float32, from the engine that sampled.
+        trainer: ``[T]`` float32, by the training engine.
+        gather: brings in the tokens of other shards.
     """
-    difference = trainer[mask].double() - rollout[mask].double()
-    if not difference.numel():
+    d = trainer.double() - rollout.double()
+    empty = torch.full((), -torch.inf, dtype=torch.float64)
+    log_weights = (d.logsumexp(0), (2 * d).logsumexp(0)) if len(d) else (empty, empty)
+    largest = d.abs().max() if len(d) else 0.0
+    part = [float(len(d)), d.abs().sum(), largest, d.sum(), (d.expm1() - d).sum(), *log_weights]
+    count, absolute, largest_of, total, third, once, twice = parts_of(part, gather).unbind(1)
+    tokens = count.sum()
+    if not tokens:
         return LogProbDifference()
-    log_ess = 2 * difference.logsumexp(0) - (2 * difference).logsumexp(0) - math.log(difference.numel())
+    log_ess = 2 * once.logsumexp(0) - twice.logsumexp(0) - math.log(float(tokens))
     return LogProbDifference(
-        mean_abs=float(difference.abs().mean()),
-        max_abs=float(difference.abs().max()),
-        kl_k1=float(-difference.mean()),
-        kl_k3=float((difference.expm1() - difference).mean()),
+        mean_abs=float(absolute.sum() / tokens),
+        max_abs=float(largest_of.max()),
+        kl_k1=float(-(total.sum() / tokens)),
+        kl_k3=float(third.sum() / tokens),
         ess=min(float(log_ess.exp()), 1.0),  # rounding may put perfect agreement just above 1
     )
-
-
-@torch.no_grad()
-def summary_statistics(prefix: str, x: Tensor, mask: Tensor) -> dict[str, float]:
-    """``prefix/mean``, ``/std`` (population), ``/min`` and ``/max`` of ``x`` where ``mask`` (same shape, bool)."""
-    chosen = x[mask].double()
-    if not chosen.numel():
-        return {f"{prefix}/{name}": math.nan for name in ("mean", "std", "min", "max")}
-    return {
-        f"{prefix}/mean": float(chosen.mean()),
-        f"{prefix}/std": float(chosen.std(correction=0)),
-        f"{prefix}/min": float(chosen.min()),
-        f"{prefix}/max": float(chosen.max()),
-    }

@@ -21,14 +21,14 @@ GSPO_MAX_LOG_RATIO = 10.0
 PPO_MAX_LOG_RATIO = 20.0
 
 
-def loss_denominator(mask: Tensor, loss_agg: LossAggregation) -> float:
+def loss_denominator(counts: Tensor, loss_agg: LossAggregation) -> float:
     """What the summed loss of a whole optimizer mini-batch is divided by.
 
-    ``mask [N, L]`` bool: the tokens of *all* rows of the mini-batch (for the critic its target mask).  Returns
-    the number of True tokens (``token-mean``) or of rows that have one (``seq-mean-token-mean``); 0.0 says that
-    there is nothing to train on and the optimizer step is to be skipped.
+    ``counts [N]`` int64: the tokens of each of *all* its rows (for the critic the states with a target).  Returns
+    their sum (``token-mean``) or the number of rows that have one (``seq-mean-token-mean``); 0.0 says that there is
+    nothing to train on and the optimizer step is to be skipped.
     """
-    return float(mask.sum() if loss_agg == "token-mean" else mask.any(1).sum())
+    return float(counts.sum() if loss_agg == "token-mean" else (counts > 0).sum())
 
 
 def aggregate(token_loss: Tensor, mask: Tensor, loss_agg: LossAggregation) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tempo_megatron.algorithm.advantages import TerminalPosition, check_outcomes, response_lengths, terminal_rewards
+from tempo_megatron.algorithm.advantages import check_outcomes, terminal_rewards
 from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import Config
 
@@ -32,8 +32,8 @@ class ResponseRows(Protocol):
         """``[N]`` float32 in [0, 1]; NaN on unlabeled rows."""
 
     @property
-    def response_mask(self) -> Tensor:
-        """``[N, L]`` bool."""
+    def response_lengths(self) -> Tensor:
+        """``[N]`` int64 tokens, the stop token included."""
 
     @property
     def group(self) -> Tensor:
@@ -55,8 +55,8 @@ class ResponseRows(Protocol):
 class TerminalReward(Protocol):
     """Strategy: what a response is worth at its end.  A baseline is another object, not a branch in the loop."""
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
-        """``[N]`` float32 rewards of N rows; ``values [N, L+1]`` float32 where the method has a critic."""
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
+        """``[N]`` float32 rewards of N rows; ``terminal_values [N]`` float32 where the method has a critic."""
         ...
 
 
@@ -64,22 +64,19 @@ class TerminalReward(Protocol):
 class CriticTerminalReward:
     """TEMPO: the critic's value at the end, see :func:`terminal_rewards`.  PPO is this with every row labeled."""
 
-    position: TerminalPosition
     clamp: bool
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
-        if values is None:
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
+        if terminal_values is None:
             raise ValueError("a critic's terminal value needs its values")
-        return terminal_rewards(
-            batch.outcome, batch.labeled, values, batch.response_mask, position=self.position, clamp=self.clamp
-        )
+        return terminal_rewards(batch.outcome, batch.labeled, terminal_values, clamp=self.clamp)
 
 
 @dataclass(frozen=True)
 class OutcomeReward:
     """GRPO on D_L: the verified outcome; there are no unlabeled rows."""
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
         return _outcome_or(batch, torch.full_like(batch.outcome, torch.nan))
 
 
@@ -93,7 +90,7 @@ class MajorityVoteReward:
 
     ties: Literal["none", "first"] = "none"
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
         def vote(clusters: list[int]) -> list[float]:
             votes = _sizes(clusters)
             most = max(votes.values(), default=0)
@@ -117,7 +114,7 @@ class ClusterFrequencyReward:
     min_entropy: float = 0.0
     max_entropy: float = 1.0
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
         def frequency(clusters: list[int]) -> list[float]:
             sizes, n = _sizes(clusters), len(clusters)
             missing = [1] * clusters.count(-1)  # each a cluster of its own, as in the authors' code
@@ -134,7 +131,7 @@ class ClusterFrequencyReward:
 class OracleReward:
     """Upper bound: the true outcome of unlabeled rows too."""
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
         unknown = ~batch.labeled & batch.oracle_outcome.isnan()
         if unknown.any():
             raise ValueError(f"unlabeled row {int(unknown.nonzero()[0])} has no true outcome")
@@ -147,7 +144,7 @@ class RandomReward:
 
     seed: int
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch.weights_version)
         coins = torch.randint(2, (len(batch.labeled),), generator=generator)
         return _outcome_or(batch, coins.float())
@@ -180,7 +177,7 @@ class LengthPenalty:
     name: str = "length_penalty"
 
     def __call__(self, batch: ResponseRows) -> Tensor:
-        over = response_lengths(batch.response_mask) - (self.longest - self.buffer)
+        over = batch.response_lengths - (self.longest - self.buffer)
         return -self.coefficient * (over.float() / self.buffer).clamp(0.0, 1.0)
 
 
@@ -191,8 +188,8 @@ class ComposedReward:
     base: TerminalReward
     terms: tuple[RewardTerm, ...] = ()
 
-    def __call__(self, batch: ResponseRows, values: Tensor | None) -> Tensor:
-        return sum(self.added(batch).values(), self.base(batch, values))
+    def __call__(self, batch: ResponseRows, terminal_values: Tensor | None) -> Tensor:
+        return sum(self.added(batch).values(), self.base(batch, terminal_values))
 
     def added(self, batch: ResponseRows) -> dict[str, Tensor]:
         """``[N]`` float32 of each term, by name."""
@@ -201,7 +198,7 @@ class ComposedReward:
 
 #: Reward of a method (``config.methods.Method.reward``) -> its strategy object.
 REWARDS: Mapping[str, Callable[[Config], TerminalReward]] = {
-    "critic_value": lambda c: CriticTerminalReward(c.algorithm.mstep.terminal_value, c.algorithm.mstep.clamp_terminal),
+    "critic_value": lambda c: CriticTerminalReward(c.algorithm.mstep.clamp_terminal),
     "outcome": lambda c: OutcomeReward(),
     "majority_vote": lambda c: MajorityVoteReward(c.algorithm.vote.ties),
     "cluster_frequency": lambda c: ClusterFrequencyReward(

@@ -37,7 +37,7 @@ def value_loss(
         target_mask: ``[n, L+1]`` bool; a row that is all False adds exactly nothing.
         value_clip: eps on the scale of {0, 1} outcomes, or None for no clip.
         loss_agg: ``seq-mean-token-mean`` or ``token-mean``.
-        denominator: ``loss_denominator(target_mask, loss_agg)`` of the whole optimizer mini-batch.
+        denominator: ``loss_denominator(states, loss_agg)`` of the whole optimizer mini-batch.
 
     Returns:
         The loss (0-dim, dtype of ``values``) and detached 0-dim float64 sums which add up over micro-batches and

@@ -9,24 +9,29 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tempo_megatron.data.ragged import Ragged
+
+NOWHERE = -1
+
 
 @dataclass(frozen=True)
 class Rollouts:
-    """N sampled responses, padded to the longest response L of the batch; nobody has judged them yet.
+    """N sampled responses; nobody has judged them yet.
 
-    Every rank holds the same rows on the CPU; the trainer's ranks take their share by row.
+    Facts of rows are known on every rank. Tokens are held by some ranks only (``Ragged``: a row that a rank does not
+    hold has no tokens there): at first by the replica's leader that sampled them, then by the ranks that train them.
 
     Attributes:
         record_ids: ``[N]`` id of the prompt record.
         group: ``[N]`` int64, same number for samples of the same prompt draw (0, 1, ...).
-        prompt_token_ids: N lists of prompt token ids.
-        response_token_ids: N lists of sampled token ids; the stop token is the last one when
-            ``finish_reason`` is ``"stop"``.
+        prompt_token_ids: N lists of prompt token ids, the data pool's own.
+        response_token_ids: sampled token ids, int32; the stop token is the last one when ``finish_reason`` is
+            ``"stop"``.
         responses: N texts of the responses (special tokens skipped).
         finish_reason: ``[N]``, ``"stop"`` or ``"length"``.
-        rollout_log_probs: ``[N, L]`` float32, log p of each sampled token as processed by vLLM's
-            sampler (after temperature, top-k, top-p); 0 where the mask is False.
-        response_mask: ``[N, L]`` bool, True on sampled tokens.
+        rollout_log_probs: float32, log p of each sampled token as processed by vLLM's sampler (after temperature,
+            top-k, top-p).
+        response_lengths: ``[N]`` int64 sampled tokens.
         labeled: ``[N]`` bool.
         weights_version: of the policy weights that sampled this.
     """
@@ -34,11 +39,11 @@ class Rollouts:
     record_ids: list[str]
     group: Tensor
     prompt_token_ids: list[list[int]]
-    response_token_ids: list[list[int]]
+    response_token_ids: Ragged
     responses: list[str]
     finish_reason: list[str]
-    rollout_log_probs: Tensor
-    response_mask: Tensor
+    rollout_log_probs: Ragged
+    response_lengths: Tensor
     labeled: Tensor
     weights_version: int
 
@@ -46,17 +51,12 @@ class Rollouts:
         return len(self.record_ids)
 
     @property
-    def response_lengths(self) -> Tensor:
-        """``[N]`` int64."""
-        return self.response_mask.sum(1)
-
-    @property
     def truncated(self) -> Tensor:
         """``[N]`` bool: cut off at the limit of the response's length."""
         return torch.tensor([reason == "length" for reason in self.finish_reason], dtype=torch.bool)
 
     def rows(self, index: Tensor | list[int]) -> Self:
-        """The rows at ``index`` (int64 positions), in that order; L stays."""
+        """The rows at ``index`` (int64 positions), in that order."""
         picks = [int(i) for i in index]
         at = torch.tensor(picks, dtype=torch.int64)
         values = {}
@@ -64,6 +64,8 @@ class Rollouts:
             v = getattr(self, f.name)
             if isinstance(v, Tensor):
                 v = v[at]
+            elif isinstance(v, Ragged):
+                v = v.rows(at)
             elif isinstance(v, list):
                 v = [v[i] for i in picks]
             values[f.name] = v
@@ -85,6 +87,8 @@ class Rollouts:
             outcome=outcome,
             answer_cluster=torch.full((n,), -1, dtype=torch.int64) if answer_cluster is None else answer_cluster,
             oracle_outcome=torch.full((n,), torch.nan) if oracle_outcome is None else oracle_outcome,
+            actor_home=torch.full((n,), NOWHERE),
+            critic_home=torch.full((n,), NOWHERE),
         )
 
 
@@ -97,11 +101,15 @@ class RolloutBatch(Rollouts):
         answer_cluster: ``[N]`` int64, the same number for equal answers within a group, -1 without an answer
             (and everywhere, in methods that do not compare answers).
         oracle_outcome: ``[N]`` float32, true outcome of unlabelled rows in the oracle's runs, else NaN.
+        actor_home, critic_home: ``[N]`` int64, the role's data-parallel shard whose ranks hold and train the row;
+            ``NOWHERE`` until it is placed, and where the role does not train it.
     """
 
     outcome: Tensor
     answer_cluster: Tensor
     oracle_outcome: Tensor
+    actor_home: Tensor
+    critic_home: Tensor
 
     @staticmethod
     def concat(batches: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -109,7 +117,6 @@ class RolloutBatch(Rollouts):
         versions = {b.weights_version for b in batches}
         if len(versions) != 1:
             raise ValueError(f"rollouts of different weight versions {sorted(versions)} can't be one batch")
-        longest = max(b.response_mask.shape[1] for b in batches)
         values: dict[str, Any] = {"weights_version": versions.pop()}
         offset, groups = 0, []
         for b in batches:
@@ -121,9 +128,9 @@ class RolloutBatch(Rollouts):
                 continue
             parts = [getattr(b, f.name) for b in batches]
             if isinstance(parts[0], Tensor):
-                if parts[0].dim() == 2:
-                    parts = [torch.nn.functional.pad(p, (0, longest - p.shape[1])) for p in parts]
                 values[f.name] = torch.cat(parts)
+            elif isinstance(parts[0], Ragged):
+                values[f.name] = Ragged.concat(parts)
             else:
                 values[f.name] = [x for p in parts for x in p]
         return RolloutBatch(**values)

@@ -1,22 +1,29 @@
-"""Rows of a rollout batch as the engines take them, and their outputs back at the batch's own shape."""
+"""Rows of a rollout batch as the engines take them, and what the shards' outputs say together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tempo_megatron.algorithm.advantages import TerminalPosition, terminal_states
+from tempo_megatron.algorithm.statistics import Gather, parts_of
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.session import Session
 from tempo_megatron.model.build import Role
-from tempo_megatron.training.engine import StepResult
+from tempo_megatron.parallel.shards import Grid, gather_facts, gather_parts
+from tempo_megatron.training.engine import MegatronEngine, StepResult
 from tempo_megatron.training.microbatch import Sequences
 
 
-def sequences(batch: RolloutBatch) -> Sequences:
-    return Sequences(batch.prompt_token_ids, batch.response_token_ids)
+def sequences(batch: RolloutBatch, role: Role) -> Sequences:
+    """All rows, each at the role's home."""
+    homes = batch.actor_home if role == "actor" else batch.critic_home
+    return Sequences(batch.prompt_token_ids, batch.response_token_ids, batch.response_lengths, homes)
 
 
 def token_count(batch: RolloutBatch) -> int:
@@ -24,48 +31,67 @@ def token_count(batch: RolloutBatch) -> int:
     return sum(map(len, batch.prompt_token_ids)) + int(batch.response_lengths.sum())
 
 
-def at_batch_width(outputs: Tensor, batch: RolloutBatch, *, final_state: bool) -> Tensor:
-    """An engine's outputs at the batch's own width: rows picked from a batch keep its L.
-
-    Args:
-        outputs: ``[N, l]`` with l the longest response among these rows (one more with ``final_state``).
-        final_state: one output per state, that after the last token included (values), not one per token.
-
-    Returns:
-        ``[N, L]``, or ``[N, L + 1]`` with ``final_state``.
-    """
-    width = batch.response_mask.shape[1] + int(final_state)
-    return torch.nn.functional.pad(outputs, (0, width - outputs.shape[1]))
+def at_microbatch(of_rows: Ragged, rows: list[int], like: Tensor) -> Tensor:
+    """``[n, L]``: a micro-batch's rows of what this rank holds, at the width and on the device of ``like``."""
+    return of_rows.padded(rows, like.shape[1]).to(like.device)
 
 
-def at_microbatch(of_batch: Tensor, rows: list[int], like: Tensor) -> Tensor:
-    """A micro-batch's rows of a tensor ``[N, L]`` of the batch, at the width and on the device of ``like``."""
-    return of_batch[rows, : like.shape[1]].to(like.device)
+def first_columns(counts: Tensor, rows: list[int], like: Tensor) -> Tensor:
+    """``[n, L]`` bool: the first ``counts [N]`` columns of a micro-batch's rows, in the shape of ``like``."""
+    return (torch.arange(like.shape[1]) < counts[rows][:, None]).to(like.device)
 
 
-def critic_values(session: Session, batch: RolloutBatch) -> Tensor | None:
-    """``[N, L + 1]`` by the current critic; None in methods without one."""
+def statistics_of(engine: MegatronEngine) -> Gather:
+    """For statistics of what the engine's shards hold."""
+    return partial(gather_parts, engine.groups.grid)
+
+
+def critic_values(session: Session, batch: RolloutBatch) -> Ragged | None:
+    """The current critic's, T_i + 1 a row, where it has computed them; None in methods without one."""
     if (critic := session.engines.get("critic")) is None:
         return None
     with session.ledger.phase("values"):
         session.ledger.add_tokens("values", token_count(batch))
-        return at_batch_width(critic.forward(sequences(batch))["values"], batch, final_state=True)
+        return critic.forward(sequences(batch, "critic"))["values"]
 
 
-def minibatches(batch: RolloutBatch, parts: int, passes: int, seed: int) -> Iterator[Tensor]:
+def terminal_values(grid: Grid, values: Ragged, homes: Tensor, lengths: Tensor, position: TerminalPosition) -> Tensor:
+    """``[N]`` float32: the value of each response at its end, on every rank.
+
+    Args:
+        grid: of the critic.
+        values: T_i + 1 a row, where it has computed them.
+        homes: ``[N]`` its shard of each row.
+        lengths: ``[N]`` T_i.
+    """
+    held = values.lengths > 0
+    facts = torch.zeros(len(values))
+    facts[held] = values.values[(values.offsets[:-1] + terminal_states(lengths, position))[held]]
+    return gather_facts(grid, facts, homes)
+
+
+def total_entropy(actor: MegatronEngine, results: Sequence[StepResult]) -> float:
+    """Of the policy's distribution at all tokens of these steps, nats."""
+    found = [result.outputs["entropy"] for result in results]
+    total = sum(float(x.rows((x.lengths > 0).nonzero().flatten()).padded().sum()) for x in found)
+    return float(parts_of([total], statistics_of(actor)).sum())
+
+
+def minibatches(group: Tensor, parts: int, passes: int, seed: int) -> Iterator[Tensor]:
     """Row positions of each optimizer step: whole prompts, dealt anew in each pass by a seeded permutation.
 
-    ``parts`` steps a pass, of as many prompts but for one; fewer only where there are fewer prompts.
+    ``parts`` steps a pass, of as many prompts but for one; fewer only where there are fewer prompts. ``group [N]``
+    tells the prompts.
     """
-    groups = torch.unique(batch.group)
+    groups = torch.unique(group)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(passes):
         if parts == 1:
-            yield torch.arange(len(batch))
+            yield torch.arange(len(group))
             continue
         order = groups[torch.randperm(len(groups), generator=generator)]
         for dealt in order.tensor_split(min(parts, len(groups))):
-            yield torch.isin(batch.group, dealt).nonzero().flatten()
+            yield torch.isin(group, dealt).nonzero().flatten()
 
 
 def moved_role(role: Role, results: list[StepResult]) -> set[Role]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempo_megatron.algorithm.diagnostics import summary_statistics
 from tempo_megatron.algorithm.filtering import zero_variance_groups
+from tempo_megatron.algorithm.statistics import summary_statistics
 from tempo_megatron.data.rollout import RolloutBatch, Rollouts
 from tempo_megatron.data.tokenizer import response_decoder
 from tempo_megatron.errors import RunError
@@ -49,14 +49,13 @@ class Collected:
 
     def metrics(self) -> dict[str, float]:
         batch = self.batch
-        everything = torch.ones_like(batch.labeled)
         return {
             "data/labeled_fraction": float(batch.labeled.float().mean()),
             "data/generation_rounds": self.rounds,
             "data/dropped_prompts": self.dropped_prompts,
             "response/truncated": float(batch.truncated.float().mean()),
             **self.checks.metrics(),
-            **summary_statistics("response/tokens", batch.response_lengths.float(), everything),
+            **summary_statistics("response/tokens", batch.response_lengths.float()),
         }
 
 

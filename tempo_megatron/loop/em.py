@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.rewards import terminal_reward
@@ -18,6 +19,7 @@ from tempo_megatron.loop.driver import Driver, StepOutcome
 from tempo_megatron.loop.estep import RecalibratedCritic, recalibrate_critic
 from tempo_megatron.loop.evaluate import Evaluator
 from tempo_megatron.loop.mstep import RefinedPolicy, refine_policy
+from tempo_megatron.loop.placement import place
 from tempo_megatron.loop.runtime import start_rollout, start_verifier
 from tempo_megatron.loop.session import Session
 from tempo_megatron.loop.verification import RolloutVerifier
@@ -72,7 +74,8 @@ class EMLoop(Driver):
 
         # sample D_L and D_U, verify D_L (the filter does both again until there are enough prompts)
         collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
-        batch = collected.batch
+        for_policy = self._policy_rows(collected) if plan.refine else torch.zeros_like(collected.for_actor)
+        batch = place(session, collected.batch, collected.for_critic, for_policy, plan.order_seed)
 
         # E-step: recalibrate the critic on D_L
         early_values = critic_values(session, batch) if plan.values_first else None
@@ -90,9 +93,14 @@ class EMLoop(Driver):
             return EMStep(collected, recalibrated)
 
         # M-step: refine the policy, by the critic's values
-        rows = self._policy_rows(collected)
+        if not for_policy.any():
+            raise RunError(
+                f"step {self.step}: no response is left to train the policy on ({collected.checks.unverified} could "
+                "not be verified)"
+            )
+        rows = for_policy.nonzero().flatten()
         policy = batch.rows(rows)
-        values = critic_values(session, policy) if early_values is None else early_values[rows]
+        values = critic_values(session, policy) if early_values is None else early_values.rows(rows)
         refined = refine_policy(session, self.reward, policy, values, plan.order_seed)
         self._check_mismatch(refined)
         control.policy_moved(plan, refined.entropy)
@@ -150,16 +158,10 @@ class EMLoop(Driver):
         self.collector.load_state_dict(state["collector"])
 
     def _policy_rows(self, collected: Collected) -> Tensor:
-        """``[n]`` int64: the rows that the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""
-        chosen = collected.for_actor
+        """``[N]`` bool: what the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""
         if self.config.algorithm.mstep.rows == "unlabeled" and self.method.unlabeled:
-            chosen = chosen & ~collected.batch.labeled
-        if not chosen.any():
-            raise RunError(
-                f"step {self.step}: no response is left to train the policy on ({collected.checks.unverified} could "
-                "not be verified)"
-            )
-        return chosen.nonzero().flatten()
+            return collected.for_actor & ~collected.batch.labeled
+        return collected.for_actor
 
     def _check_mismatch(self, refined: RefinedPolicy) -> None:
         """Before the first update vLLM and Megatron had the same weights, whatever the rollout's precision."""

@@ -8,19 +8,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tempo_megatron.algorithm.advantages import terminal_rewards, value_targets
+from tempo_megatron.algorithm.advantages import target_states
 from tempo_megatron.algorithm.diagnostics import Calibration, calibration
 from tempo_megatron.algorithm.policy_loss import loss_denominator
 from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
 from tempo_megatron.config.schema import EStepConfig
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.batching import (
-    at_batch_width,
     at_microbatch,
     critic_values,
+    first_columns,
     minibatches,
     moved_role,
     sequences,
+    terminal_values,
     token_count,
     total_sums,
 )
@@ -56,67 +58,57 @@ class RecalibratedCritic:
 
 
 def recalibrate_critic(
-    session: Session, batch: RolloutBatch, rows: Tensor, values: Tensor | None, seed: int
+    session: Session, batch: RolloutBatch, rows: Tensor, values: Ragged | None, seed: int
 ) -> RecalibratedCritic:
     """Train the critic on ``rows [N]`` (bool, labelled ones) of ``batch``.
 
     Args:
-        values: ``[N, L + 1]`` of the batch by the current critic, or None if they were not needed yet.
+        values: of the batch by the current critic, or None if they were not needed yet.
         seed: of the order of mini-batches.
     """
     algorithm, critic = session.config.algorithm, session.engines["critic"]
     estep, position = algorithm.estep, algorithm.mstep.terminal_value
     chosen = rows.nonzero().flatten()
     labeled = batch.rows(chosen)
-    targets, target_mask = value_targets(labeled.outcome, labeled.labeled, labeled.response_mask, position=position)
-    old = values[chosen] if values is not None else None
+    lengths, outcome = labeled.response_lengths, labeled.outcome
+    states = target_states(outcome, labeled.labeled, lengths, position=position)
+    old = values.rows(chosen) if values is not None else None
     if old is None and (estep.minibatches > 1 or estep.value_clip is not None):
         old = critic_values(session, labeled)
     steps: list[StepResult] = []
     with session.ledger.phase("e_step"):
-        for part in minibatches(labeled, estep.minibatches, estep.updates, seed):
-            denominator = loss_denominator(target_mask[part], estep.loss_agg)
-            old_part = old[part] if old is not None else None
-            loss = partial(_loss, estep, old_part, targets[part], target_mask[part], denominator)
-            steps.append(critic.step(sequences(labeled.rows(part)), loss))
+        for part in minibatches(labeled.group, estep.minibatches, estep.updates, seed):
+            denominator = loss_denominator(states[part], estep.loss_agg)
+            old_part = old.rows(part) if old is not None else None
+            loss = partial(_loss, estep, old_part, outcome[part], states[part], denominator)
+            steps.append(critic.step(sequences(labeled.rows(part), "critic"), loss))
         session.ledger.add_tokens("e_step", token_count(labeled) * estep.updates)
     if old is None:  # one mini-batch of all rows: the first step's outputs are those of the critic before it
-        old = at_batch_width(steps[0].outputs["values"], labeled, final_state=True)
-    terminal = terminal_rewards(
-        labeled.outcome,
-        torch.zeros_like(labeled.labeled),  # the critic's opinion of every row
-        old,
-        labeled.response_mask,
-        position=position,
-        clamp=False,
-    )
-    return RecalibratedCritic(calibration(terminal, labeled.outcome), steps)
+        old = steps[0].outputs["values"]
+    terminal = terminal_values(critic.groups.grid, old, labeled.critic_home, lengths, position)
+    return RecalibratedCritic(calibration(terminal, outcome), steps)
 
 
 def _loss(
     estep: EStepConfig,
-    old: Tensor | None,
-    targets: Tensor,
-    target_mask: Tensor,
+    old: Ragged | None,
+    outcome: Tensor,
+    states: Tensor,
     denominator: float,
     outputs: dict[str, Tensor],
     rows: list[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``rows`` are those of one micro-batch, the tensors before it those of the optimizer step."""
+    """``rows`` are those of one micro-batch, what stands before them is of the optimizer step's rows."""
     values = outputs["values"]
+    mask = first_columns(states, rows, values)
+    targets = torch.where(mask, outcome[rows].to(values.device)[:, None], 0.0)
     if "logits" in outputs:  # a sigmoid head
-        return value_bce_loss(
-            outputs["logits"],
-            at_microbatch(targets, rows, values),
-            at_microbatch(target_mask, rows, values),
-            loss_agg=estep.loss_agg,
-            denominator=denominator,
-        )
+        return value_bce_loss(outputs["logits"], targets, mask, loss_agg=estep.loss_agg, denominator=denominator)
     return value_loss(
         values,
         values.detach() if old is None else at_microbatch(old, rows, values),
-        at_microbatch(targets, rows, values),
-        at_microbatch(target_mask, rows, values),
+        targets,
+        mask,
         value_clip=estep.value_clip,
         loss_agg=estep.loss_agg,
         denominator=denominator,

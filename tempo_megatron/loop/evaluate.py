@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tempo_megatron.algorithm.diagnostics import calibration
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.evaluation.bootstrap import PromptBootstrap
 from tempo_megatron.evaluation.change import PromptOutcomes
 from tempo_megatron.evaluation.metrics import prompt_scores
 from tempo_megatron.evaluation.samples import Floats, Ints, Samples, number_answers
+from tempo_megatron.loop.batching import terminal_values
 from tempo_megatron.loop.collect import decoder, prompt_opening
 from tempo_megatron.loop.data import EvalPrompts, PromptData
+from tempo_megatron.loop.placement import Homes
 from tempo_megatron.loop.runtime import Runtime
 from tempo_megatron.loop.verification import judged_texts
 from tempo_megatron.parallel.distributed import on_rank0
+from tempo_megatron.parallel.exchange import to_rank0
 from tempo_megatron.rollout.collect import PromptDraw, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.sampling import sample_seed
@@ -38,13 +41,13 @@ class EvaluatedSet:
     """Every sample of one set: ``P * n`` rows, the n samples of a prompt together.
 
     Attributes:
-        values: ``[P * n, L + 1]`` token values, or None without a critic.
+        logged_values: on rank 0 the token values of the rows that are logged; None without a critic.
         samples: the outcomes in the form that the figures read.
     """
 
     batch: Rollouts
     verdicts: list[Verdict]
-    values: Tensor | None
+    logged_values: Ragged | None
     samples: Samples
 
 
@@ -88,12 +91,8 @@ class Evaluator:
             decode=decoder(runtime),
         )
         verdicts, answers = on_rank0(lambda: self._score(prompts, batch))
-        values = None
-        if "critic" in runtime.engines:
-            sequences = Sequences(batch.prompt_token_ids, batch.response_token_ids)
-            values = runtime.engines["critic"].forward(sequences)["values"]
-        terminal = None if values is None else self._terminal_values(values, batch.response_lengths)
-        return EvaluatedSet(batch, verdicts, values, _samples(prompts, batch, verdicts, answers, terminal))
+        terminal, logged = self._values(prompts, batch) if "critic" in runtime.engines else (None, None)
+        return EvaluatedSet(batch, verdicts, logged, _samples(prompts, batch, verdicts, answers, terminal))
 
     def _score(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[list[Verdict], Ints]:
         """Rank 0: every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``."""
@@ -111,31 +110,40 @@ class Evaluator:
         ]
         return verdicts, number_answers(rows)
 
-    def _terminal_values(self, values: Tensor, lengths: Tensor) -> Floats:
-        """``[N]`` of token values ``[N, L + 1]``: the one that is the reward in training."""
-        before = self.runtime.config.algorithm.mstep.terminal_value == "pre_last"
-        terminal = values.gather(1, (lengths - int(before))[:, None]).squeeze(1)
+    def _values(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[Floats, Ragged]:
+        """The value of each response at its end, ``[N]``, and on rank 0 the token values of the rows to log."""
+        critic = self.runtime.engines["critic"]
+        sequences = Sequences(batch.prompt_token_ids, batch.response_token_ids, batch.response_lengths)
+        homes = Homes(critic.groups.grid, critic.homes(sequences))
+        values = critic.forward(replace(sequences, homes=homes.shard))["values"]
+        position = self.runtime.config.algorithm.mstep.terminal_value
+        terminal = terminal_values(homes.grid, values, homes.shard, batch.response_lengths, position)
         if not terminal.isfinite().all():
             bad = int((~terminal.isfinite()).sum())
             raise RunError(f"evaluation: {bad} of {len(terminal)} terminal values of the critic are not finite")
         floats: Floats = terminal.double().numpy()
-        return floats
+        rows = torch.tensor(self._logged_rows(prompts), dtype=torch.int64)
+        return floats, to_rank0(values.rows(rows), batch.response_lengths[rows] + 1, homes.owners[rows])
+
+    def _logged_rows(self, prompts: EvalPrompts) -> list[int]:
+        """The first sample of the first few prompts."""
+        count = min(self.runtime.config.telemetry.logged_rollouts, len(prompts.records))
+        return [i * prompts.settings.samples_per_prompt for i in range(count)]
 
     def _log(self, prompts: EvalPrompts, step: int, result: EvaluatedSet) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
-        if self.runtime.rollout_log is None or result.values is None:
+        if self.runtime.rollout_log is None or result.logged_values is None:
             return
-        tokenizer, n, batch = self.runtime.tokenizer, prompts.settings.samples_per_prompt, result.batch
-        for i in range(min(self.runtime.config.telemetry.logged_rollouts, len(prompts.records))):
-            row = i * n
-            ids = batch.response_token_ids[row]
+        tokenizer, batch = self.runtime.tokenizer, result.batch
+        for row, values in zip(self._logged_rows(prompts), result.logged_values, strict=True):
+            ids = batch.response_token_ids[row].tolist()
             rollout_ = LoggedRollout(
                 step=step,
                 eval_set=prompts.settings.name,
                 record_id=batch.record_ids[row],
                 prompt=tokenizer.decode(batch.prompt_token_ids[row]),
                 tokens=[tokenizer.decode([t]) for t in ids],
-                values=result.values[row, : len(ids) + 1].tolist(),
+                values=values.tolist(),
                 outcome=int(result.verdicts[row].correct),
             )
             self.runtime.rollout_log.write(rollout_.to_json())

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.policy_loss import aggregate
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.errors import TempoError
-from tempo_megatron.loop.batching import moved_role
+from tempo_megatron.loop.batching import first_columns, moved_role, total_entropy
 from tempo_megatron.loop.data import SftData
 from tempo_megatron.loop.driver import Driver, StepOutcome
 from tempo_megatron.loop.session import Session
@@ -53,13 +52,13 @@ class SFTLoop(Driver):
         return {"policy_updates": self.step, "critic_updates": 0, "sampler": self.sampler.state_dict()}
 
     def train_step(self) -> StepOutcome:
-        session = self.session
+        session, actor = self.session, self.session.engines["actor"]
         rows = self.sampler.draw(self.config.data.sft_batch_size)
-        sequences = Sequences([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
-        lengths = torch.tensor([len(r) for r in sequences.responses])
+        sequences = Sequences.of([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
+        lengths = sequences.response_lengths
         tokens = int(lengths.sum())
         with session.ledger.phase("train"):
-            result = session.engines["actor"].step(sequences, partial(_nll, lengths=lengths, tokens=tokens))
+            result = actor.step(sequences, partial(_nll, lengths=lengths, tokens=tokens))
             session.ledger.add_tokens("train", int(np.sum(sequences.lengths)))
         self.moved |= moved_role("actor", [result])
         chance = math.exp(-result.loss)
@@ -68,7 +67,7 @@ class SFTLoop(Driver):
             "sft/token_probability": chance,
             "sft/grad_norm": result.grad_norm,
             "sft/lr": result.lr,
-            "sft/entropy": float(result.outputs["entropy"].sum()) / tokens,
+            "sft/entropy": total_entropy(actor, [result]) / tokens,
             "sft/tokens": tokens,
         }
         return StepOutcome(metrics, {"loss": result.loss, "p(token)": chance}, policy_updated=True)
@@ -79,5 +78,5 @@ def _nll(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean negative log-likelihood per response token of the whole batch."""
     log_probs = outputs["log_probs"]
-    mask = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[rows].to(log_probs.device)[:, None]
+    mask = first_columns(lengths, rows, log_probs)
     return (-aggregate(log_probs, mask, "token-mean") / tokens).to(log_probs.dtype), {}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from tempo_megatron.config.schema import ParallelConfig
+from tempo_megatron.parallel.shards import Grid
 
 
 def _layout_globals() -> dict[str, Any]:
@@ -28,11 +29,12 @@ class ModelParallelGroups:
 
     Attributes: rank and size of this process along each dimension, and the groups of those that share the rest:
     ``tp_*`` tensor, ``pp_*`` pipeline, ``cp_*`` context, ``dp_*`` data (without context), ``ep_*`` expert,
-    ``etp_*`` expert-tensor parallel.
+    ``etp_*`` expert-tensor parallel. ``grid`` says the same of every rank of the job.
     """
 
     def __init__(self, layout: ParallelConfig, timeout_s: int) -> None:
         self.layout = layout
+        self.grid = Grid.of(layout, dist.get_world_size())
         before = _layout_globals()
         for name in before:
             setattr(mpu, name, {} if isinstance(before[name], dict) else None)
@@ -102,7 +104,7 @@ class ModelParallelGroups:
 
     @property
     def owns_outputs(self) -> bool:
-        """True on the one rank per data-parallel replica whose outputs count (last stage, first TP and CP rank)."""
+        """True on the one rank per data-parallel shard whose outputs count (last stage, first TP and CP rank)."""
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     def stage_rank(self, stage: int) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
@@ -150,19 +151,15 @@ def _gather(own: Tensor, responses: list[SampledResponse], texts: list[str]) -> 
 
 def _rollouts(prompts: Sequence[PromptDraw], prompt_of_row: Tensor, rows: _Gathered, version: int) -> Rollouts:
     draws = [prompts[i] for i in prompt_of_row.tolist()]
-    longest = int(rows.lengths.max()) if len(draws) else 0
-    mask = torch.arange(longest) < rows.lengths[:, None]
-    log_probs = torch.zeros(len(draws), longest)
-    log_probs[mask] = rows.log_probs
     return Rollouts(
         record_ids=[draw.record_id for draw in draws],
         group=prompt_of_row,
-        prompt_token_ids=[list(draw.prompt_token_ids) for draw in draws],
-        response_token_ids=[ids.tolist() for ids in rows.token_ids.split(rows.lengths.tolist())],
+        prompt_token_ids=[draw.prompt_token_ids for draw in draws],
+        response_token_ids=Ragged.of_lengths(rows.token_ids, rows.lengths),
         responses=rows.texts,
         finish_reason=["stop" if stopped else "length" for stopped in rows.stopped.tolist()],
-        rollout_log_probs=log_probs,
-        response_mask=mask,
+        rollout_log_probs=Ragged.of_lengths(rows.log_probs, rows.lengths),
+        response_lengths=rows.lengths,
         labeled=torch.tensor([draw.labeled for draw in draws], dtype=torch.bool),
         weights_version=version,
     )

@@ -1,8 +1,9 @@
 """A Megatron model with its optimizer, for the actor or the critic.
 
-Rows go in as token lists, outputs come back on every rank by row, padded, whatever the
-layout, packing and number of micro-batches.  A loss is given as a function of one micro-batch's outputs that
-returns that micro-batch's share of the global loss: shares of all micro-batches and ranks add up.
+Every rank knows the facts of all rows, and the ranks of a data-parallel shard hold the tokens of its rows.  Outputs
+stay by row on the ranks that computed them, those of the shard's last pipeline stage: nothing of a token's size travels
+between shards.  A loss is given as a function of one micro-batch's outputs that returns that micro-batch's share of the
+global loss: shares of all micro-batches and ranks add up.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.errors import RunError
 from tempo_megatron.model.build import DTYPES, build_model
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.log_probs import vocab_parallel_log_probs
 from tempo_megatron.model.weights import HFWeightStream
-from tempo_megatron.parallel.distributed import sum_dicts, sum_over_world
+from tempo_megatron.parallel.distributed import sum_dicts
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.patching import replace_value
 from tempo_megatron.training import mixed_dtypes
@@ -50,14 +52,14 @@ class StepResult:
     Attributes:
         loss: the global loss before the step.
         sums: statistics of the loss function, summed over micro-batches and ranks.
-        outputs: as ``MegatronEngine.forward`` returns them, before the step.
+        outputs: as ``MegatronEngine.forward`` returns them, of the weights before the step.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
     """
 
     loss: float
     sums: dict[str, float]
-    outputs: dict[str, Tensor]
+    outputs: dict[str, Ragged]
     grad_norm: float
     lr: float
 
@@ -138,15 +140,14 @@ class MegatronEngine:
         self.scheduler.num_steps = 0
         self.scheduler.step(schedule["num_steps"])
 
-    def forward(self, sequences: Sequences) -> dict[str, Tensor]:
-        """Outputs of every row, on every rank, CPU float32, by name.
+    def forward(self, sequences: Sequences) -> dict[str, Ragged]:
+        """Outputs of this shard's rows, CPU float32, by name; on ranks of other pipeline stages of no row.
 
-        Actor: ``log_probs [N, L]`` of the response tokens at the rollout temperature and ``entropy [N, L]``.
-        Critic: ``values [N, L + 1]``; column t is V(x, y_<t), column T_i the value after the last token.
-        0 beyond each row's length.
+        Actor: ``log_probs``, T_i a row, of the response tokens at the rollout temperature, and ``entropy``, T_i.
+        Critic: ``values``, T_i + 1; number t is V(x, y_<t), number T_i the value after the last token.
         """
-        results = self._run(sequences, loss=None)
-        return self._collect(sequences, results)
+        homes = self.homes(sequences)
+        return self._by_sequence(sequences, homes, self._run(sequences, homes, loss=None))
 
     def step(self, sequences: Sequences, loss: LossFunction) -> StepResult:
         """Forward, backward and one optimizer step over all rows.
@@ -158,7 +159,8 @@ class MegatronEngine:
             ddp.train()
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(sequences, loss=loss)
+        homes = self.homes(sequences)
+        results = self._run(sequences, homes, loss=loss)
         mine: dict[str, float] = {}
         for _, _, sums in results:
             for key, value in sums.items():
@@ -176,18 +178,23 @@ class MegatronEngine:
         if not math.isfinite(grad_norm):
             raise RunError(f"{self.role} gradient norm is {grad_norm}; go on from the last checkpoint")
         self.scheduler.step(1)
-        return StepResult(total_loss, totals, self._collect(sequences, results), grad_norm, lr)
+        return StepResult(total_loss, totals, self._by_sequence(sequences, homes, results), grad_norm, lr)
 
     def weight_stream(self, bucket_mib: int) -> HFWeightStream:
         """The current weights as HF tensors, for every rank, bucket by bucket."""
         return HFWeightStream(self.models, self.hf_config, self.role, self.groups, bucket_mib << 20)
 
-    def _run(self, sequences: Sequences, loss: LossFunction | None) -> list[Any]:
+    def homes(self, sequences: Sequences) -> Tensor:
+        """``[N]`` int64: the data-parallel shard that computes each row."""
+        return sequences.dealt(self.groups.dp_size, self.hf_config.hidden_size)
+
+    def _run(self, sequences: Sequences, homes: Tensor, loss: LossFunction | None) -> list[Any]:
         """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, outputs, sums)."""
         groups, layout = self.groups, self.config.parallel
         interleaved = layout.virtual_pipeline_model_parallel_size > 1
         microbatches = make_microbatches(
             sequences,
+            homes,
             self.config.max_tokens_per_microbatch,
             (groups.dp_rank, groups.dp_size),
             (groups.cp_rank, groups.cp_size),
@@ -207,7 +214,7 @@ class MegatronEngine:
                 data_iterator=iterators if interleaved else iterators[0],
                 model=self.ddp if interleaved else self.ddp[0],
                 num_microbatches=len(microbatches),
-                seq_length=microbatches[0].tokens,
+                seq_length=microbatches.sizes[0],
                 micro_batch_size=1,
                 forward_only=loss is None,
             )
@@ -227,7 +234,7 @@ class MegatronEngine:
         if not mb.rows:  # a filler: every data-parallel rank runs as many micro-batches, with all parameters in each
             nothing = torch.stack([x.sum() for x in outputs.values()]).sum()
             return nothing, no_tokens, ([], {}, {"_loss": 0.0})
-        kept = {k: v.detach().cpu() for k, v in outputs.items()}
+        kept = {name: outputs[name].detach().cpu() for name in self._output_names}
         if loss is None:
             return output.new_zeros(()), no_tokens, (mb.rows, kept, {})
         share, sums = loss(outputs, mb.rows)
@@ -256,18 +263,20 @@ class MegatronEngine:
             for name, flat in (("log_probs", log_probs), ("entropy", entropy))
         }
 
-    def _collect(self, sequences: Sequences, results: list[Any]) -> dict[str, Tensor]:
-        """Every rank's rows to every rank: each row is filled by one rank and summed with zeros."""
-        names = ("values",) if self.role == "critic" else ("log_probs", "entropy")
-        width = sequences.longest_response + (1 if self.role == "critic" else 0)
-        full = torch.zeros(len(names), len(sequences), width)
-        if self.groups.owns_outputs:
-            for rows, outputs, _ in results:
-                for k, name in enumerate(names):
-                    if rows:
-                        full[k, rows, : outputs[name].shape[1]] = outputs[name].float()
-        sum_over_world(full)
-        return dict(zip(names, full, strict=True))
+    @property
+    def _output_names(self) -> tuple[str, ...]:
+        return ("values",) if self.role == "critic" else ("log_probs", "entropy")
+
+    def _by_sequence(self, sequences: Sequences, homes: Tensor, results: list[Any]) -> dict[str, Ragged]:
+        """Outputs of the micro-batches, where this rank has computed them, in the order of the sequences."""
+        mine = (homes == self.groups.dp_rank) & self.groups.is_last_stage
+        lengths = torch.where(mine, sequences.response_lengths + int(self.role == "critic"), 0)
+        tokens = int(lengths.sum())
+        found = {name: Ragged.of_lengths(torch.zeros(tokens), lengths) for name in self._output_names}
+        for rows, outputs, _ in results:
+            for name in self._output_names if rows else ():
+                found[name].put(rows, outputs[name].float())
+        return found
 
 
 def _finalize_without_scaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from tempo_megatron.data.homes import assign_homes, row_costs
 from tempo_megatron.data.packing import plan_microbatches
+from tempo_megatron.data.ragged import Ragged, positions
 from tempo_megatron.model.layers import context_positions
 from tempo_megatron.parallel.device import device
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """N prompts with their responses; row i is ``prompts[i] + responses[i]``."""
+    """N prompts with their responses; row i is ``prompts[i] + responses[i]``.
+
+    Attributes:
+        prompts: N sequences of token ids.
+        responses: N rows of int32 token ids; without tokens where this rank does not hold them.
+        response_lengths: ``[N]`` int64 T_i, of all rows.
+        homes: ``[N]`` int64, the data-parallel shard that computes each row, whose ranks hold its tokens; None: every
+            rank holds all rows, and the engine deals them.
+    """
 
     prompts: Sequence[Sequence[int]]
-    responses: Sequence[Sequence[int]]
+    responses: Ragged
+    response_lengths: Tensor
+    homes: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Sequences:
+        """From lists that every rank has."""
+        held = Ragged.of_rows(responses, torch.int32)
+        return cls(prompts, held, held.lengths)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        """``[N]`` int64."""
+        return torch.tensor([len(p) for p in self.prompts], dtype=torch.int64)
+
     @cached_property  # asked for once a row
     def lengths(self) -> list[int]:
-        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+        return (self.prompt_lengths + self.response_lengths).tolist()
 
-    @property
-    def longest_response(self) -> int:
-        return max((len(r) for r in self.responses), default=0)
+    def dealt(self, shards: int, hidden_size: int) -> Tensor:
+        """``homes``, or where they are None those of rows that are all trained together."""
+        if self.homes is not None:
+            return self.homes
+        together = np.zeros(len(self), dtype=np.int64)
+        return torch.from_numpy(assign_homes(row_costs(self.lengths, hidden_size), [together], shards))
 
 
 @dataclass(frozen=True)
@@ -92,8 +119,35 @@ class MicroBatch:
         return flat.new_zeros(len(self.rows), width).masked_scatter(inside, flat[positions])
 
 
+@dataclass(frozen=True)
+class MicroBatches:
+    """A data-parallel shard's micro-batches, each packed when it is asked for; every shard has as many.
+
+    Attributes:
+        sequences: all rows.
+        plan: the rows of each pack.
+        sizes: tokens of each pack, padding included.
+        context_part: context-parallel (rank, size): each rank takes its tokens of every row.
+        unit: what each sequence's length is padded to a multiple of.
+    """
+
+    sequences: Sequences
+    plan: list[list[int]]
+    sizes: list[int]
+    context_part: tuple[int, int]
+    unit: int
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for rows, size in zip(self.plan, self.sizes, strict=True):
+            yield _pack(self.sequences, rows, self.context_part, self.unit, size)
+
+
 def make_microbatches(
     sequences: Sequences,
+    homes: Tensor,
     max_tokens: int,
     data_part: tuple[int, int],
     context_part: tuple[int, int],
@@ -101,26 +155,27 @@ def make_microbatches(
     align: int,
     multiple: int,
     equal_lengths: bool,
-) -> list[MicroBatch]:
-    """This rank's packed micro-batches; every rank gets the same number.
+) -> MicroBatches:
+    """This rank's packed micro-batches; every rank gets the same number, without asking the others.
 
     Args:
+        homes: ``[N]`` int64, the data-parallel shard of each row.
         max_tokens: token budget of a pack, before padding. Raises TempoError if a sequence is longer.
-        data_part: data-parallel (rank, size): each takes its own rows.
-        context_part: context-parallel (rank, size): each takes its tokens of every row.
+        data_part: data-parallel (rank, size).
+        context_part: context-parallel (rank, size).
         align: the tokens of a context rank become a multiple of it (the TP size under sequence parallelism).
         multiple: the number of micro-batches becomes a multiple of it, by empty ones.
         equal_lengths: pad all packs of this rank to the longest.
     """
     shard, shards = data_part
-    plan = plan_microbatches(sequences.lengths, max_tokens, shards)[shard]
+    plan = plan_microbatches(sequences.lengths, max_tokens, homes.tolist(), shards)[shard]
     plan = plan + [[] for _ in range(-len(plan) % multiple)]
     unit = 2 * context_part[1] if context_part[1] > 1 else 1
     sizes = [sum(_up(sequences.lengths[r], unit) for r in rows) for rows in plan]
     sizes = [_up(max(n, 1), unit * align) for n in sizes]
     if equal_lengths:
         sizes = [max(sizes)] * len(sizes)
-    return [_pack(sequences, rows, context_part, unit, n) for rows, n in zip(plan, sizes, strict=True)]
+    return MicroBatches(sequences, plan, sizes, context_part, unit)
 
 
 def _up(n: int, unit: int) -> int:
@@ -133,22 +188,24 @@ def _pack(sequences: Sequences, rows: list[int], context_part: tuple[int, int], 
     cp_rank, cp = context_part
     lengths = sequences.lengths
     rows = sorted(rows, key=lambda r: (lengths[r], r))  # neighbours of one length are attended as one batch
-    tokens = [[*sequences.prompts[r], *sequences.responses[r]] for r in rows]
-    tokens = [t + [0] * (-len(t) % unit) for t in tokens]
-    if padding := total - sum(map(len, tokens)):
-        tokens.append([0] * padding)
-    size = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
+    sizes = [_up(lengths[r], unit) for r in rows]
+    if padding := total - sum(sizes):
+        sizes.append(padding)
+    size = torch.tensor(sizes, dtype=torch.int64)
     cumulative = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])
     starts = cumulative[:-1]
-    prompt_lengths = torch.tensor([len(sequences.prompts[r]) for r in rows], dtype=torch.int64)
-    response_lengths = torch.tensor([len(sequences.responses[r]) for r in rows], dtype=torch.int64)
+    at = torch.tensor(rows, dtype=torch.int64)
+    prompt_lengths, response_lengths = sequences.prompt_lengths[at], sequences.response_lengths[at]
     first = starts[: len(rows)] + prompt_lengths - 1
 
-    # [t], -1 where no response token is predicted
+    tokens = torch.zeros(total, dtype=torch.int64)
+    prompts = Ragged.of_rows([sequences.prompts[r] for r in rows], torch.int64)
+    tokens[positions(starts[: len(rows)], prompt_lengths)] = prompts.values
+    responses = sequences.responses.rows(at).values.to(torch.int64)
+    predicted = positions(first, response_lengths)  # where the response's tokens are predicted, one before they stand
+    tokens[predicted + 1] = responses
     targets = torch.full((total,), -1)
-    for row, at in zip(rows, first.tolist(), strict=True):
-        response = sequences.responses[row]
-        targets[at : at + len(response)] = torch.tensor(response, dtype=torch.int64)
+    targets[predicted] = responses
     by_rank = [
         torch.cat([s + context_positions(n, cp, r) for s, n in zip(starts.tolist(), size.tolist(), strict=True)])
         for r in range(cp)
@@ -157,10 +214,10 @@ def _pack(sequences: Sequences, rows: list[int], context_part: tuple[int, int], 
     predicting = (targets[mine] >= 0).nonzero().squeeze(1)
     where = device()
     cu_seqlens = cumulative.to(torch.int32).to(where)
-    longest = int(size.max())
+    longest = max(sizes)
     return MicroBatch(
         rows=rows,
-        input_ids=torch.tensor([t for seq in tokens for t in seq], dtype=torch.int64)[mine].unsqueeze(0).to(where),
+        input_ids=tokens[mine].unsqueeze(0).to(where),
         position_ids=(torch.arange(total) - torch.repeat_interleave(starts, size))[mine].unsqueeze(0).to(where),
         packed=PackedSeqParams(
             qkv_format="thd",

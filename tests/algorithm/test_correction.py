@@ -69,7 +69,7 @@ def test_weights_scale_each_tokens_gradient():
     gradients = []
     for w in (None, factor):
         log_probs = old.clone().requires_grad_()
-        denominator = loss_denominator(MASK, config.loss_agg)
+        denominator = loss_denominator(MASK.sum(1), config.loss_agg)
         loss, _ = policy_loss(log_probs, old, advantages, MASK, config=config, denominator=denominator, weights=w)
         loss.backward()
         gradients.append(log_probs.grad)

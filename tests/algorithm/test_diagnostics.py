@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tempo_megatron.algorithm.diagnostics import calibration, log_prob_difference, summary_statistics
+from tempo_megatron.algorithm.diagnostics import calibration, log_prob_difference
+from tempo_megatron.algorithm.statistics import summary_statistics
 from tempo_megatron.errors import RunError
 
 
@@ -58,10 +59,8 @@ def test_a_diverged_critic_is_told():
         calibration(torch.tensor([0.2, math.nan]), torch.tensor([1.0, 0.0]))
 
 
-def test_log_prob_difference_by_hand_ignoring_what_is_masked():
-    rollout = torch.tensor([[-1.0, -2.0, math.nan]])
-    trainer = torch.tensor([[-0.9, -2.3, math.nan]])
-    got = log_prob_difference(rollout, trainer, torch.tensor([[True, True, False]]))
+def test_log_prob_difference_by_hand():
+    got = log_prob_difference(torch.tensor([-1.0, -2.0]), torch.tensor([-0.9, -2.3]))
     weights = [math.exp(0.1), math.exp(-0.3)]
     assert got.mean_abs == pytest.approx(0.2, abs=1e-6)
     assert got.max_abs == pytest.approx(0.3, abs=1e-6)
@@ -71,26 +70,59 @@ def test_log_prob_difference_by_hand_ignoring_what_is_masked():
 
 
 def test_equal_log_probs_agree_perfectly():
-    x = -torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
-    got = log_prob_difference(x, x, torch.ones(3, 4).bool())
+    x = -torch.rand(12, generator=torch.Generator().manual_seed(0))
+    got = log_prob_difference(x, x)
     assert (got.mean_abs, got.max_abs, got.kl_k1, got.kl_k3) == (0, 0, 0, 0) and got.ess == pytest.approx(1)
     assert got.ess <= 1
 
 
 def test_effective_sample_size_survives_huge_differences():
-    trainer = torch.tensor([[0.0, -2000.0, -2000.0, -2000.0]])
-    got = log_prob_difference(torch.full((1, 4), -1000.0), trainer, torch.ones(1, 4).bool())
+    trainer = torch.tensor([0.0, -2000.0, -2000.0, -2000.0])
+    got = log_prob_difference(torch.full((4,), -1000.0), trainer)
     assert got.ess == pytest.approx(0.25)
 
 
 def test_no_token_to_compare_is_nan():
-    nothing = log_prob_difference(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1).bool())
+    nothing = log_prob_difference(torch.zeros(0), torch.zeros(0))
     assert all(map(math.isnan, asdict(nothing).values()))
 
 
+def parts_of_others(figures, *others):
+    """A ``Gather`` of one call, for the tensors that other shards have."""
+    seen = []
+
+    def note(part):
+        seen.append(part)
+        return part[None]
+
+    for other in others:
+        figures(*other, note)
+    return lambda part: torch.stack([part, *seen])
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(0, 40), st.integers(0, 40), st.floats(0, 900))
+@settings(deadline=None)
+def test_shards_together_say_what_one_says(seed, cut, end, far):
+    """However far apart they are, and where some have no token."""
+    g = torch.Generator().manual_seed(seed)
+    rollout = -torch.rand(end, generator=g)
+    trainer = rollout + 0.3 * torch.randn(end, generator=g) + far * (torch.arange(end) < cut)
+    cut = min(cut, end)
+    others = [(rollout[cut:], trainer[cut:]), (rollout[:0], rollout[:0])]
+    gather = parts_of_others(log_prob_difference, *others)
+    got, alone = log_prob_difference(rollout[:cut], trainer[:cut], gather), log_prob_difference(rollout, trainer)
+    assert asdict(got) == pytest.approx(asdict(alone), rel=1e-9, nan_ok=True)
+
+    def summary(x, gather):
+        return summary_statistics("x", x, gather)
+
+    gather = parts_of_others(summary, (trainer[cut:],), (trainer[:0],))
+    expected = summary_statistics("x", trainer)
+    assert summary(trainer[:cut], gather) == pytest.approx(expected, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
 def test_summary_statistics():
-    x = torch.tensor([[1.0, 3.0], [math.nan, 8.0]])
-    got = summary_statistics("values", x, torch.tensor([[True, True], [False, True]]))
+    got = summary_statistics("values", torch.tensor([1.0, 3.0, 8.0]))
     assert got["values/mean"] == 4 and got["values/min"] == 1 and got["values/max"] == 8
     assert got["values/std"] == pytest.approx(math.sqrt((9 + 1 + 16) / 3))
-    assert all(map(math.isnan, summary_statistics("values", x, torch.zeros(2, 2).bool()).values()))
+    assert all(map(math.isnan, summary_statistics("values", torch.zeros(0)).values()))

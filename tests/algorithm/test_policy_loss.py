@@ -49,7 +49,7 @@ def run(rows: dict[str, Tensor], config: MStepConfig, denominator: float) -> tup
 
 def test_golden_gspo(golden, gspo):
     rows = {"log_probs": OLD + MOVE, "old_log_probs": OLD, "advantages": golden.advantages, "mask": golden.mask}
-    loss, grad, sums = run(rows, gspo, loss_denominator(golden.mask, gspo.loss_agg))
+    loss, grad, sums = run(rows, gspo, loss_denominator(golden.mask.sum(1), gspo.loss_agg))
     assert float(loss) == pytest.approx(0.1370720, abs=2e-6)
     assert (grad[:2] == 0).all()
     torch.testing.assert_close(grad[2], torch.tensor([-0.05101, -0.02875, -0.00649, 0.00464]), atol=1e-5, rtol=0)
@@ -106,7 +106,7 @@ def test_ppo_equals_a_token_by_token_computation(ppo):
             ratio = math.exp(float(rows["log_probs"][r, t] - rows["old_log_probs"][r, t]))
             loss = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
             expected += min(loss, -3.0 * a) if a < 0 else loss
-    loss, _, _ = run(rows, ppo, loss_denominator(rows["mask"], "token-mean"))
+    loss, _, _ = run(rows, ppo, loss_denominator(rows["mask"].sum(1), "token-mean"))
     assert float(loss) == pytest.approx(expected / float(rows["mask"].sum()), abs=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_far_off_tokens_stay_finite(loss):
 @settings(max_examples=40, deadline=None)
 def test_micro_batches_add_up(seed, config, cuts):
     rows = random_rows(seed)
-    denominator = loss_denominator(rows["mask"], config.loss_agg)
+    denominator = loss_denominator(rows["mask"].sum(1), config.loss_agg)
     whole_loss, whole_grad, whole_sums = run(rows, config, denominator)
     parts = []
     bounds = [0, *sorted(cuts), 7]
@@ -157,7 +157,7 @@ def test_micro_batches_add_up(seed, config, cuts):
 @settings(max_examples=40, deadline=None)
 def test_padding_and_garbage_off_the_mask_do_not_matter(seed, config, extra):
     rows = random_rows(seed)
-    denominator = loss_denominator(rows["mask"], config.loss_agg)
+    denominator = loss_denominator(rows["mask"].sum(1), config.loss_agg)
     loss, grad, sums = run(rows, config, denominator)
     mask = torch.nn.functional.pad(rows["mask"], (0, extra))
     padded = {
@@ -182,7 +182,8 @@ def test_a_micro_batch_of_empty_rows_adds_exactly_nothing(config):
 
 def test_same_policy_has_ratio_one_and_no_kl(gspo):
     rows = random_rows(4)
-    _, _, sums = run({**rows, "log_probs": rows["old_log_probs"]}, gspo, loss_denominator(rows["mask"], gspo.loss_agg))
+    denominator = loss_denominator(rows["mask"].sum(1), gspo.loss_agg)
+    _, _, sums = run({**rows, "log_probs": rows["old_log_probs"]}, gspo, denominator)
     metrics = policy_metrics(sums)
     assert metrics["actor/ratio_mean"] == 1 and metrics["actor/kl_k1"] == 0 and metrics["actor/kl_k3"] == 0
     assert metrics["actor/tokens"] == float(rows["mask"].sum())
@@ -204,9 +205,9 @@ def test_kl_estimates_are_of_old_against_new(ppo):
 
 def test_loss_denominator_counts_tokens_or_rows_that_have_some():
     mask = torch.tensor([[True, True], [True, False], [False, False]])
-    assert loss_denominator(mask, "token-mean") == 3.0
-    assert loss_denominator(mask, "seq-mean-token-mean") == 2.0
-    assert loss_denominator(torch.zeros(2, 2).bool(), "token-mean") == 0.0
+    assert loss_denominator(mask.sum(1), "token-mean") == 3.0
+    assert loss_denominator(mask.sum(1), "seq-mean-token-mean") == 2.0
+    assert loss_denominator(torch.zeros(2, 2).bool().sum(1), "token-mean") == 0.0
 
 
 def test_empty_mini_batch_is_refused(gspo):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,7 +46,7 @@ def rows(
     return SimpleNamespace(
         labeled=~outcomes.isnan(),
         outcome=outcomes,
-        response_mask=torch.ones(n, 1, dtype=torch.bool),
+        response_lengths=torch.ones(n, dtype=torch.int64),
         group=torch.zeros(n, dtype=torch.int64) if group is None else torch.tensor(list(group)),
         answer_cluster=torch.tensor(list(clusters)),
         oracle_outcome=torch.tensor([NAN] * n if oracle is None else list(oracle)),
@@ -112,23 +111,23 @@ def test_random_reward_is_a_coin_of_seed_and_version():
 def test_outcome_reward_and_missing_values():
     assert OutcomeReward()(rows([0, 0], outcome=[1.0, 0.0]), None).tolist() == [1, 0]
     with pytest.raises(ValueError, match="needs its values"):
-        CriticTerminalReward("post_last", True)(rows([0]), None)
+        CriticTerminalReward(clamp=True)(rows([0]), None)
 
 
 def test_critic_terminal_reward(golden):
     batch = rows([0] * 4, outcome=[1.0, 0.0, NAN, NAN])
-    batch.response_mask = golden.mask
-    raw: TerminalReward = CriticTerminalReward("pre_last", clamp=False)
-    torch.testing.assert_close(raw(batch, golden.unit(golden.values)), golden.unit(golden.terminal))
-    clamped = CriticTerminalReward("post_last", clamp=True)
-    torch.testing.assert_close(clamped(batch, golden.values + 2.0), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    pre_last = golden.values.gather(1, golden.mask.sum(1)[:, None] - 1).squeeze(1)
+    raw: TerminalReward = CriticTerminalReward(clamp=False)
+    torch.testing.assert_close(raw(batch, golden.unit(pre_last)), golden.unit(golden.terminal))
+    clamped = CriticTerminalReward(clamp=True)
+    torch.testing.assert_close(clamped(batch, torch.full((4,), 2.0)), torch.tensor([1.0, 0.0, 1.0, 1.0]))
 
 
 def test_every_method_has_a_reward_and_its_estimator():
     role = {"init": "x"}
     for stage, method in METHODS.items():
         config = Config.model_validate({"stage": stage, "output_dir": "x", "steps": 1, "actor": role})
-        assert isinstance(terminal_reward(config)(rows([0], outcome=[1.0]), torch.zeros(1, 2)), Tensor)
+        assert isinstance(terminal_reward(config)(rows([0], outcome=[1.0]), torch.zeros(1)), Tensor)
         assert estimator(config) == method.estimators[0] == ("token" if method.critic else "group")
     assert set(REWARDS) == set(get_args(Reward))
 
@@ -148,8 +147,8 @@ def dapo_penalty(length: int, longest: int, cache: int) -> float:
 @given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=6))
 def test_length_penalty_is_dapos(longest: int, cache: int, lengths: list[int]) -> None:
     cache = min(cache, longest)
-    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
-    found = LengthPenalty(longest, cache, coefficient=0.5)(SimpleNamespace(response_mask=mask))  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(response_lengths=torch.tensor(lengths))
+    found = LengthPenalty(longest, cache, coefficient=0.5)(batch)
     expected = [0.5 * dapo_penalty(length, longest, cache) for length in lengths]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -165,10 +164,9 @@ def test_a_term_is_added_in_every_method(stage: str) -> None:
     unlabeled = METHODS[stage].unlabeled
     outcome = [1.0, 0.0] * labeled + [NAN, NAN] * unlabeled
     batch = rows([0] * len(outcome), outcome=outcome, oracle=[1.0] * len(outcome))
-    lengths = torch.tensor([4, 2] * (len(outcome) // 2))
-    batch.response_mask = torch.arange(4) < lengths[:, None]
-    state_values = torch.full((len(outcome), 5), 0.9)
-    difference = added(batch, state_values) - plain(batch, state_values)
+    lengths = batch.response_lengths = torch.tensor([4, 2] * (len(outcome) // 2))
+    worth = torch.full((len(outcome),), 0.9)
+    difference = added(batch, worth) - plain(batch, worth)
     torch.testing.assert_close(difference, torch.where(lengths == 4, -0.25, 0.0))
     assert plain.added(batch) == {} and list(added.added(batch)) == ["length_penalty"]
 
@@ -192,10 +190,8 @@ def test_terms_add_up() -> None:
 
 def test_golden_em(golden):
     """The released `em`: +-1/sqrt(2) in both groups."""
-    everything = torch.ones(4, dtype=torch.bool)
-    advantages = group_advantages(golden.terminal, golden.group, golden.mask, rows=everything, normalization="whiten")
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
-    torch.testing.assert_close(advantages, torch.where(golden.mask, 0.70711 * signs, 0.0), atol=1e-5, rtol=0)
+    advantages = group_advantages(golden.terminal, golden.group, normalization="whiten")
+    torch.testing.assert_close(advantages, 0.70711 * torch.tensor([1.0, -1.0, 1.0, -1.0]), atol=1e-5, rtol=0)
 
 
 @given(st.data())
@@ -203,27 +199,18 @@ def test_group_advantages_against_numpy(data):
     n = data.draw(st.integers(1, 12))
     group = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
     rewards = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=n, max_size=n)))
-    chosen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
-    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 4), min_size=n, max_size=n)))
-    mask = torch.arange(5) < lengths[:, None]
     for normalization in ("whiten", "none"):
-        found = group_advantages(rewards, group, mask, rows=chosen, normalization=normalization)
+        found = group_advantages(rewards, group, normalization=normalization)
         for i in range(n):
-            expected = 0.0
-            if chosen[i]:
-                peers = rewards[(group == group[i]) & chosen].double().numpy()
-                expected = float(rewards[i]) - peers.mean()
-                if normalization == "whiten":
-                    expected /= (peers.std(ddof=1) if len(peers) > 1 else 0.0) + 1e-6
-            np.testing.assert_allclose(found[i], np.where(mask[i], expected, 0.0), atol=1e-5)
+            peers = rewards[group == group[i]].double().numpy()
+            expected = float(rewards[i]) - peers.mean()
+            if normalization == "whiten":
+                expected /= (peers.std(ddof=1) if len(peers) > 1 else 0.0) + 1e-6
+            assert float(found[i]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_group_of_equal_rewards_or_one_row_teaches_nothing():
-    mask = torch.ones(3, 2, dtype=torch.bool)
-    everything = torch.ones(3, dtype=torch.bool)
-    found = group_advantages(
-        torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 0, 1]), mask, rows=everything, normalization="whiten"
-    )
+    found = group_advantages(torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 0, 1]), normalization="whiten")
     assert not found.any()
     with pytest.raises(ValueError, match="not scaled"):
-        group_advantages(torch.ones(3), torch.zeros(3).long(), mask, rows=everything, normalization="scale")
+        group_advantages(torch.ones(3), torch.zeros(3).long(), normalization="scale")

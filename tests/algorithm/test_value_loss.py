@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tempo_megatron.algorithm.advantages import value_targets
+from tempo_megatron.algorithm.advantages import target_states
 from tempo_megatron.algorithm.policy_loss import LossAggregation, loss_denominator
 from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
 
@@ -52,7 +52,10 @@ def run(
 
 def test_golden_value_loss_on_unit_scale(golden):
     """0.358125 with eps 0.1 on +-1 targets is a quarter of it with eps 0.05 on {0, 1}."""
-    targets, target_mask = value_targets(golden.unit(golden.rewards), golden.labeled, golden.mask, position="pre_last")
+    outcome = golden.unit(golden.rewards)
+    states = target_states(outcome, golden.labeled, golden.mask.sum(1), position="pre_last")
+    target_mask = torch.arange(5) < states[:, None]
+    targets = torch.where(target_mask, outcome[:, None], 0.0)
     moved = golden.values + torch.tensor([0.05, 0.3, 0.2, 0.1])[:, None]
     rows = {
         "values": golden.unit(moved),
@@ -61,7 +64,7 @@ def test_golden_value_loss_on_unit_scale(golden):
         "target_mask": target_mask,
     }
     agg: LossAggregation = "seq-mean-token-mean"
-    loss, grad, sums = run(rows, 0.05, agg, loss_denominator(target_mask, agg))
+    loss, grad, sums = run(rows, 0.05, agg, loss_denominator(target_mask.sum(1), agg))
     assert float(loss) == pytest.approx(0.358125 / 4, abs=1e-6)
     assert (grad[2:] == 0).all()
     metrics = value_metrics(sums)
@@ -73,7 +76,7 @@ def test_golden_value_loss_on_unit_scale(golden):
 def test_without_clip_it_is_half_the_mean_squared_error():
     rows = random_rows(0)
     chosen = rows["target_mask"]
-    loss, grad, sums = run(rows, None, "token-mean", loss_denominator(chosen, "token-mean"))
+    loss, grad, sums = run(rows, None, "token-mean", loss_denominator(chosen.sum(1), "token-mean"))
     error = (rows["values"] - rows["targets"])[chosen]
     torch.testing.assert_close(loss, 0.5 * error.square().mean())
     torch.testing.assert_close(grad[chosen], error / len(error))
@@ -86,7 +89,7 @@ def test_without_clip_it_is_half_the_mean_squared_error():
 def test_a_shift_within_the_clip_changes_nothing():
     rows = random_rows(1)
     rows["values"] = rows["old_values"] + 0.01
-    denominator = loss_denominator(rows["target_mask"], "seq-mean-token-mean")
+    denominator = loss_denominator(rows["target_mask"].sum(1), "seq-mean-token-mean")
     clipped = run(rows, 0.05, "seq-mean-token-mean", denominator)
     free = run(rows, None, "seq-mean-token-mean", denominator)
     assert torch.equal(clipped[0], free[0]) and torch.equal(clipped[1], free[1])
@@ -114,7 +117,7 @@ def test_a_clipped_sequence_cannot_move_further_as_a_whole():
 @settings(max_examples=40, deadline=None)
 def test_micro_batches_add_up_whatever_unlabeled_rows_are_among_them(seed, setting, cuts):
     rows, (clip, agg) = random_rows(seed), setting
-    denominator = loss_denominator(rows["target_mask"], agg)
+    denominator = loss_denominator(rows["target_mask"].sum(1), agg)
     whole_loss, whole_grad, whole_sums = run(rows, clip, agg, denominator)
     bounds = [0, *sorted(cuts), 7]
     parts = [
@@ -131,7 +134,7 @@ def test_micro_batches_add_up_whatever_unlabeled_rows_are_among_them(seed, setti
 @settings(max_examples=40, deadline=None)
 def test_padding_and_garbage_off_the_targets_do_not_matter(seed, setting, extra):
     rows, (clip, agg) = random_rows(seed), setting
-    denominator = loss_denominator(rows["target_mask"], agg)
+    denominator = loss_denominator(rows["target_mask"].sum(1), agg)
     loss, grad, sums = run(rows, clip, agg, denominator)
     mask = torch.nn.functional.pad(rows["target_mask"], (0, extra))
     padded = {
@@ -158,15 +161,15 @@ def test_rows_without_targets_add_exactly_nothing(clip, agg):
 
 def test_no_labeled_row_asks_for_no_critic_step(golden):
     nobody = torch.zeros(4).bool()
-    targets, target_mask = value_targets(torch.full((4,), math.nan), nobody, golden.mask, position="post_last")
-    denominator = loss_denominator(target_mask, "seq-mean-token-mean")
+    states = target_states(torch.full((4,), math.nan), nobody, golden.mask.sum(1), position="post_last")
+    denominator = loss_denominator(states, "seq-mean-token-mean")
     assert denominator == 0.0
     with pytest.raises(ValueError, match=r"denominator is 0\.0"):
         value_loss(
             golden.values,
             golden.values,
-            targets,
-            target_mask,
+            torch.zeros_like(golden.values),
+            torch.zeros_like(golden.values).bool(),
             value_clip=None,
             loss_agg="token-mean",
             denominator=denominator,
@@ -179,7 +182,7 @@ def test_bce_is_the_mean_log_likelihood_and_does_not_depend_on_micro_batches():
     mask = torch.arange(4) < torch.tensor([1, 4, 2, 3, 4])[:, None]
     targets = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])[:, None].expand(5, 4)
     for loss_agg in ("token-mean", "seq-mean-token-mean"):
-        denominator = loss_denominator(mask, loss_agg)
+        denominator = loss_denominator(mask.sum(1), loss_agg)
         whole, _ = value_bce_loss(logits, targets, mask, loss_agg=loss_agg, denominator=denominator)
         (whole_grad,) = torch.autograd.grad(whole, logits)
         v = logits.detach().sigmoid().double()

@@ -34,6 +34,7 @@ from tempo_megatron.loop.runtime import roles_of  # noqa: E402
 from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
+from tempo_megatron.training.microbatch import Sequences  # noqa: E402
 from tests.checkpoint.damage import flip, shard  # noqa: E402
 from tests.checkpoint.hf_models import classifier, policy  # noqa: E402
 from tests.model.parity_worker import data  # noqa: E402
@@ -66,10 +67,9 @@ def step(engine: MegatronEngine) -> None:
     def loss(outputs: dict[str, Tensor], rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         return next(iter(outputs.values())).sum(), {}
 
-    sequences = data()
-    sequences.prompts[:] = [[token % 13 for token in tokens] for tokens in sequences.prompts]
-    sequences.responses[:] = [[token % 13 for token in tokens] for tokens in sequences.responses]
-    engine.step(sequences, loss)
+    rows = data().prompts, data().responses.tolist()
+    prompts, responses = ([[token % 13 for token in tokens] for tokens in part] for part in rows)
+    engine.step(Sequences.of(prompts, responses), loss)
 
 
 def checkpoints_of(config: Config, engines: Mapping[str, MegatronEngine]) -> RunCheckpoints:

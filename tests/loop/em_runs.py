@@ -25,6 +25,7 @@ cpu_shim.install()
 from tempo_megatron.config.load import load_config  # noqa: E402
 from tempo_megatron.data.isolated import read_eval_isolated, read_prompts_isolated  # noqa: E402
 from tempo_megatron.data.prompts import PromptSet  # noqa: E402
+from tempo_megatron.data.ragged import Ragged  # noqa: E402
 from tempo_megatron.errors import RunError  # noqa: E402
 from tempo_megatron.loop import data, runtime  # noqa: E402
 from tempo_megatron.loop.collect import Collector  # noqa: E402
@@ -34,6 +35,7 @@ from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
 from tempo_megatron.rollout.engine import RolloutEngine  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
 from tempo_megatron.verifiers.service import VerifierService  # noqa: E402
+from tests.everywhere import everywhere  # noqa: E402
 
 _built: dict[str, tuple[RolloutEngine, Any]] = {}
 _kept_groups: set[dist.ProcessGroup] = set()
@@ -109,15 +111,19 @@ def watch(engine: MegatronEngine, seen: list[dict[str, Any]], layer_calls: dict[
         hook = engine.models[0].decoder.layers[0].register_forward_hook(count)
         result = step(*args)
         hook.remove()
-        seen.append({"loss": result.loss, "grad_norm": result.grad_norm, **result.outputs})
+        seen.append({"loss": result.loss, "grad_norm": result.grad_norm, **tables(result.outputs)})
         return result
 
-    def watched_forward(*args: Any) -> dict[str, torch.Tensor]:
+    def watched_forward(*args: Any) -> dict[str, Ragged]:
         result = forward(*args)
-        seen.append(dict(result))
+        seen.append(tables(result))
         return result
 
     engine.step, engine.forward = watched_step, watched_forward  # type: ignore[method-assign]
+
+
+def tables(outputs: dict[str, Ragged]) -> dict[str, torch.Tensor]:
+    return {name: everywhere(rows).padded() for name, rows in outputs.items()}
 
 
 def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
@@ -129,9 +135,9 @@ def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
         collected = collect(*args, **kwargs)
         b = collected.batch
         steps[-1] |= {
-            "tokens": b.response_token_ids,
+            "tokens": everywhere(b.response_token_ids).tolist(),
             "prompts": b.prompt_token_ids,
-            "log_probs": b.rollout_log_probs,
+            "log_probs": everywhere(b.rollout_log_probs).padded(),
             "texts": b.responses,
             "ids": b.record_ids,
             "labeled": b.labeled,
@@ -145,7 +151,8 @@ def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
 
     def watched_generate(*args: Any) -> Any:
         r = generate(*args)
-        sampled = {"ids": r.record_ids, "texts": r.responses, "tokens": r.response_token_ids, "group": r.group}
+        tokens = everywhere(r.response_token_ids).tolist()
+        sampled = {"ids": r.record_ids, "texts": r.responses, "tokens": tokens, "group": r.group}
         steps[-1]["rounds"].append({**sampled, "labeled": r.labeled})
         return r
 

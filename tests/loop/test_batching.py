@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from tempo_megatron.loop.batching import minibatches
-
-
-class _Batch(SimpleNamespace):
-    def __len__(self) -> int:
-        return len(self.group)
 
 
 @pytest.mark.parametrize(("prompts", "parts", "sizes"), [
@@ -22,8 +14,7 @@ class _Batch(SimpleNamespace):
 ])  # fmt: skip
 def test_whole_prompts_in_as_many_steps_as_asked(prompts: int, parts: int, sizes: list[int]) -> None:
     group = torch.arange(prompts).repeat_interleave(3)
-    batch: Any = _Batch(group=group)
-    dealt = list(minibatches(batch, parts, 2, seed=7))
+    dealt = list(minibatches(group, parts, 2, seed=7))
     assert [len(rows) // 3 for rows in dealt] == sizes * 2
     for one_pass in (dealt[: len(sizes)], dealt[len(sizes) :]):
         assert torch.cat(one_pass).sort().values.tolist() == list(range(3 * prompts))

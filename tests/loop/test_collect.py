@@ -13,6 +13,7 @@ import torch
 from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import AlgorithmConfig, Config
 from tempo_megatron.data.prompts import PromptRecord
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.loop import verification
@@ -46,11 +47,11 @@ def batch_of(draws: list[PromptDraw], version: int) -> Rollouts:
         record_ids=[d.record_id for d in rows],
         group=torch.arange(len(draws)).repeat_interleave(SAMPLES),
         prompt_token_ids=[[1]] * n,
-        response_token_ids=[[2]] * n,
+        response_token_ids=Ragged.of_rows([[2]] * n, torch.int32),
         responses=[c for d in draws for c in OUTCOMES.get(d.record_id, "wwww")],
         finish_reason=["length" if c == "n" else "stop" for d in draws for c in OUTCOMES.get(d.record_id, "wwww")],
-        rollout_log_probs=torch.zeros(n, 1),
-        response_mask=torch.ones(n, 1, dtype=torch.bool),
+        rollout_log_probs=Ragged.of_rows([[0.0]] * n, torch.float32),
+        response_lengths=torch.ones(n, dtype=torch.int64),
         labeled=torch.tensor([d.labeled for d in rows]),
         weights_version=version,
     )

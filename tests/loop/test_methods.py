@@ -192,8 +192,8 @@ def test_method_equals_its_plain_recomputation(runs: Runs, name: str) -> None:
             assert 0 < float(samples["outcome"][labeled].mean()) < 1, "nothing to tell right from wrong"
         chosen = samples["for_actor"] & (~labeled if mstep.rows == "unlabeled" and replay.has_d_u else True)
         group, seed = samples["group"], config.seed * 1_000_003 + step
-        policy_parts = minibatches(_Rows(group[chosen]), mstep.minibatches, 1, seed)  # type: ignore[arg-type]
-        critic_parts = minibatches(_Rows(group[samples["for_critic"]]), estep.minibatches, estep.updates, seed)  # type: ignore[arg-type]
+        policy_parts = minibatches(group[chosen], mstep.minibatches, 1, seed)
+        critic_parts = minibatches(group[samples["for_critic"]], estep.minibatches, estep.updates, seed)
         coins = None
         if config.stage == "random":
             nothing = torch.full((len(labeled),), torch.nan)
@@ -213,16 +213,6 @@ def test_method_equals_its_plain_recomputation(runs: Runs, name: str) -> None:
             if role == "actor":
                 moved = max(moved, float((tensor - before[key]).abs().max()))
     assert moved > 20 * TOLERANCE, "the policy has hardly moved: the comparison would say nothing"
-
-
-class _Rows:
-    """As much of a batch as dealing mini-batches takes."""
-
-    def __init__(self, group: torch.Tensor) -> None:
-        self.group = group
-
-    def __len__(self) -> int:
-        return len(self.group)
 
 
 @pytest.mark.timeout(600)

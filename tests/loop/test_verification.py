@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tempo_megatron.config.methods import METHODS
 from tempo_megatron.config.schema import VerifierConfig
 from tempo_megatron.data.prompts import PromptRecord
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.errors import RunError
@@ -41,11 +42,11 @@ def sampled(rows: list[tuple[str, str, bool]] = SAMPLED) -> Rollouts:
         record_ids=ids,
         group=torch.tensor([sorted(set(ids)).index(i) for i in ids], dtype=torch.int64),
         prompt_token_ids=[[1]] * n,
-        response_token_ids=[[2]] * n,
+        response_token_ids=Ragged.of_rows([[2]] * n, torch.int32),
         responses=[text for _, text, _ in rows],
         finish_reason=["length" if cut else "stop" for _, _, cut in rows],
-        rollout_log_probs=torch.zeros(n, 1),
-        response_mask=torch.ones(n, 1, dtype=torch.bool),
+        rollout_log_probs=Ragged.of_rows([[0.0]] * n, torch.float32),
+        response_lengths=torch.ones(n, dtype=torch.int64),
         labeled=torch.tensor([i.startswith("l") for i in ids], dtype=torch.bool),
         weights_version=0,
     )

@@ -6,7 +6,6 @@ Argument: a folder for models and checkpoints.  Prints one JSON line per case fr
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import pickle
 import re
@@ -27,7 +26,7 @@ from tempo_megatron.parallel import cpu_shim
 
 cpu_shim.install()
 
-from tempo_megatron.algorithm.advantages import value_targets  # noqa: E402
+from tempo_megatron.algorithm.advantages import target_states  # noqa: E402
 from tempo_megatron.algorithm.policy_loss import loss_denominator  # noqa: E402
 from tempo_megatron.algorithm.value_loss import value_loss  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
@@ -36,6 +35,7 @@ from tempo_megatron.checkpoint.load import resume_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
+from tempo_megatron.data.ragged import Ragged  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import resolve_init  # noqa: E402
 from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
@@ -43,6 +43,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import LossFunction, MegatronEngine, StepResult  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
 from tests.checkpoint.folders import reseal  # noqa: E402
+from tests.everywhere import everywhere  # noqa: E402
 from tests.model import critic_oracle as oracle  # noqa: E402
 from tests.model.hf_reference import TEMPERATURE, data, save_reference, wanted  # noqa: E402
 from tests.model.parity_cases import Layout, config_of  # noqa: E402
@@ -93,12 +94,12 @@ def started(*args: Any, **kwargs: Any) -> MegatronEngine:
 
 def project_loss(old: Tensor) -> LossFunction:
     """The E-step's loss on the labelled rows of ``data()``."""
-    lengths = torch.tensor([len(r) for r in data().responses])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
     labeled = torch.tensor([o is not None for o in oracle.OUTCOMES])
     outcome = torch.tensor([float("nan") if o is None else o for o in oracle.OUTCOMES])
-    targets, target_mask = value_targets(outcome, labeled, mask, position="post_last")
-    denominator = loss_denominator(target_mask, LOSS_AGG)
+    states = target_states(outcome, labeled, data().response_lengths, position="post_last")
+    target_mask = torch.arange(int(states.max())) < states[:, None]
+    targets = torch.where(target_mask, outcome[:, None], 0.0)
+    denominator = loss_denominator(states, LOSS_AGG)
 
     def loss(tables: dict[str, Tensor], rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         values = tables["values"]
@@ -116,18 +117,9 @@ def project_loss(old: Tensor) -> LossFunction:
     return loss
 
 
-def worst_row(table: Tensor, want: list[Tensor]) -> float:
-    """Largest difference within the rows; infinite if anything stands beyond a row's end."""
-    for row, w in zip(table, want, strict=True):
-        if row[len(w) :].any():
-            return float("inf")
-    return max((row[: len(w)] - w).abs().max().item() for row, w in zip(table, want, strict=True))
-
-
-def same_on_every_rank(table: Tensor) -> bool:
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(table.numpy().tobytes()).hexdigest())
-    return len(set(digests)) == 1
+def worst_row(held: Ragged, want: list[Tensor]) -> float:
+    """Largest difference within the rows. Collective; ranks that hold the same row must have the same bits."""
+    return max((row - w).abs().max().item() for row, w in zip(everywhere(held), want, strict=True))
 
 
 def tensors_of(engine: MegatronEngine) -> dict[str, Tensor]:
@@ -145,14 +137,13 @@ def training(root: Path, family: str, layout: Layout, groups: ModelParallelGroup
     want = oracle.trained(family)
     engine = started("critic", root / f"{family}-critic", layout, groups, tokens=tokens)
     values = engine.forward(data())["values"]
-    steps = [engine.step(data(), project_loss(values)) for _ in oracle.RATES]
+    steps = [engine.step(data(), project_loss(everywhere(values).padded())) for _ in oracle.RATES]
     after = tensors_of(engine)
     # of the weights, what is compared is how far they moved
     moved = {n: relative(after[n] - want.before[n], want.after[n] - want.before[n]) for n in want.after}
     head = {n: moved.pop(n) for n in ("score.weight", "score.bias")}
     return {
         "values": worst_row(values, want.values),
-        "same_on_every_rank": same_on_every_rank(values),
         "values_of_step": worst_row(steps[0].outputs["values"], want.values),
         "rates": [s.lr for s in steps],
         "loss": max(abs(s.loss - w) / w for s, w in zip(steps, want.losses, strict=True)),
@@ -214,17 +205,16 @@ def two_layouts(root: Path, actor: Layout, critic: Layout) -> dict[str, Any]:
         for role, layout, own in zip(("actor", "critic"), (actor, critic), groups, strict=True)
     ]
     order = torch.randperm(len(data()), generator=torch.Generator().manual_seed(2)).tolist()
-    shuffled = Sequences([data().prompts[i] for i in order], [data().responses[i] for i in order])
+    shuffled = Sequences.of([data().prompts[i] for i in order], [data().responses[i].tolist() for i in order])
     policy, values = wanted("llama-tied", "actor").outputs, oracle.trained("llama-tied")
     log_probs = engines[0].forward(shuffled)["log_probs"]
     got = engines[1].forward(shuffled)["values"]
     engines[0].step(shuffled, mean_log_prob)
-    old = engines[1].forward(data())["values"]
+    old = everywhere(engines[1].forward(data())["values"]).padded()
     steps = [engines[1].step(data(), project_loss(old)) for _ in oracle.RATES]
     result = {
         "log_probs": worst_row(log_probs, [policy[i] for i in order]),
         "values": worst_row(got, [values.values[i] for i in order]),
-        "same_on_every_rank": same_on_every_rank(torch.cat([log_probs, got], 1)),
         "loss": abs(steps[-1].loss - values.losses[-1]) / values.losses[-1],
     }
     for own in groups:
@@ -238,7 +228,7 @@ def resumed(root: Path, layout: Layout, dtype: str, groups: ModelParallelGroups)
     stored = load_file(folder / "model.safetensors")
     engine = started("critic", folder, layout, groups, dtype=dtype)
     before = tensors_of(engine)
-    loss = project_loss(engine.forward(data())["values"])
+    loss = project_loss(everywhere(engine.forward(data())["values"]).padded())
     steps = [engine.step(data(), loss) for _ in range(2)]
     checkpoint = save_checkpoint(run, 2, {"critic": engine}, {"step": 2}, {"critic": folder}, keep=1).folder
     saved = tensors_of(engine)
@@ -340,9 +330,7 @@ def heads(root: Path, layout: Layout, groups: ModelParallelGroups) -> dict[str, 
     def with_fresh_head(source: Path) -> bool:
         engine = fresh(source)
         tensors = tensors_of(engine)
-        values = engine.forward(data())["values"]
-        lengths = [len(r) + 1 for r in data().responses]
-        half = all((row[:n] == 0.5).all() for row, n in zip(values, lengths, strict=True))
+        half = bool((everywhere(engine.forward(data())["values"]).values == 0.5).all())
         return half and same_bytes({n: t for n, t in tensors.items() if not n.startswith("score.")}, weights)
 
     return {

@@ -44,12 +44,12 @@ def data() -> Sequences:
     g = torch.Generator().manual_seed(11)
     shapes = [(3, 5), (2, 1), (6, 4), (3, 5), (1, 7), (4, 3), (5, 2), (9, 10), (7, 1)]
     draw = lambda n: torch.randint(0, 37, (n,), generator=g).tolist()  # noqa: E731
-    return Sequences([draw(p) for p, _ in shapes], [draw(r) for _, r in shapes])
+    return Sequences.of([draw(p) for p, _ in shapes], [draw(r) for _, r in shapes])
 
 
 def hf_outputs(model: hf.PreTrainedModel, sequences: Sequences, role: str) -> list[torch.Tensor]:
     rows = []
-    for prompt, response in zip(sequences.prompts, sequences.responses, strict=True):
+    for prompt, response in zip(sequences.prompts, sequences.responses.tolist(), strict=True):
         logits = model(torch.tensor([[*prompt, *response]])).logits[0]
         at = slice(len(prompt) - 1, len(prompt) + len(response) - (1 if role == "actor" else 0))
         if role == "critic":

@@ -32,6 +32,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
+from tests.everywhere import everywhere  # noqa: E402
 
 CHATS = [
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -66,7 +67,7 @@ def loaded(folder: Path, groups: ModelParallelGroups, dtype: str = "float32") ->
 def chats(folder: Path) -> Sequences:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     records = [SftRecord(q, [{"role": "user", "content": q}], answer) for q, answer in CHATS]
-    return Sequences(*encode_sft(tokenizer, records, MAX_TOKENS))
+    return Sequences.of(*encode_sft(tokenizer, records, MAX_TOKENS))
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def write_reference(folder: Path, sequences: Sequences, file: Path) -> None:
     """Log-probabilities and entropies by transformers, sequence by sequence."""
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     said: dict[str, torch.Tensor] = {}
-    for i, (prompt, response) in enumerate(zip(sequences.prompts, sequences.responses, strict=True)):
+    for i, (prompt, response) in enumerate(zip(sequences.prompts, sequences.responses.tolist(), strict=True)):
         logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
         log_probs = logits.log_softmax(-1)
         said[f"log_probs.{i}"] = log_probs.gather(1, torch.tensor(response)[:, None])[:, 0].contiguous()
@@ -83,15 +84,12 @@ def write_reference(folder: Path, sequences: Sequences, file: Path) -> None:
 
 
 def parity(engine: MegatronEngine, sequences: Sequences, reference: Path) -> dict[str, float]:
-    """Largest distance to what transformers says, of any token of any chat; beyond a row's end all is 0."""
+    """Largest distance to what transformers says, of any token of any chat."""
     outputs, said = engine.forward(sequences), load_file(reference)
-    distances = {}
-    for name, table in outputs.items():
-        expected = torch.zeros_like(table)
-        for i, response in enumerate(sequences.responses):
-            expected[i, : len(response)] = said[f"{name}.{i}"]
-        distances[name] = (table - expected).abs().max().item()
-    return distances
+    return {
+        name: max((row - said[f"{name}.{i}"]).abs().max().item() for i, row in enumerate(everywhere(rows)))
+        for name, rows in outputs.items()
+    }
 
 
 def differing(engine: MegatronEngine, folder: Path) -> list[str]:
@@ -128,13 +126,11 @@ def vllm_agreement(engine: MegatronEngine, folder: Path, sequences: Sequences) -
     requests = [GenerationRequest(list(p), 100 * i, SAMPLES, RESPONSE_TOKENS) for i, p in enumerate(sequences.prompts)]
     responses = rollout.generate(requests, 1)
     rollout.close()
-    sampled = Sequences(
+    sampled = Sequences.of(
         [p for p in sequences.prompts for _ in range(SAMPLES)], [response.token_ids for response in responses]
     )
-    table = engine.forward(sampled)["log_probs"]
-    distance = torch.cat(
-        [(row[: len(r.log_probs)] - torch.tensor(r.log_probs)).abs() for row, r in zip(table, responses, strict=True)]
-    )
+    said = torch.tensor([x for response in responses for x in response.log_probs])
+    distance = (everywhere(engine.forward(sampled)["log_probs"]).values - said).abs()
     return {
         "tokens": len(distance),
         "distinct": len({tuple(r.token_ids) for r in responses}),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.parallel import distributed
@@ -47,7 +48,7 @@ def _decode_failing_on_last_rank(responses: list[list[int]]) -> list[str]:
 
 def _plain(batch: Rollouts) -> dict:
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    return {name: v.tolist() if isinstance(v, torch.Tensor | Ragged) else v for name, v in values.items()}
 
 
 def main() -> None:

@@ -46,21 +46,22 @@ def test_rows_are_the_samples_of_each_prompt_in_order(engine: RolloutEngine) -> 
         for d in DRAWS
         for i in range(3)
     ]
-    assert batch.response_token_ids == [r.token_ids for r in alone]
+    assert batch.response_token_ids.values.dtype == torch.int32
+    assert batch.response_token_ids.tolist() == [r.token_ids for r in alone]
     assert batch.finish_reason == [r.finish_reason for r in alone]
     assert set(batch.finish_reason) == {"stop", "length"}
-    assert batch.responses == _decode(batch.response_token_ids)
+    assert batch.responses == _decode(batch.response_token_ids.tolist())
     assert batch.response_lengths.tolist() == [len(r.token_ids) for r in alone]
-    assert batch.rollout_log_probs.dtype == torch.float32
-    assert not batch.rollout_log_probs[~batch.response_mask].any()
+    assert batch.rollout_log_probs.values.dtype == torch.float32
+    assert torch.equal(batch.rollout_log_probs.lengths, batch.response_lengths)
     expected = [p for r in alone for p in r.log_probs]
-    assert batch.rollout_log_probs[batch.response_mask].tolist() == pytest.approx(expected, rel=1e-6)
+    assert batch.rollout_log_probs.values.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_long_prompt_leaves_less_for_the_response(engine: RolloutEngine) -> None:
     draws = [PromptDraw("long", random_prompt(1, MAX_MODEL_LEN - 4), False, 0)]
     batch = rollout(engine, draws, samples_per_prompt=8, max_response_tokens=10, version=3, decode=_decode)
-    assert batch.response_mask.shape[1] == 4
+    assert int(batch.response_lengths.max()) == 4
 
 
 @pytest.mark.parametrize("length", [0, MAX_MODEL_LEN])
@@ -87,4 +88,4 @@ def test_a_failure_while_decoding_names_the_rank(engine: RolloutEngine) -> None:
 def test_no_prompts_make_an_empty_batch(engine: RolloutEngine) -> None:
     batch = rollout(engine, [], samples_per_prompt=4, max_response_tokens=4, version=3, decode=_decode)
     assert len(batch) == 0
-    assert batch.rollout_log_probs.shape == (0, 0)
+    assert len(batch.rollout_log_probs) == len(batch.response_token_ids) == 0

@@ -31,7 +31,7 @@ def rows_of(lengths: list[tuple[int, int]]) -> Sequences:
     """Every token of the batch another number, from 1: padding is 0."""
     ids = iter(range(1, 1 + sum(map(sum, lengths))))
     rows = [([next(ids) for _ in range(p)], [next(ids) for _ in range(r)]) for p, r in lengths]
-    return Sequences([p for p, _ in rows], [r for _, r in rows])
+    return Sequences.of([p for p, _ in rows], [r for _, r in rows])
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class Settings:
 
     def pack(self, sequences: Sequences, shard: int) -> list[list[MicroBatch]]:
         """[micro-batch][context rank] of one data-parallel shard."""
+        homes = sequences.dealt(self.shards, 64)
         by_rank = [
             make_microbatches(
                 sequences,
+                homes,
                 self.max_tokens,
                 (shard, self.shards),
                 (rank, self.cp),
@@ -106,7 +108,7 @@ def test_every_response_token_is_predicted_once_and_comes_back_to_its_place(
             for final_state in (False, True):
                 found = mb.by_row(before, final_state=final_state)
                 for got, row in zip(found.tolist(), mb.rows, strict=True):
-                    prompt, response = sequences.prompts[row], sequences.responses[row]
+                    prompt, response = sequences.prompts[row], sequences.responses[row].tolist()
                     width = len(response) + final_state
                     assert got[:width] == [*prompt, *response][len(prompt) - 1 :][:width]
                     assert not any(got[width:])
@@ -117,9 +119,9 @@ def test_every_response_token_is_predicted_once_and_comes_back_to_its_place(
                 for each in ranks
             ]
             for got, row in zip(mb.by_row(gathered(ranks, flat), final_state=False).tolist(), mb.rows, strict=True):
-                assert got[: len(sequences.responses[row])] == sequences.responses[row]
+                assert got[: len(sequences.responses[row])] == sequences.responses[row].tolist()
             predicted = torch.cat([each.targets for each in ranks]).tolist()
-            assert sorted(predicted) == sorted(token for row in mb.rows for token in sequences.responses[row])
+            assert sorted(predicted) == sorted(token for row in mb.rows for token in sequences.responses[row].tolist())
     assert sorted(seen) == list(range(len(sequences)))
 
 
