@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ os.environ.update(
 import hypothesis
 import numpy as np
 import pytest
+
+# Started under nohup or in a shell's background, the tests would pass ignored signals on to what they start
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine is no failure: hypothesis' deadline per example is off, pytest-timeout bounds each test
 hypothesis.settings.register_profile("tempo", deadline=None)
