@@ -279,11 +279,10 @@ def _check_rollout(config: Config, actor: ModelShape, world_size: int) -> None:
             f"{heads}, and divide or be a multiple of num_key_value_heads {kv_heads} ({actor.file}); "
             f"nearest valid: {nearest(size, valid)}"
         )
-    longest, told = _longest(config)
-    if config.rollout.max_num_batched_tokens < longest:
+    if config.rollout.max_num_batched_tokens < config.rollout.max_num_seqs:
         raise TempoError(
-            f"rollout.max_num_batched_tokens: {config.rollout.max_num_batched_tokens} must be at least {longest}, one "
-            f"longest sequence ({told}): seeded sampling leaves chunked prefill off"
+            f"rollout.max_num_batched_tokens: {config.rollout.max_num_batched_tokens} must be at least "
+            f"{config.rollout.max_num_seqs}, one token of each response (rollout.max_num_seqs)"
         )
 
 

@@ -185,9 +185,14 @@ class RolloutConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1, description="ranks of one vLLM replica; must divide the world size")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of vLLM's weights and KV cache")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache per rank, GiB")
-    max_num_seqs: int = Field(256, ge=1, description="responses that one replica samples at a time")
+    max_num_seqs: int = Field(
+        256, ge=1, description="responses that one replica samples at a time; it draws further prompts as they end"
+    )
     max_num_batched_tokens: int = Field(
-        20480, ge=1, description="tokens of one vLLM step; no less than one longest sequence"
+        20480,
+        ge=1,
+        description="tokens of one vLLM step, at least max_num_seqs; longer prompts are taken in parts on GPUs, and "
+        "raise it on the CPU",
     )
     bucket_mib: int = Field(512, ge=1, description="largest piece of new weights in flight during a sync, MiB")
     max_log_prob_diff: float | None = Field(

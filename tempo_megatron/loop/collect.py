@@ -19,8 +19,10 @@ from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
 from tempo_megatron.loop.runtime import Runtime
 from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier, Verified
-from tempo_megatron.rollout.collect import PromptDraw, rollout
+from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.engine import RolloutEngine
+from tempo_megatron.rollout.expected import ExpectedLengths
+from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.rollout.sampling import sample_seed
 from tempo_megatron.verifiers.reasoning import is_tag, open_tag
 
@@ -67,6 +69,7 @@ class Collector:
         data = runtime.data
         assert isinstance(data, PromptData)
         self.labeled, self.unlabeled = data.labeled, data.unlabeled
+        self._expected = ExpectedLengths()
         self._acceptance = 1.0  # fraction of labelled prompts that the filter let pass, last time
         self._drawn_unlabeled: list[int] = []
 
@@ -118,7 +121,7 @@ class Collector:
             record = pool.records[position]
             seed = sample_seed(self.runtime.config.seed, "train", index, record.id, drawn[record.id])
             drawn[record.id] += 1
-            draws.append(PromptDraw(record.id, pool.token_ids[position], record.labeled, seed))
+            draws.append(PromptDraw(record.id, pool.token_ids[position], record.labeled, seed, record.source))
         return draws
 
     def _sample(self, draws: list[PromptDraw], version: int) -> Verified:
@@ -136,6 +139,7 @@ class Collector:
                 max_response_tokens=runtime.config.data.max_response_tokens,
                 version=version,
                 decode=decoder(runtime),
+                expected=self._expected,
             )
             runtime.ledger.add_tokens("rollout", int(rollouts.response_lengths.sum()))
         return rollouts

@@ -24,8 +24,10 @@ from tempo_megatron.loop.runtime import Runtime
 from tempo_megatron.loop.verification import judged_texts
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.parallel.exchange import to_rank0
-from tempo_megatron.rollout.collect import PromptDraw, rollout
+from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.engine import RolloutEngine
+from tempo_megatron.rollout.expected import ExpectedLengths
+from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.rollout.sampling import sample_seed
 from tempo_megatron.telemetry.run_folder import LoggedRollout
 from tempo_megatron.training.microbatch import Sequences
@@ -58,6 +60,7 @@ class Evaluator:
         self.runtime, self.engine, self.verifier = runtime, engine, verifier
         assert isinstance(runtime.data, PromptData)
         self.sets = runtime.data.eval_sets
+        self._expected: dict[str, ExpectedLengths] = {}  # by set, whose ids are its own
 
     def run(self, step: int, updates: int, version: int) -> dict[str, float]:
         """Metrics ``eval/<set>/<name>`` of every set, for the record of ``step``."""
@@ -77,9 +80,9 @@ class Evaluator:
 
     def evaluate(self, prompts: EvalPrompts, updates: int, version: int) -> EvaluatedSet:
         """Sample, verify and value one set; collective. Samples are seeded by the policy updates so far."""
-        runtime, settings = self.runtime, prompts.settings
+        runtime, settings, seed = self.runtime, prompts.settings, self.runtime.config.seed
         draws = [
-            PromptDraw(r.id, ids, False, sample_seed(runtime.config.seed, f"eval:{settings.name}", updates, r.id, 0))
+            PromptDraw(r.id, ids, False, sample_seed(seed, f"eval:{settings.name}", updates, r.id, 0), r.source)
             for r, ids in zip(prompts.records, prompts.token_ids, strict=True)
         ]
         batch = rollout(
@@ -89,6 +92,7 @@ class Evaluator:
             max_response_tokens=runtime.config.data.max_response_tokens,
             version=version,
             decode=decoder(runtime),
+            expected=self._expected.setdefault(settings.name, ExpectedLengths()),
         )
         verdicts, answers = on_rank0(lambda: self._score(prompts, batch))
         terminal, logged = self._values(prompts, batch) if "critic" in runtime.engines else (None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ T = TypeVar("T")
 JOIN_SLACK_S = 30.0
 
 _watchdog: Watchdog | None = None
+_store: dist.Store | None = None  # of the job; None in a world of one
+_serials = itertools.count()  # of the shared counters, which all ranks make in the same order
 
 
 def start(threads: int, timeout_s: int) -> None:
@@ -49,12 +52,12 @@ def start(threads: int, timeout_s: int) -> None:
 
 
 def _join(rank: int, world_size: int, timeout: datetime.timedelta) -> None:
-    global _watchdog
+    global _watchdog, _store
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     limit = f"launch.timeout_s: {timeout.total_seconds():g}"
     with _ended_after(timeout.total_seconds() + JOIN_SLACK_S, f"error: no answer from {place}, where the ranks meet"):
         try:
-            store = _store(rank, world_size, timeout)
+            store = _connect(rank, world_size, timeout)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" in str(error):
                 raise TempoError(
@@ -68,11 +71,12 @@ def _join(rank: int, world_size: int, timeout: datetime.timedelta) -> None:
             _watchdog = Watchdog(store, rank, world_size, timeout.total_seconds())
             _watchdog.announce()
         dist.init_process_group(dev.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        _store = store
     if _watchdog is not None:
         _watchdog.start()
 
 
-def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+def _connect(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     if is_spawned():
         return dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -166,6 +170,40 @@ def gather_objects(mine: T) -> list[T]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+class SharedCounter:
+    """Counts from 0 for all ranks together: no number is given out twice."""
+
+    def __init__(self, store: dist.Store, key: str) -> None:
+        self._store, self._key = store, key
+
+    def add(self, count: int) -> int:
+        """Count on by ``count``; the number before. One request to the job's store."""
+        return self._store.add(self._key, count) - count
+
+
+@contextmanager
+def shared_counter(name: str) -> Iterator[SharedCounter]:
+    """A counter of this job, for as long as the block runs.
+
+    Every rank of a world of several enters at the same point, and leaves when no rank counts any more: behind a
+    collective, also where that raises a TempoError. Rank 0 then takes the counter out of the store.
+    """
+    assert _store is not None
+    key = f"counter/{name}/{next(_serials)}"
+    try:
+        yield SharedCounter(_store, key)
+    except TempoError:
+        _forget(key)
+        raise
+    _forget(key)
+
+
+def _forget(key: str) -> None:
+    assert _store is not None
+    if rank() == 0:
+        _store.delete_key(key)
 
 
 def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""One rollout over all replicas: deal the prompts, sample, decode, gather the same rows on every rank."""
+"""One rollout over all replicas: draw the prompts, sample, decode, gather the same rows on every rank."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,20 +16,23 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
-from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine, SampledResponse
+from tempo_megatron.rollout.engine import GenerationRequest, ReadResponses, RolloutEngine, SampledResponse
+from tempo_megatron.rollout.expected import ExpectedLengths
+from tempo_megatron.rollout.prompts import PromptDraw
+from tempo_megatron.rollout.queue import PromptQueue, open_queue
 
 #: Turns lists of response token ids into texts, special tokens skipped.
 Decode = Callable[[list[list[int]]], list[str]]
+#: Is told a prompt's position and the texts of its responses.
+Hear = Callable[[int, list[str]], None]
 
 
 @dataclass(frozen=True)
-class PromptDraw:
-    """A prompt to sample from; ``seed`` is that of its first sample (``sampling.sample_seed``)."""
+class Finished:
+    """All samples of one prompt, on the ranks of the replica that drew it; texts on its first rank, else empty."""
 
-    record_id: str
-    prompt_token_ids: list[int]
-    labeled: bool
-    seed: int
+    responses: list[SampledResponse]
+    texts: list[str]
 
 
 def rollout(
@@ -39,21 +43,26 @@ def rollout(
     max_response_tokens: int,
     version: int,
     decode: Decode,
+    expected: ExpectedLengths | None = None,
+    hear: Hear | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Rollouts:
     """Sample ``samples_per_prompt`` responses to each prompt; collective over the world.
 
-    Prompt i is sampled by replica ``i % num_replicas``; seeds belong to samples, so the rows do not depend on
-    the number of replicas. If a rank fails, every rank raises (a rank lost inside a tensor-parallel replica's own
-    collectives is found by the process group's timeout only).
+    The replicas draw the prompts from one queue (``queue.py``), the longest expected first. Seeds belong to samples, so
+    the rows do not depend on who drew what, or on the number of replicas. If a rank fails, nobody draws any more and
+    every rank raises (a rank lost inside a tensor-parallel replica's own collectives is found by the process group's
+    timeout only).
 
     Args:
         prompts: the same on every rank.
         samples_per_prompt: responses to each prompt.
         max_response_tokens: limit of a response; prompts close to ``engine.max_model_len`` leave less.
         version: weights version to sample; any other loaded one is refused.
-        decode: called on each replica with its own responses.
-        on_progress: called with (finished, total) responses of this rank's replica.
+        decode: called on the first rank of the replica that drew a prompt, with its responses, in a thread.
+        expected: what is known of earlier rollouts' lengths; it learns this one's. None: the longest prompts first.
+        hear: called behind ``decode``, as soon as a prompt is finished, while others are sampled.
+        on_progress: called with (finished, drawn) responses of this rank's replica.
 
     Returns:
         N = ``len(prompts) * samples_per_prompt`` rows, samples of a prompt together, prompts in the given order;
@@ -69,25 +78,74 @@ def rollout(
         )
         for draw in prompts
     ]
-    mine = requests[engine.replica_index :: engine.num_replicas]
-    total = len(mine) * samples_per_prompt
-
-    def sample_and_decode() -> tuple[list[SampledResponse], list[str]]:
-        report = None if on_progress is None else lambda finished: on_progress(finished, total)
-        try:
-            responses = engine.generate(mine, version, report)
-            return responses, decode([r.token_ids for r in responses])
-        except TempoError:
-            raise
-        except Exception as error:  # whatever vLLM or the tokenizer died of, the other ranks must hear of it
-            raise RunError(f"rollout: rank {dist.get_rank()} failed: {type(error).__name__}: {error}") from error
-
-    responses, texts = on_all_ranks(sample_and_decode)
-    _require_equal_replicas(engine, responses)
+    expected = expected or ExpectedLengths()
+    with open_queue(engine, expected.order(prompts), samples_per_prompt) as queue:
+        found = on_all_ranks(lambda: sample(engine, requests, version, queue, decode, hear, on_progress))
+    _require_equal_replicas(engine, found)
     prompt_of_row = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
-    own = (prompt_of_row % engine.num_replicas == engine.replica_index) & engine.is_replica_leader
-    gathered = _gather(own, *((responses, texts) if engine.is_replica_leader else ([], [])))
+    gathered = _gather(len(prompt_of_row), samples_per_prompt, found if engine.is_replica_leader else {})
+    means = gathered.lengths.view(len(prompts), samples_per_prompt).double().mean(1)
+    expected.observe(prompts, means.tolist())
     return _rollouts(prompts, prompt_of_row, gathered, version)
+
+
+def sample(
+    engine: RolloutEngine,
+    requests: Sequence[GenerationRequest],
+    version: int,
+    queue: PromptQueue,
+    decode: Decode,
+    hear: Hear | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Finished]:
+    """What this rank's replica draws from ``queue``, by position in ``requests``, in their order.
+
+    Finished prompts are read and decoded in a thread, while the replica samples the others.
+
+    Raises:
+        TempoError: whatever went wrong; the queue is given up.
+    """
+    reading: dict[int, Future[Finished]] = {}
+    counts = [0, 0]
+
+    def count(which: int, index: int) -> None:
+        counts[which] += requests[index].num_samples
+        if on_progress is not None and which == 0:
+            on_progress(*counts)
+
+    def draw() -> int | None:
+        index = queue.draw()
+        if index is not None:
+            count(1, index)
+        return index
+
+    def read(index: int, responses: ReadResponses) -> Finished:
+        try:
+            found = responses()
+            if not engine.is_replica_leader:
+                return Finished(found, [])
+            texts = decode([r.token_ids for r in found])
+            if hear is not None:
+                hear(index, texts)
+            return Finished(found, texts)
+        except BaseException:
+            queue.give_up()  # at once: this replica finds out when it has sampled what it drew
+            raise
+
+    def finish(index: int, responses: ReadResponses) -> None:
+        reading[index] = thread.submit(read, index, responses)
+        count(0, index)
+
+    try:
+        with ThreadPoolExecutor(1, "rollout-reader") as thread:
+            engine.generate_drawn(requests, version, draw, finish)
+        return {index: reading[index].result() for index in sorted(reading)}
+    except Exception as error:
+        queue.give_up()
+        if isinstance(error, TempoError):
+            raise
+        # whatever vLLM or the tokenizer died of, the other ranks must hear of it
+        raise RunError(f"rollout: rank {dist.get_rank()} failed: {type(error).__name__}: {error}") from error
 
 
 def _room(engine: RolloutEngine, draw: PromptDraw, max_response_tokens: int) -> int:
@@ -100,11 +158,11 @@ def _room(engine: RolloutEngine, draw: PromptDraw, max_response_tokens: int) -> 
     return min(max_response_tokens, engine.max_model_len - length)
 
 
-def _require_equal_replicas(engine: RolloutEngine, responses: list[SampledResponse]) -> None:
+def _require_equal_replicas(engine: RolloutEngine, found: dict[int, Finished]) -> None:
     """The ranks of a tensor-parallel replica run vLLM in lockstep; that they did is checked, not believed."""
-    digest = zlib.crc32(b"".join(np.asarray(r.token_ids, dtype=np.int32).tobytes() for r in responses))
+    parts = [np.array([i, *(t for r in f.responses for t in r.token_ids)], np.int32) for i, f in found.items()]
     digests = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    digests[dist.get_rank()] = digest
+    digests[dist.get_rank()] = zlib.crc32(b"".join(part.tobytes() for part in parts))
     for index, replica in enumerate(sum_over_world(digests).view(engine.num_replicas, -1)):
         if (replica != replica[0]).any():
             raise RunError(f"rollout: the ranks of vLLM replica {index} sampled different tokens from the same seeds")
@@ -121,24 +179,33 @@ class _Gathered:
     texts: list[str]
 
 
-def _gather(own: Tensor, responses: list[SampledResponse], texts: list[str]) -> _Gathered:
+def _gather(num_rows: int, samples_per_prompt: int, found: dict[int, Finished]) -> _Gathered:
     """Put the rows of all replicas together on every rank: each row has one owner, the others add zeros.
 
     Args:
-        own: ``[N]`` bool, the rows that this rank contributes, in the order of ``responses`` and ``texts``.
+        num_rows: N.
+        found: what this rank contributes, by prompt, in their order.
     """
-    raw_texts = [text.encode() for text in texts]
-    shape = torch.zeros(len(own), 3, dtype=torch.int64)
+    own = torch.tensor(list(found), dtype=torch.int64)[:, None] * samples_per_prompt + torch.arange(samples_per_prompt)
+    own = own.flatten()  # rows, which only their owner knows before this
+    responses = [r for f in found.values() for r in f.responses]
+    raw_texts = [text.encode() for f in found.values() for text in f.texts]
+    shape = torch.zeros(num_rows, 4, dtype=torch.int64)
     shape[own] = torch.tensor(
-        [[len(r.token_ids), r.finish_reason == "stop", len(t)] for r, t in zip(responses, raw_texts, strict=True)],
+        [[1, len(r.token_ids), r.finish_reason == "stop", len(t)] for r, t in zip(responses, raw_texts, strict=True)],
         dtype=torch.int64,
-    ).view(-1, 3)
-    lengths, stopped, text_bytes = sum_over_world(shape).unbind(1)
+    ).view(-1, 4)
+    owners, lengths, stopped, text_bytes = sum_over_world(shape).unbind(1)
+    if (owners != 1).any():
+        row = int((owners != 1).nonzero()[0])
+        raise RunError(f"rollout: row {row} of {num_rows} was sampled by {int(owners[row])} replicas")
+    is_own = torch.zeros(num_rows, dtype=torch.bool)
+    is_own[own] = True
 
     def flat(values: np.ndarray, sizes: Tensor) -> Tensor:
         mine = torch.from_numpy(values)
         everything = torch.zeros(int(sizes.sum()), dtype=mine.dtype)
-        everything[own.repeat_interleave(sizes)] = mine
+        everything[is_own.repeat_interleave(sizes)] = mine
         return sum_over_world(everything)
 
     token_ids = flat(np.array([t for r in responses for t in r.token_ids], dtype=np.int32), lengths)

@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 GIB = 1 << 30
+
+#: What has been sampled, read when it is called: in whatever thread has the time.
+ReadResponses = Callable[[], "list[SampledResponse]"]
 
 
 @dataclass(frozen=True)
@@ -140,34 +144,75 @@ class RolloutEngine:
         version: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[SampledResponse]:
-        """Sample every response of ``requests`` on this replica, with continuous batching.
-
-        All ranks of the replica call it with equal arguments. A response depends on its prompt, its seed and the
-        weights alone (on the CPU bit by bit; on GPUs up to what kernels of another batch shape round differently).
+        """Sample every response of ``requests`` on this replica; as ``generate_drawn``, in their order.
 
         Args:
-            requests: any number; each prompt must leave room for ``max_tokens`` within ``max_model_len``.
-            version: the weights version that the caller means to sample from.
             on_progress: called with the number of finished responses each time some finish.
 
         Returns:
             The responses of request 0, then those of request 1, ...: ``sum(r.num_samples)`` in all.
+        """
+        places = iter(range(len(requests)))
+        found: list[ReadResponses] = [list] * len(requests)
+        finished = 0
+
+        def take(index: int, read: ReadResponses) -> None:
+            nonlocal finished
+            found[index] = read
+            finished += requests[index].num_samples
+            if on_progress is not None:
+                on_progress(finished)
+
+        self.generate_drawn(requests, version, lambda: next(places, None), take)
+        return [response for read in found for response in read()]
+
+    def generate_drawn(
+        self,
+        requests: Sequence[GenerationRequest],
+        version: int,
+        draw: Callable[[], int | None],
+        on_finished: Callable[[int, ReadResponses], None],
+    ) -> None:
+        """Sample the requests that ``draw`` names, with continuous batching, until it names none.
+
+        A request is drawn when fewer samples than ``max_num_seqs`` are unfinished, so that less than one request's
+        samples wait for a place, and none while the KV cache has no room for those that wait. All ranks of the replica
+        call it with equal arguments and draw the same. A response depends on its prompt, its seed and the weights alone
+        (on the CPU bit by bit; on GPUs up to what kernels of another batch shape round differently).
+
+        Args:
+            requests: any number; each prompt must leave room for ``max_tokens`` within ``max_model_len``.
+            version: the weights version that the caller means to sample from.
+            draw: the index of the next request, none twice.
+            on_finished: called with a request's index when all its samples are finished, while others are sampled; what
+                it is given reads them, and raises RunError where a log-probability is not finite.
 
         Raises:
-            RunError: another version is loaded (or none), or a log-probability is not finite.
+            RunError: another version is loaded (or none), or vLLM returned more or fewer responses than asked for.
         """
         self._require_usable()
         if version != self._version:
             raise RunError(f"rollout: asked to sample weights version {version}, but version {self._version} is loaded")
-        total = sum(r.num_samples for r in requests)
         self._failure = "generation did not finish"
         with patches.preserved_rng():
-            outputs = self._run(requests, on_progress)
+            self._run(requests, version, draw, on_finished)
         self._failure = None
-        responses = [_response(sample, version) for samples in outputs for sample in samples]
-        if len(responses) != total:
-            raise RunError(f"rollout: vLLM returned {len(responses)} responses, asked for {total}")
-        return responses
+
+    def as_leader_says(self, number: Callable[[], int]) -> int:
+        """The first rank of the replica calls ``number``; the result, on all its ranks. Collective over the replica."""
+        if self._config.tensor_parallel_size == 1:
+            return number()
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        said = torch.tensor(number() if self.is_replica_leader else 0)
+        dist.broadcast(said, src=group.first_rank, group=group.cpu_group)
+        return int(said)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Samples that the replica runs at a time."""
+        return self._config.max_num_seqs
 
     def close(self) -> None:
         """Free the engine and vLLM's process groups; another engine may be built afterwards. Collective."""
@@ -183,23 +228,38 @@ class RolloutEngine:
             raise RunError(f"rollout: the engine is unusable: {self._failure}")
 
     def _run(
-        self, requests: Sequence[GenerationRequest], on_progress: Callable[[int], None] | None
-    ) -> list[list[CompletionOutput]]:
+        self,
+        requests: Sequence[GenerationRequest],
+        version: int,
+        draw: Callable[[], int | None],
+        on_finished: Callable[[int, ReadResponses], None],
+    ) -> None:
+        drawing, crowded = True, False
+        while True:
+            while drawing and not crowded and self._llm.get_num_unfinished_requests() < self.max_num_seqs:
+                index = draw()
+                if index is None:
+                    drawing = False
+                else:
+                    self._add(index, requests[index])
+            unfinished = self._llm.get_num_unfinished_requests()  # samples, not requests
+            if not unfinished:
+                return
+            for output in self._llm.step():  # FINAL_ONLY: one output a request, with all its samples
+                index = int(output.request_id)
+                samples, wanted = output.outputs, requests[index].num_samples
+                if len(samples) != wanted:
+                    raise RunError(f"rollout: vLLM returned {len(samples)} responses, asked for {wanted}")
+                on_finished(index, partial(_responses, samples, version))
+            # some had to wait although there were places: no KV cache is left, or no tokens of the step
+            waiting = self._llm.engine_core.engine_core.scheduler.get_request_counts()[1]
+            crowded = waiting > 0 and unfinished - waiting < self.max_num_seqs
+
+    def _add(self, index: int, request: GenerationRequest) -> None:
         from vllm import TokensPrompt
 
-        for index, request in enumerate(requests):
-            prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
-            self._llm.add_request(str(index), prompt, self._sampling_params(request))
-        outputs: list[list[CompletionOutput]] = [[] for _ in requests]
-        finished = 0
-        while self._llm.has_unfinished_requests():
-            before = finished
-            for output in self._llm.step():  # FINAL_ONLY: one output a request, with all its samples
-                outputs[int(output.request_id)] = output.outputs
-                finished += len(output.outputs)
-            if on_progress is not None and finished > before:
-                on_progress(finished)
-        return outputs
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
+        self._llm.add_request(str(index), prompt, self._sampling_params(request))
 
     def _sampling_params(self, request: GenerationRequest) -> SamplingParams:
         from vllm import SamplingParams
@@ -218,6 +278,10 @@ class RolloutEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+def _responses(samples: list[CompletionOutput], version: int) -> list[SampledResponse]:
+    return [_response(sample, version) for sample in samples]
 
 
 def _response(sample: CompletionOutput, version: int) -> SampledResponse:
@@ -294,8 +358,8 @@ def _build_engine(
                 max_num_seqs=config.max_num_seqs,
                 # seeded sampling on the CPU dies in a prompt's second chunk ("CPU Generator does not use offset",
                 # v1/worker/gpu_model_runner.py), and without chunks a step must hold the longest prompt
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=max(config.max_num_batched_tokens, max_model_len),
+                enable_chunked_prefill=use_cuda(),
+                max_num_batched_tokens=max(config.max_num_batched_tokens, 0 if use_cuda() else max_model_len),
                 kv_cache_memory_bytes=int(config.kv_cache_gib * GIB),
                 enable_prefix_caching=True,  # the samples of one prompt share its keys and values
                 block_size=None if use_cuda() else 32,  # the CPU's default of 128 shares no prompt below that length

@@ -47,7 +47,7 @@ class Job:
                 "max_prompt_tokens": 32,
                 "max_response_tokens": 32,
             },
-            "rollout": {"max_num_batched_tokens": 64},
+            "rollout": {"max_num_batched_tokens": 64, "max_num_seqs": 64},
         }
 
     def model(self, name: str, **changes: Any) -> str:

@@ -20,7 +20,7 @@ from tempo_megatron.loop import verification
 from tempo_megatron.loop.collect import Collector
 from tempo_megatron.loop.data import Pool, PromptData
 from tempo_megatron.loop.verification import RolloutVerifier
-from tempo_megatron.rollout.collect import PromptDraw
+from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.verifiers.verdict import Verdict
 
 SAMPLES = 4

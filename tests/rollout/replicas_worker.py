@@ -9,8 +9,10 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,14 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.parallel import distributed
-from tempo_megatron.rollout.collect import PromptDraw, rollout
-from tempo_megatron.rollout.engine import RolloutEngine
+from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks
+from tempo_megatron.rollout.collect import rollout, sample
+from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
+from tempo_megatron.rollout.prompts import PromptDraw
+from tempo_megatron.rollout.queue import PromptQueue, open_queue
 
-#: Fields of a batch that are NaN until something fills them.
+#: To each prompt of ``_forced``.
+FORCED_SAMPLES = 2
 
 
 def _broadcast(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -40,8 +46,8 @@ def _decode(responses: list[list[int]]) -> list[str]:
     return [" ".join(map(str, ids)) for ids in responses]
 
 
-def _decode_failing_on_last_rank(responses: list[list[int]]) -> list[str]:
-    if dist.get_rank() == dist.get_world_size() - 1:
+def _decode_failing_on_last_replica(engine: RolloutEngine, responses: list[list[int]]) -> list[str]:
+    if engine.replica_index == engine.num_replicas - 1:
         raise ValueError("bad bytes")
     return _decode(responses)
 
@@ -49,6 +55,46 @@ def _decode_failing_on_last_rank(responses: list[list[int]]) -> list[str]:
 def _plain(batch: Rollouts) -> dict:
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     return {name: v.tolist() if isinstance(v, torch.Tensor | Ragged) else v for name, v in values.items()}
+
+
+def _to_the_limit(ordinary: Callable[[GenerationRequest], Any], request: GenerationRequest) -> Any:
+    params = ordinary(request)
+    params.ignore_eos, params.stop_token_ids, params._all_stop_token_ids = True, [], set()
+    return params
+
+
+def _forced(engine: RolloutEngine, lengths: list[int], *, dealt: bool) -> dict:
+    """Responses of just these lengths, one a prompt, from a queue of which all is dealt, or drawn where there is room.
+
+    ``at``: unfinished samples of this rank's replica when it drew. ``mine``: the prompts that it drew.
+    """
+    requests = [GenerationRequest([5 + i % 7, 6, 7], 1000 * i, FORCED_SAMPLES, n) for i, n in enumerate(lengths)]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    at: list[int] = []
+
+    class Watched:
+        def __init__(self, queue: PromptQueue) -> None:
+            self._queue, self.give_up = queue, queue.give_up
+
+        def draw(self) -> int | None:
+            at.append(engine._llm.get_num_unfinished_requests())
+            return self._queue.draw()
+
+    if dealt:
+        place = engine.replica_index, engine.num_replicas
+        queue = PromptQueue(order, *place, -(-len(order) // engine.num_replicas), None)
+        found = sample(engine, requests, 1, queue, _decode)
+    else:
+        with open_queue(engine, order, FORCED_SAMPLES) as queue:
+            found = on_all_ranks(lambda: sample(engine, requests, 1, Watched(queue), _decode))
+    shares = gather_objects({i: [[r.token_ids, r.log_probs] for r in f.responses] for i, f in found.items()})
+    leaders = shares[:: dist.get_world_size() // engine.num_replicas]
+    return {
+        "all": sorted((i, rows) for share in leaders for i, rows in share.items()),
+        "mine": sorted(found),
+        "texts": sum(len(f.texts) for f in found.values()),
+        "at": at,
+    }
 
 
 def main() -> None:
@@ -67,16 +113,24 @@ def main() -> None:
             stop_token_ids=settings["stop_token_ids"],
         )
         engine.update_weights(_broadcast(folder), 1)
+        dist.barrier()
+        keys = distributed._store.num_keys()
+        ordinary, engine._sampling_params = engine._sampling_params, partial(_to_the_limit, engine._sampling_params)
+        forced = {name: _forced(engine, settings["forced"], dealt=name == "dealt") for name in ("dealt", "drawn")}
+        engine._sampling_params = ordinary
         batch = rollout(engine, draws, **sizes, version=1, decode=_decode)
         result = {
             "batch": _plain(batch),
             "place": [engine.num_replicas, engine.replica_index, engine.is_replica_leader],
+            "forced": forced,
             "environment": os.environ["LOCAL_WORLD_SIZE"],
         }
         try:
-            rollout(engine, draws, **sizes, version=1, decode=_decode_failing_on_last_rank)
+            rollout(engine, draws, **sizes, version=1, decode=partial(_decode_failing_on_last_replica, engine))
         except RunError as error:
             result["failure"] = str(error)
+        dist.barrier()  # rank 0 has cleared up
+        result["counters"] = distributed._store.num_keys() - keys
         (results / f"{model}-tp{tensor_parallel_size}-rank{dist.get_rank()}.json").write_text(json.dumps(result))
         engine.close()
     distributed.sum_over_world(torch.ones(1))  # the trainer's group outlives the engines

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.rollout.collect import PromptDraw, rollout
+from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
+from tempo_megatron.rollout.prompts import PromptDraw
 from tests.rollout.tiny_models import MAX_MODEL_LEN, TinyModel, random_prompt, stream
 
 
@@ -81,7 +82,7 @@ def test_a_failure_while_decoding_names_the_rank(engine: RolloutEngine) -> None:
     def decode(responses: list[list[int]]) -> list[str]:
         raise KeyError(len(responses))
 
-    with pytest.raises(RunError, match="rank 0 failed: KeyError: 5"):
+    with pytest.raises(RunError, match="rank 0 failed: KeyError: 1"):
         rollout(engine, DRAWS, samples_per_prompt=1, max_response_tokens=4, version=3, decode=decode)
 
 
