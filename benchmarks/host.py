@@ -7,6 +7,7 @@ is what linear means.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import Comparison, Contender, Prepare, Run, Spread, compare, started
@@ -59,9 +60,9 @@ def rollout(settings: dict[str, Any]) -> Prepare:
     join_world(settings["threads"])
     import torch.distributed as dist
 
-    from tempo_megatron.rollout.collect import PromptDraw
     from tempo_megatron.rollout.collect import rollout as collect
-    from tempo_megatron.rollout.engine import GenerationRequest, SampledResponse
+    from tempo_megatron.rollout.engine import GenerationRequest, ReadResponses, SampledResponse
+    from tempo_megatron.rollout.prompts import PromptDraw
 
     lengths = _lengths(settings["tokens"], settings["seed"])
     draws = [PromptDraw(str(i), list(range(PROMPT)), True, i * SAMPLES) for i in range(len(lengths) // SAMPLES)]
@@ -71,12 +72,22 @@ def rollout(settings: dict[str, Any]) -> Prepare:
         """Stands where the engine does: responses by seed."""
 
         num_replicas, replica_index, is_replica_leader = dist.get_world_size(), dist.get_rank(), True
-        max_model_len = PROMPT + 4 * MEAN + 1
+        max_model_len, max_num_seqs = PROMPT + 4 * MEAN + 1, len(lengths)
 
-        def generate(
-            self, requests: Sequence[GenerationRequest], version: int, on_progress: Callable[[int], None] | None = None
-        ) -> list[SampledResponse]:
-            return [ready[r.seed + i] for r in requests for i in range(r.num_samples)]
+        def generate_drawn(
+            self,
+            requests: Sequence[GenerationRequest],
+            version: int,
+            draw: Callable[[], int | None],
+            on_finished: Callable[[int, ReadResponses], None],
+        ) -> None:
+            for index in iter(draw, None):
+                on_finished(index, partial(self._responses, requests[index].seed))
+
+        def _responses(self, seed: int) -> list[SampledResponse]:
+            return ready[seed : seed + SAMPLES]
+
+        as_leader_says = None  # all prompts are dealt
 
     engine: Any = Ready()
 
