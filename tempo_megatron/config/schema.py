@@ -437,7 +437,12 @@ class JudgeConfig(Section):
 class VerifierConfig(Section):
     """The processes that check answers; docs/verifiers.md has the kinds of answer."""
 
-    workers: int = Field(2, ge=1, description="processes beside rank 0; more of them let a judge answer in parallel")
+    workers: int = Field(
+        2,
+        ge=1,
+        description="processes on each node, at least one for each vLLM replica that begins there; more of them let a "
+        "judge answer in parallel",
+    )
     timeout_s: float = Field(5.0, gt=0, description="longest time for one answer, seconds; then it is unverified")
     memory_limit_mib: int = Field(4096, ge=256, description="address space of one worker, MiB")
     judge: JudgeConfig = JudgeConfig()

@@ -19,7 +19,7 @@ from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import Pool, PromptData
 from tempo_megatron.loop.runtime import Runtime
 from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier, Verified
-from tempo_megatron.rollout.collect import rollout
+from tempo_megatron.rollout.collect import Hear, rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.expected import ExpectedLengths
 from tempo_megatron.rollout.prompts import PromptDraw
@@ -125,11 +125,12 @@ class Collector:
         return draws
 
     def _sample(self, draws: list[PromptDraw], version: int) -> Verified:
-        rollouts = self._generate(draws, version)
-        with self.runtime.ledger.phase("verify"):
-            return self.verifier.verify(rollouts)
+        hearing = self.verifier.begin(draws)
+        rollouts = self._generate(draws, version, hearing.hear)
+        with self.runtime.ledger.phase("verify"):  # what was not done while others sampled
+            return self.verifier.verify(hearing, rollouts)
 
-    def _generate(self, draws: list[PromptDraw], version: int) -> Rollouts:
+    def _generate(self, draws: list[PromptDraw], version: int, hear: Hear) -> Rollouts:
         runtime = self.runtime
         with runtime.ledger.phase("rollout"):
             rollouts = rollout(
@@ -140,6 +141,7 @@ class Collector:
                 version=version,
                 decode=decoder(runtime),
                 expected=self._expected,
+                hear=hear,
             )
             runtime.ledger.add_tokens("rollout", int(rollouts.response_lengths.sum()))
         return rollouts

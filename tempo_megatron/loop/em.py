@@ -20,10 +20,10 @@ from tempo_megatron.loop.estep import RecalibratedCritic, recalibrate_critic
 from tempo_megatron.loop.evaluate import Evaluator
 from tempo_megatron.loop.mstep import RefinedPolicy, refine_policy
 from tempo_megatron.loop.placement import place
-from tempo_megatron.loop.runtime import start_rollout, start_verifier
+from tempo_megatron.loop.runtime import await_verifier, start_rollout, start_verifier
 from tempo_megatron.loop.session import Session
 from tempo_megatron.loop.verification import RolloutVerifier
-from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
+from tempo_megatron.parallel.distributed import on_rank0
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class EMLoop(Driver):
         self.reward = terminal_reward(session.config)
         self.control = RunController(session.config, session.progress.note)
         self.version = -1  # of the weights that vLLM runs: grows with every sync
-        verifier = on_all_ranks(lambda: start_verifier(session, self.closing))
+        verifier = start_verifier(session, self.closing)
         self.rollout = start_rollout(session)
         self.closing.callback(self.rollout.close)
+        await_verifier(verifier)
         checks = RolloutVerifier(verifier, self.method, session.data, session.progress.note, prompt_opening(session))
         self.collector = Collector(session, self.rollout, checks)
         self.evaluator = Evaluator(session, self.rollout, verifier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +22,8 @@ from tempo_megatron.loop.collect import decoder, prompt_opening
 from tempo_megatron.loop.data import EvalPrompts, PromptData
 from tempo_megatron.loop.placement import Homes
 from tempo_megatron.loop.runtime import Runtime
-from tempo_megatron.loop.verification import judged_texts
-from tempo_megatron.parallel.distributed import on_rank0
+from tempo_megatron.loop.verification import Opening, judged_texts
+from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks
 from tempo_megatron.parallel.exchange import to_rank0
 from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.engine import RolloutEngine
@@ -32,7 +33,7 @@ from tempo_megatron.rollout.sampling import sample_seed
 from tempo_megatron.telemetry.run_folder import LoggedRollout
 from tempo_megatron.training.microbatch import Sequences
 from tempo_megatron.verifiers.service import VerifierService
-from tempo_megatron.verifiers.verdict import Verdict
+from tempo_megatron.verifiers.verdict import Clustered, Verdict
 
 #: Figures that a training record gives per source and with their intervals.
 HEADLINES = ("mean@", "pass@", "maj@")
@@ -51,6 +52,41 @@ class EvaluatedSet:
     verdicts: list[Verdict]
     logged_values: Ragged | None
     samples: Samples
+
+
+class _Hearing:
+    """Asks about every prompt of a set as soon as its samples are there, on the rank that has them."""
+
+    def __init__(self, prompts: EvalPrompts, verifier: VerifierService | None, opening: Opening) -> None:
+        self._prompts, self._verifier, self._opening = prompts, verifier, opening
+        self._asked: dict[int, tuple[Future[list[Verdict]], Future[list[list[Clustered]]]]] = {}
+
+    def hear(self, position: int, texts: list[str]) -> None:
+        """The samples of the prompt at ``position``; in any thread."""
+        assert self._verifier is not None
+        record, ids = self._prompts.records[position], self._prompts.token_ids[position]
+        judged = judged_texts(self._opening, ids, texts)
+        items = [(record.id, text) for text in judged]
+        self._asked[position] = (
+            self._verifier.score_records_later(self._prompts.settings.name, items),
+            self._verifier.cluster_later([(record.answer_type, judged)]),
+        )
+
+    def verify(self) -> tuple[list[Verdict], Ints]:
+        """Every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``. Collective."""
+        found: dict[int, tuple[list[Verdict], list[Clustered]]] = {}
+        for share in gather_objects(on_all_ranks(self._replies)):
+            found |= share
+        in_order = [found[position] for position in range(len(self._prompts.records))]
+        rows = [
+            # the reader of the prompts may not know the kind of answer (verl); the verdict does
+            [c.cluster if v.extracted is not None else None for c, v in zip(clusters, verdicts, strict=True)]
+            for verdicts, clusters in in_order
+        ]
+        return [verdict for verdicts, _ in in_order for verdict in verdicts], number_answers(rows)
+
+    def _replies(self) -> dict[int, tuple[list[Verdict], list[Clustered]]]:
+        return {p: (verdicts.result(), clusters.result()[0]) for p, (verdicts, clusters) in self._asked.items()}
 
 
 class Evaluator:
@@ -85,6 +121,7 @@ class Evaluator:
             PromptDraw(r.id, ids, False, sample_seed(seed, f"eval:{settings.name}", updates, r.id, 0), r.source)
             for r, ids in zip(prompts.records, prompts.token_ids, strict=True)
         ]
+        hearing = _Hearing(prompts, self.verifier, prompt_opening(runtime))
         batch = rollout(
             self.engine,
             draws,
@@ -93,26 +130,11 @@ class Evaluator:
             version=version,
             decode=decoder(runtime),
             expected=self._expected.setdefault(settings.name, ExpectedLengths()),
+            hear=hearing.hear,
         )
-        verdicts, answers = on_rank0(lambda: self._score(prompts, batch))
+        verdicts, answers = hearing.verify()
         terminal, logged = self._values(prompts, batch) if "critic" in runtime.engines else (None, None)
         return EvaluatedSet(batch, verdicts, logged, _samples(prompts, batch, verdicts, answers, terminal))
-
-    def _score(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[list[Verdict], Ints]:
-        """Rank 0: every sample's verdict, and which of a prompt's samples give the same answer, ``[P, n]``."""
-        assert self.verifier is not None
-        texts = judged_texts(batch, prompt_opening(self.runtime))
-        items = list(zip(batch.record_ids, texts, strict=True))
-        verdicts = self.verifier.score_records(prompts.settings.name, items)
-        n = prompts.settings.samples_per_prompt
-        starts = range(0, len(batch), n)
-        groups = [(r.answer_type, texts[i : i + n]) for r, i in zip(prompts.records, starts, strict=True)]
-        rows = [
-            # the reader of the prompts may not know the kind of answer (verl); the verdict does
-            [c.cluster if v.extracted is not None else None for c, v in zip(found, verdicts[i : i + n], strict=True)]
-            for found, i in zip(self.verifier.cluster(groups), starts, strict=True)
-        ]
-        return verdicts, number_answers(rows)
 
     def _values(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[Floats, Ragged]:
         """The value of each response at its end, ``[N]``, and on rank 0 the token values of the rows to log."""

@@ -29,8 +29,8 @@ from tempo_megatron.evaluation.table import comparison_table, results_table
 from tempo_megatron.locate import InitSource
 from tempo_megatron.loop.data import PromptData, read_eval_sets
 from tempo_megatron.loop.evaluate import EvaluatedSet, Evaluator
-from tempo_megatron.loop.runtime import Runtime, claim_output, start_rollout, start_verifier
-from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0, start, world_size
+from tempo_megatron.loop.runtime import Runtime, await_verifier, claim_output, start_rollout, start_verifier
+from tempo_megatron.parallel.distributed import on_rank0, start, world_size
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import json_safe
 
@@ -70,9 +70,10 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         closing.callback(runtime.progress.close)
         other = on_rank0(partial(_comparison, runtime, compare_with))
         step, updates = on_rank0(partial(_progress, runtime.sources["actor"]))
-        verifier = on_all_ranks(lambda: start_verifier(runtime, closing))
+        verifier = start_verifier(runtime, closing)
         engine = start_rollout(runtime)
         closing.callback(engine.close)
+        await_verifier(verifier)
         engine.update_weights(runtime.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
         evaluator = Evaluator(runtime, engine, verifier)
         runtime.progress.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.locate import InitSource, resolve_init
 from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData, SftData
 from tempo_megatron.model.hf_tensors import Role
-from tempo_megatron.parallel.distributed import enter_phase, on_all_ranks, rank
+from tempo_megatron.parallel.distributed import enter_phase, gather_objects, on_all_ranks, rank
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.telemetry.metrics import StepLog
@@ -108,14 +109,33 @@ def start_rollout(runtime: Runtime) -> RolloutEngine:
 
 
 def start_verifier(runtime: Runtime, closing: ExitStack) -> VerifierService | None:
-    """The verifier's processes beside rank 0, with the answers of the evaluation sets; ``closing`` ends them."""
-    if not runtime.is_main:
-        return None
-    sources = {s.name: s.files for s in runtime.config.evaluation.sets}
-    if runtime.config.data.oracle_files:
-        sources[ORACLE_SOURCE] = runtime.config.data.oracle_files
+    """The verifier's processes beside the first rank of every vLLM replica, with the answers of the evaluation sets.
+
+    Collective; ``closing`` ends them. They start while vLLM is built: ``ready`` tells of what is wrong with them.
+    """
     config = runtime.config
-    return closing.enter_context(VerifierService(sources, config.verifier, config.data.answer_types))
+    leads = rank() % config.rollout.tensor_parallel_size == 0
+    here = socket.gethostname()
+    leaders = [r for r, place in enumerate(gather_objects((here, leads))) if place == (here, True)]
+    if not leads:
+        return None
+    sources = {s.name: s.files for s in config.evaluation.sets}
+    if config.data.oracle_files:
+        sources[ORACLE_SOURCE] = config.data.oracle_files
+    settings = config.verifier.model_copy(
+        update={"workers": _share(config.verifier.workers, leaders.index(rank()), len(leaders))}
+    )
+    return closing.enter_context(VerifierService(sources, settings, config.data.answer_types))
+
+
+def await_verifier(verifier: VerifierService | None) -> None:
+    """Collective; raises on every rank what is wrong with one rank's processes."""
+    on_all_ranks(lambda: None if verifier is None else verifier.ready())
+
+
+def _share(workers: int, index: int, leaders: int) -> int:
+    """How many of a node's workers the leader at ``index`` has: as many as the others, and at least one."""
+    return max(1, workers // leaders + int(index < workers % leaders))
 
 
 def roles_of(config: Config) -> dict[Role, RoleConfig]:

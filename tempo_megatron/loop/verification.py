@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,8 @@ from tempo_megatron.config.methods import Method
 from tempo_megatron.data.rollout import RolloutBatch, Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData
-from tempo_megatron.parallel.distributed import on_rank0
+from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks, rank, sum_over_world
+from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.verifiers.service import VerifierService
 from tempo_megatron.verifiers.verdict import Verdict
 
@@ -21,15 +22,13 @@ from tempo_megatron.verifiers.verdict import Verdict
 Opening = Callable[[Sequence[int]], str]
 
 
-def judged_texts(rollouts: Rollouts, opening: Opening) -> list[str]:
-    """The responses, each behind the tag of reasoning that its prompt ends with.
+def judged_texts(opening: Opening, prompt_token_ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+    """The responses to a prompt, each behind the tag of reasoning that the prompt ends with.
 
     Where a template opens reasoning, a response that never closes it does not tell so itself.
     """
-    openings = {
-        record: opening(ids) for record, ids in zip(rollouts.record_ids, rollouts.prompt_token_ids, strict=True)
-    }
-    return [openings[r] + text for r, text in zip(rollouts.record_ids, rollouts.responses, strict=True)]
+    tag = opening(prompt_token_ids)
+    return [tag + text for text in texts]
 
 
 @dataclass(frozen=True)
@@ -91,27 +90,57 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class _Findings:
-    """What rank 0 heard, by row.
+class _Row:
+    """What was heard of one response.
 
     Attributes:
-        outcome: of labelled rows 1, 0, or NaN where the check failed; NaN on the others.
-        oracle_outcome: the same of unlabelled rows, where the method asks for the truth.
+        outcome: of a labelled one 1, 0, or NaN where the check failed; NaN of the others.
+        oracle_outcome: the same of unlabelled ones, where the method asks for the truth.
         answer_cluster: as in ``RolloutBatch``.
-        counts: all but ``unverified``.
+        readable: a labelled one whose check came to a verdict has an answer.
+        reason: why the check of a labelled one failed.
     """
 
-    outcome: list[float]
-    oracle_outcome: list[float]
-    answer_cluster: list[int]
-    counts: CheckCounts
+    outcome: float = math.nan
+    oracle_outcome: float = math.nan
+    answer_cluster: int = -1
+    readable: bool = False
+    reason: str = ""
+
+    @staticmethod
+    def labeled(verdict: Verdict) -> _Row:
+        if not verdict.verified:
+            return _Row(reason=verdict.reason)
+        return _Row(outcome=_outcome(verdict), readable=verdict.extracted is not None)
+
+
+#: Waits for what was asked about one prompt's responses.
+_Reply = Callable[[], list[_Row]]
+
+
+class Hearing:
+    """The questions about one rollout: asked about each prompt as soon as its responses are there, where they are."""
+
+    def __init__(self, verifier: RolloutVerifier, prompts: Sequence[PromptDraw]) -> None:
+        self._verifier, self._prompts = verifier, prompts
+        self._before = verifier.failures()
+        self._replies: dict[int, _Reply] = {}
+
+    def hear(self, position: int, texts: list[str]) -> None:
+        """The responses to the prompt at ``position``: on one rank for each, in any thread, in any order."""
+        self._replies[position] = self._verifier.ask(self._prompts[position], texts)
+
+    def replies(self) -> tuple[dict[int, list[_Row]], Counter[str]]:
+        """Wait for what was asked on this rank: rows by the prompt's position, and checks that failed meanwhile."""
+        rows = {position: reply() for position, reply in sorted(self._replies.items())}
+        return rows, self._verifier.failures() - self._before
 
 
 class RolloutVerifier:
     """Asks what the method wants to know of labelled and unlabelled responses.
 
     Args:
-        service: on rank 0, which alone has the processes and asks them; None on the others.
+        service: on the first rank of each vLLM replica, which asks about what it has sampled; None on the others.
         tell: called on rank 0 with a line about checks that failed.
         opening: of a prompt.
     """
@@ -129,80 +158,93 @@ class RolloutVerifier:
         pools = [pool for pool in (data.labeled, data.unlabeled) if pool is not None]
         self._kinds = {record.id: record.answer_type for pool in pools for record in pool.records}
 
-    def verify(self, rollouts: Rollouts) -> Verified:
-        """Collective.
+    def failures(self) -> Counter[str]:
+        """Checks that failed so far in this rank's processes, by cause."""
+        return Counter() if self.service is None else self.service.failures.copy()
+
+    def begin(self, prompts: Sequence[PromptDraw]) -> Hearing:
+        """Before a rollout of ``prompts``, which tells ``hear`` of what is finished; ``verify`` waits for the rest."""
+        return Hearing(self, prompts)
+
+    def ask(self, prompt: PromptDraw, texts: list[str]) -> _Reply:
+        """Have the processes look at the responses to a prompt; the reply waits for them.
+
+        Its call raises TempoError: an answer that cannot be asked about; RunError: a worker did not start.
+        """
+        service, record = self.service, prompt.record_id
+        assert service is not None
+        judged = judged_texts(self._opening, prompt.prompt_token_ids, texts)
+        if prompt.labeled:
+            verdicts = service.score_later([(text, *self._answers[record]) for text in judged])
+            return lambda: [_Row.labeled(verdict) for verdict in verdicts.result()]
+        if self._asks == "truth":
+            truth = service.score_records_later(ORACLE_SOURCE, [(record, text) for text in judged])
+            return lambda: [_Row(oracle_outcome=_outcome(verdict)) for verdict in truth.result()]
+        if self._asks == "equality":
+            groups = service.cluster_later([(self._kinds[record], judged)])
+            return lambda: [
+                _Row(answer_cluster=-1 if answer.cluster is None else answer.cluster)
+                for group in groups.result()
+                for answer in group
+            ]
+        return lambda: [_Row()] * len(texts)
+
+    def verify(self, hearing: Hearing, rollouts: Rollouts) -> Verified:
+        """What was found of a rollout all of whose prompts were heard of. Collective.
 
         Raises:
             TempoError: an answer that cannot be asked about.
             RunError: not one labelled response could be checked, or a worker did not start.
         """
-        found = on_rank0(lambda: self._ask(rollouts))
-        batch = rollouts.with_outcomes(
-            torch.tensor(found.outcome, dtype=torch.float32),
-            answer_cluster=torch.tensor(found.answer_cluster, dtype=torch.int64),
-            oracle_outcome=torch.tensor(found.oracle_outcome, dtype=torch.float32),
-        )
-        unverified = batch.labeled & batch.outcome.isnan()
-        if self._asks == "truth":
-            unverified |= ~batch.labeled & batch.oracle_outcome.isnan()
-        counts = replace(found.counts, unverified=int(unverified.sum()))
-        return Verified(batch.rows((~unverified).nonzero().flatten()), counts)
-
-    def _ask(self, rollouts: Rollouts) -> _Findings:
-        """Rank 0: everything that is asked about these rows."""
-        assert self.service is not None
-        before = self.service.failures.copy()
-        n, texts = len(rollouts), judged_texts(rollouts, self._opening)
-        outcome, oracle, cluster = [math.nan] * n, [math.nan] * n, [-1] * n
-        labeled, unlabeled = (side.nonzero().flatten().tolist() for side in (rollouts.labeled, ~rollouts.labeled))
-        verdicts = self._score(rollouts, texts, labeled)
-        for row, verdict in zip(labeled, verdicts, strict=True):
-            outcome[row] = _outcome(verdict)
-        if self._asks == "truth":
-            items = [(rollouts.record_ids[i], texts[i]) for i in unlabeled]
-            for row, verdict in zip(unlabeled, self.service.score_records(ORACLE_SOURCE, items), strict=True):
-                oracle[row] = _outcome(verdict)
-        if self._asks == "equality":
-            for members, clusters in self._compare(rollouts, texts):
-                for row, number in zip(members, clusters, strict=True):
-                    cluster[row] = number
-        failures = self.service.failures - before
+        found, failed = on_all_ranks(hearing.replies)
+        table, failures, reasons = _exchanged(found, failed, rollouts)
+        outcome, oracle_outcome, cluster, readable = table.unbind(1)
         self._tell_failures(failures)
-        checked = [v for v in verdicts if v.verified]
+        labeled = rollouts.labeled
+        checked = labeled & ~outcome.isnan()
+        if labeled.any() and not checked.any():
+            raise RunError(f"none of {int(labeled.sum())} labelled responses could be verified: {reasons}")
+        unverified = labeled & ~checked
+        if self._asks == "truth":
+            unverified |= ~labeled & oracle_outcome.isnan()
         counts = CheckCounts(
-            labeled=len(labeled),
+            labeled=int(labeled.sum()),
             truncated=int(rollouts.truncated[labeled].sum()),
-            checked=len(checked),
-            right=sum(v.correct for v in checked),
-            readable=sum(v.extracted is not None for v in checked),
+            checked=int(checked.sum()),
+            right=int(outcome[checked].sum()),
+            readable=int(readable.sum()),
+            unverified=int(unverified.sum()),
             failures=failures,
         )
-        return _Findings(outcome, oracle, cluster, counts)
-
-    def _score(self, rollouts: Rollouts, texts: list[str], rows: list[int]) -> list[Verdict]:
-        assert self.service is not None
-        answers = [self._answers[rollouts.record_ids[i]] for i in rows]
-        verdicts = self.service.score([(texts[i], *a) for i, a in zip(rows, answers, strict=True)])
-        if verdicts and not any(v.verified for v in verdicts):
-            raise RunError(f"none of {len(verdicts)} labelled responses could be verified: {verdicts[0].reason}")
-        return verdicts
-
-    def _compare(self, rollouts: Rollouts, texts: list[str]) -> list[tuple[list[int], list[int]]]:
-        """The rows of each unlabelled prompt, and the clusters of their answers."""
-        assert self.service is not None
-        groups = torch.unique(rollouts.group[~rollouts.labeled]).tolist()
-        members = [(rollouts.group == g).nonzero().flatten().tolist() for g in groups]
-        asked = [(self._kinds[rollouts.record_ids[m[0]]], [texts[i] for i in m]) for m in members]
-        found = self.service.cluster(asked)
-        return [
-            (m, [-1 if c.cluster is None else c.cluster for c in clusters])
-            for m, clusters in zip(members, found, strict=True)
-        ]
+        batch = rollouts.with_outcomes(outcome, answer_cluster=cluster.long(), oracle_outcome=oracle_outcome)
+        return Verified(batch.rows((~unverified).nonzero().flatten()), counts)
 
     def _tell_failures(self, failures: Counter[str]) -> None:
-        if failures:
+        if failures and rank() == 0:
             causes = ", ".join(f"{count} {cause}" for cause, count in failures.items())
             self._tell(f"verifier: checks failed: {causes}; these responses count as unverified")
+
+
+def _exchanged(
+    mine: dict[int, list[_Row]], failed: Counter[str], rollouts: Rollouts
+) -> tuple[torch.Tensor, Counter[str], str]:
+    """All ranks' findings: ``[N, 4]`` outcome, oracle's outcome, cluster, readable; failures; the first row's reason.
+
+    A prompt's rows are those of its group, in their order.
+    """
+    table = torch.zeros(len(rollouts), 4)
+    rows_of = rollouts.group.argsort(stable=True).split(rollouts.group.bincount().tolist())
+    first: tuple[int, str] | None = None
+    for position, rows in mine.items():
+        table[rows_of[position]] = torch.tensor(
+            [[r.outcome, r.oracle_outcome, r.answer_cluster, r.readable] for r in rows]
+        )
+        if first is None and rows[0].reason:
+            first = position, rows[0].reason
+    everyone = gather_objects((failed, first))
+    failures = sum((failed for failed, _ in everyone), Counter[str]())
+    _, reason = min((first for _, first in everyone if first is not None), default=(0, ""))
+    return sum_over_world(table), failures, reason
 
 
 def _outcome(verdict: Verdict) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections import deque
@@ -34,6 +35,7 @@ class _Chunk:
 class _Worker:
     process: BaseProcess
     conn: Connection
+    started: bool = False
     chunk: _Chunk | None = None
     begun: bool = False
     done: int = 0
@@ -41,10 +43,14 @@ class _Worker:
     warm: set[str] = field(default_factory=set)
 
 
+class InterruptedPoolError(Exception):
+    """``interrupt`` was called: the pool is not used any more."""
+
+
 class WorkerPool:
     """Up to ``size`` processes of ``worker.serve``; the first starts at once, the others when there is work for them.
 
-    Workers are started by the calling thread only: they die with the thread that made them.
+    One thread makes it and uses it, but for ``interrupt``: workers die with the thread that started them.
 
     Args:
         arguments: of ``serve``, after the connection.
@@ -52,10 +58,6 @@ class WorkerPool:
         patience_s: longest wait for one item's reply, seconds; then the worker is killed.
         start_timeout_s: longest wait for a worker to start, and for the imports of a kind that is new to it.
         memory_limit_mib: address space of one worker, MiB.
-
-    Raises:
-        TempoError: the worker refused its arguments.
-        RunError: it did not start.
     """
 
     def __init__(
@@ -67,12 +69,28 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._lost = 0  # workers to be replaced
         self.restarts = 0
-        self._grow(1)
+        self._interrupted, self._interrupt = multiprocessing.Pipe(duplex=False)
+        self._spawn(1)
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the running workers."""
         return [w.process.pid for w in self._workers if w.process.pid is not None]
+
+    def await_start(self) -> None:
+        """Wait until the workers that were started can be given work.
+
+        Raises:
+            TempoError: a worker refused its arguments.
+            RunError: it did not start.
+            InterruptedPoolError: another thread has asked for the end.
+        """
+        for worker in [w for w in self._workers if not w.started]:
+            self._await_start(worker)
+
+    def interrupt(self) -> None:
+        """From another thread: end what the pool's own thread waits for, now and from now on."""
+        self._interrupt.send_bytes(b"end")
 
     def run(self, operation: str, items: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[Reply]:
         """The reply to each item, in order: ``result``, ``refused``, or ``failure`` with its ``reason``.
@@ -80,6 +98,7 @@ class WorkerPool:
         Raises:
             TempoError: a worker can't start with its arguments (any more).
             RunError: a worker didn't start.
+            InterruptedPoolError: another thread has asked for the end.
         """
         replies: list[Reply | None] = [None] * len(items)
         chunks = deque(_chunks(len(items), self._size))
@@ -102,22 +121,23 @@ class WorkerPool:
 
     def _grow(self, size: int) -> None:
         """Starts workers until there are ``size``, all at once."""
-        new = []
-        for i in range(len(self._workers), size):
+        self._spawn(size)
+        self.await_start()
+
+    def _spawn(self, size: int) -> None:
+        new = range(len(self._workers), size)
+        for i in new:
             process, conn = spawn_child(
                 f"verifier-{i}", serve, *self._arguments, memory_limit_mib=self._memory_limit_mib
             )
-            new.append(_Worker(process, conn))
-            self._workers.append(new[-1])
+            self._workers.append(_Worker(process, conn))
         self.restarts += min(self._lost, len(new))
         self._lost = 0 if new else self._lost
-        for worker in new:
-            self._await_start(worker)
 
     def _await_start(self, worker: _Worker) -> None:
         reply = None
         try:
-            if worker.conn.poll(self._start_timeout_s):
+            if self._wait([worker.conn], self._start_timeout_s):
                 reply = recv_json(worker.conn)
         except (EOFError, OSError):
             worker.process.join(5)
@@ -132,6 +152,14 @@ class WorkerPool:
         if "refused" in reply:
             self._stop(worker)
             raise TempoError(reply["refused"])
+        worker.started = True
+
+    def _wait(self, conns: list[Connection], seconds: float) -> list[Connection]:
+        """Those that can be read; none when the time is up."""
+        ready = wait([*conns, self._interrupted], seconds)
+        if self._interrupted in ready:
+            raise InterruptedPoolError
+        return [conn for conn in conns if conn in ready]
 
     def _give(self, worker: _Worker, chunk: _Chunk, request: Reply, items: Sequence[Sequence[str]]) -> None:
         worker.chunk, worker.begun, worker.done = chunk, False, 0
@@ -146,8 +174,7 @@ class WorkerPool:
         """Waits for the next replies, or for the first deadline."""
         busy = {w.conn: w for w in self._workers if w.chunk is not None}
         first = min(w.deadline for w in busy.values())
-        for conn in wait(list(busy), max(0.0, first - time.monotonic())):
-            assert isinstance(conn, Connection)
+        for conn in self._wait(list(busy), max(0.0, first - time.monotonic())):
             try:
                 self._take(busy[conn], recv_json(conn), replies, chunks)
             except (EOFError, OSError):

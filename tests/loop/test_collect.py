@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.data.sampler import PromptSampler
-from tempo_megatron.loop import verification
 from tempo_megatron.loop.collect import Collector
 from tempo_megatron.loop.data import Pool, PromptData
 from tempo_megatron.loop.verification import RolloutVerifier
+from tempo_megatron.parallel import distributed
+from tempo_megatron.rollout.collect import Hear
 from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.verifiers.verdict import Verdict
 
@@ -34,13 +36,17 @@ class Verifier:
     def __init__(self) -> None:
         self.failures: Counter[str] = Counter()
 
-    def score(self, items: list[tuple[str, str, str]]) -> list[Verdict]:
+    def score_later(self, items: list[tuple[str, str, str]]) -> Future[list[Verdict]]:
         self.failures.update({"timeout": sum(response == "t" for response, _, _ in items)})
         self.failures = +self.failures
-        return [Verdict(r == "r", None if r in "nt" else r, "made", verified=r != "t") for r, _, _ in items]
+        reply: Future[list[Verdict]] = Future()
+        reply.set_result([Verdict(r == "r", None if r in "nt" else r, "made", verified=r != "t") for r, _, _ in items])
+        return reply
 
 
-def batch_of(draws: list[PromptDraw], version: int) -> Rollouts:
+def batch_of(draws: list[PromptDraw], version: int, hear: Hear) -> Rollouts:
+    for position, draw in enumerate(draws):
+        hear(position, list(OUTCOMES.get(draw.record_id, "wwww")))
     rows = [d for d in draws for _ in range(SAMPLES)]
     n = len(rows)
     return Rollouts(
@@ -86,7 +92,7 @@ def collector(monkeypatch: pytest.MonkeyPatch, told: list[str]) -> Collector:
     })  # fmt: skip
     data = PromptData(labeled, unlabeled, {r.id: ("7", "int") for r in labeled.records}, [])
     runtime: Any = SimpleNamespace(config=config, data=data, ledger=SimpleNamespace(phase=lambda name: nullcontext()))
-    monkeypatch.setattr(verification, "on_rank0", lambda fn: fn())
+    distributed.start(threads=1, timeout_s=60)
     service: Any = Verifier()
     made = Collector(runtime, None, RolloutVerifier(service, METHODS["tempo"], data, told.append, lambda ids: ""))  # type: ignore[arg-type]
     monkeypatch.setattr(made, "_generate", batch_of)

@@ -90,6 +90,7 @@ def test_layout_equals_single_rank(results: dict[str, dict[str, Any]], name: str
     for a, b in zip(single["samples"], other["samples"], strict=True):
         assert a["prompts"] == b["prompts"]
         assert a["tokens"] == b["tokens"]
+        assert torch.equal(a["outcome"].nan_to_num(-1), b["outcome"].nan_to_num(-1))
         assert (a["log_probs"] - b["log_probs"]).abs().max() < TOLERANCE
     for role in ("actor", "critic"):
         assert len(single["seen"][role]) == len(other["seen"][role]) >= 2

@@ -20,10 +20,12 @@ from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.data.sampler import PromptSampler
-from tempo_megatron.errors import RunError
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.loop.data import ORACLE_SOURCE, Pool, PromptData
-from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier
+from tempo_megatron.loop.runtime import _share
+from tempo_megatron.loop.verification import CheckCounts, RolloutVerifier, Verified
 from tempo_megatron.parallel import distributed
+from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.verifiers.service import VerifierService
 
 #: (record, response, cut off)
@@ -52,6 +54,18 @@ def sampled(rows: list[tuple[str, str, bool]] = SAMPLED) -> Rollouts:
     )
 
 
+def verified(verifier: RolloutVerifier, rollouts: Rollouts) -> Verified:
+    """As a step does it, with what is finished last heard of first."""
+    groups = [(rollouts.group == g).nonzero().flatten().tolist() for g in rollouts.group.unique().tolist()]
+    firsts = [rows[0] for rows in groups]
+    hearing = verifier.begin(
+        [PromptDraw(rollouts.record_ids[i], rollouts.prompt_token_ids[i], bool(rollouts.labeled[i]), 0) for i in firsts]
+    )
+    for position in reversed(range(len(groups))):
+        hearing.hear(position, [rollouts.responses[row] for row in groups[position]])
+    return verifier.verify(hearing, rollouts)
+
+
 def pool(*ids: str) -> Pool:
     records = [PromptRecord(i, "made", [], ANSWERS[i] if i[0] == "l" else None, "int", i[0] == "l") for i in ids]
     return Pool(records, [[1]] * len(ids), PromptSampler(len(ids), 0))
@@ -75,7 +89,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierServic
 
 
 def test_labelled_rows_get_outcomes_and_the_others_none(service: VerifierService) -> None:
-    found = RolloutVerifier(service, METHODS["tempo"], DATA, print, no_tag).verify(sampled())
+    found = verified(RolloutVerifier(service, METHODS["tempo"], DATA, print, no_tag), sampled())
     assert found.batch.outcome[:3].tolist() == [1, 0, 0] and found.batch.outcome[3:].isnan().all()
     assert found.batch.oracle_outcome.isnan().all() and found.batch.answer_cluster.tolist() == [-1] * 9
     assert found.counts == CheckCounts(labeled=3, truncated=1, checked=3, right=1, readable=2)
@@ -88,13 +102,13 @@ def test_labelled_rows_get_outcomes_and_the_others_none(service: VerifierService
 
 
 def test_the_oracle_hears_the_truth(service: VerifierService) -> None:
-    batch = RolloutVerifier(service, METHODS["oracle"], DATA, print, no_tag).verify(sampled()).batch
+    batch = verified(RolloutVerifier(service, METHODS["oracle"], DATA, print, no_tag), sampled()).batch
     assert batch.oracle_outcome[3:].tolist() == [0, 0, 1, 0, 1, 0]
     assert batch.oracle_outcome[:3].isnan().all() and batch.answer_cluster.tolist() == [-1] * 9
 
 
 def test_a_vote_hears_which_answers_are_equal(service: VerifierService) -> None:
-    batch = RolloutVerifier(service, METHODS["ttrl"], DATA, print, no_tag).verify(sampled()).batch
+    batch = verified(RolloutVerifier(service, METHODS["ttrl"], DATA, print, no_tag), sampled()).batch
     assert batch.answer_cluster.tolist() == [-1, -1, -1, 0, 0, 1, -1, 0, 1]
     assert batch.oracle_outcome.isnan().all()
 
@@ -103,15 +117,30 @@ def test_a_prompt_that_opens_reasoning_leaves_the_response_in_it(service: Verifi
     rows = [("l0", r"\boxed{7}? Wait", True), ("l0", r"\boxed{8}? No. </think> \boxed{7}", False), ("l0", "7", False)]
     answers = [*rows, ("u0", r"\boxed{3}", True), ("u0", r"a guess </think> \boxed{3}", False)]
     verifier = RolloutVerifier(service, METHODS["ttrl"], DATA, print, lambda ids: "<think>")
-    batch = verifier.verify(sampled(answers)).batch
+    batch = verified(verifier, sampled(answers)).batch
     assert batch.outcome[:3].tolist() == [0, 1, 0]
     assert batch.answer_cluster.tolist() == [-1, -1, -1, -1, 0]
     assert batch.responses == [text for _, text, _ in answers]
 
 
+def test_an_answer_that_cannot_be_asked_about_is_told(service: VerifierService) -> None:
+    data = PromptData(pool("l0"), pool("u0", "u1"), {"l0": ("seven", "int")}, [])
+    verifier = RolloutVerifier(service, METHODS["tempo"], data, print, no_tag)
+    with pytest.raises(TempoError, match="answer 'seven' of kind 'int'"):
+        verified(verifier, sampled())
+
+
+@pytest.mark.parametrize(
+    ("workers", "leaders", "shares"),
+    [(2, 1, [2]), (2, 2, [1, 1]), (2, 8, [1] * 8), (8, 3, [3, 3, 2]), (5, 4, [2, 1, 1, 1])],
+)
+def test_a_nodes_workers_are_shared_by_its_replicas(workers: int, leaders: int, shares: list[int]) -> None:
+    assert [_share(workers, index, leaders) for index in range(leaders)] == shares
+
+
 def test_nothing_sampled_is_nothing_found(service: VerifierService) -> None:
     for stage in ("tempo", "oracle", "ttrl"):
-        found = RolloutVerifier(service, METHODS[stage], DATA, print, no_tag).verify(sampled([]))
+        found = verified(RolloutVerifier(service, METHODS[stage], DATA, print, no_tag), sampled([]))
         assert len(found.batch) == 0 and found.counts == CheckCounts()
         assert found.counts.metrics() == {"verify/unverified": 0}
 
@@ -124,13 +153,13 @@ def test_failures_are_told_and_train_nothing(service: VerifierService, tmp_path:
     pq.write_table(pa.table(columns), file)
     with VerifierService({ORACLE_SOURCE: [str(file)]}, VerifierConfig(workers=1, timeout_s=1e-6)) as hasty:
         verifier = RolloutVerifier(hasty, METHODS["oracle"], DATA, told.append, no_tag)
-        found = verifier.verify(sampled([row for row in SAMPLED if row[0] == "u0"]))
+        found = verified(verifier, sampled([row for row in SAMPLED if row[0] == "u0"]))
         assert len(found.batch) == 0 and found.counts.unverified == 4
         (cause,) = found.counts.failures
         assert found.counts.metrics() == {"verify/unverified": 4, f"verify/{cause}": 4}
         assert told == [f"verifier: checks failed: 4 {cause}; these responses count as unverified"]
         with pytest.raises(RunError, match="none of 3 labelled responses could be verified: "):
-            verifier.verify(sampled(SAMPLED[:3]))
+            verified(verifier, sampled(SAMPLED[:3]))
 
 
 failures = st.dictionaries(st.sampled_from("ab"), st.integers(1, 9)).map(Counter)

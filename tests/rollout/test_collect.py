@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -57,6 +59,27 @@ def test_rows_are_the_samples_of_each_prompt_in_order(engine: RolloutEngine) -> 
     assert torch.equal(batch.rollout_log_probs.lengths, batch.response_lengths)
     expected = [p for r in alone for p in r.log_probs]
     assert batch.rollout_log_probs.values.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_finished_prompt_is_heard_of_while_others_are_sampled(engine: RolloutEngine) -> None:
+    heard = threading.Event()
+    texts: dict[int, list[str]] = {}
+
+    def hear(position: int, responses: list[str]) -> None:
+        texts[position] = responses
+        heard.set()
+
+    batch = rollout(
+        engine,
+        DRAWS,
+        samples_per_prompt=2,
+        max_response_tokens=10,
+        version=3,
+        decode=_decode,
+        hear=hear,
+        on_progress=lambda done, drawn: None if heard.wait(60) else pytest.fail("nobody heard of the first prompt"),
+    )
+    assert [text for position in range(len(DRAWS)) for text in texts[position]] == batch.responses
 
 
 def test_a_long_prompt_leaves_less_for_the_response(engine: RolloutEngine) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tempo_megatron.config.schema import VerifierConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.verifiers import Clustered, Verdict, cluster_answers, worker
+from tempo_megatron.verifiers.pool import InterruptedPoolError
 from tempo_megatron.verifiers.registry import kind_named
 from tempo_megatron.verifiers.service import VerifierService
 
@@ -53,6 +54,7 @@ def service(eval_file: Path) -> Iterator[VerifierService]:
 
 
 def worker_pid(service: VerifierService) -> int:
+    service.ready()
     return service.worker_pids[0]
 
 
@@ -97,7 +99,7 @@ def test_user_errors_keep_the_child(service: VerifierService) -> None:
 
 def test_unusable_file_is_told_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(TempoError, match=r"nowhere\.parquet: no such file") as error:
-        VerifierService({"a": [str(tmp_path / "nowhere.parquet")]})
+        VerifierService({"a": [str(tmp_path / "nowhere.parquet")]}).ready()
     assert not isinstance(error.value, RunError)
 
 
@@ -200,7 +202,7 @@ def test_a_judge_must_be_configured(service: VerifierService, tmp_path: Path) ->
         service.score([("x", "x", "judge")])
     judged = write_eval(tmp_path / "judged.parquet", kind="judge")
     with pytest.raises(TempoError, match=r"needs verifier\.judge\.base_url"):
-        VerifierService({"free": [str(judged)]})
+        VerifierService({"free": [str(judged)]}).ready()
 
 
 @given(st.lists(st.text(alphabet=r"\{}frac1 2sqtx+-^_()[],=<>.!%", max_size=40), min_size=8, max_size=8))
@@ -219,6 +221,32 @@ def test_closed_service_has_no_process_and_refuses() -> None:
     assert not is_alive(pid)
     with pytest.raises(ValueError, match="closed"):
         service.score([("1", "1", "int")])
+
+
+def test_what_is_asked_meanwhile_is_asked_together_and_answered_apart(service: VerifierService) -> None:
+    scored = [service.score_later([(str(i), "7", "int"), ("7", "7", "int")]) for i in range(40)]
+    of_records = service.score_records_later("arith", [("q2", "42")])
+    clustered = [service.cluster_later([("int", [str(i), "3", "no"])]) for i in range(5)]
+    wrong = service.score_later([("1", "1", "maths")])
+    assert [[v.correct for v in s.result()] for s in scored] == [[i == 7, True] for i in range(40)]
+    assert of_records.result()[0].correct
+    assert [[c.cluster for c in group] for f in clustered for group in f.result()] == [
+        [0, int(i != 3), None] for i in range(5)
+    ]
+    with pytest.raises(TempoError, match="unknown answer_type 'maths'"):
+        wrong.result()
+
+
+def test_closing_waits_for_nothing() -> None:
+    with VerifierService({}, VerifierConfig(workers=1, timeout_s=100)) as service:
+        pid = worker_pid(service)
+        reply = service.score_later([(SLOW, "1", "math")] * 200)
+    assert not is_alive(pid)
+    with pytest.raises(InterruptedPoolError):
+        reply.result()
+    starting = VerifierService({})
+    starting.close()
+    assert starting.worker_pids == []
 
 
 def run_module(folder: Path, body: str, *arguments: str) -> subprocess.Popen[str]:
@@ -258,6 +286,7 @@ def test_works_under_python_m_and_ends_with_it(tmp_path: Path, eval_file: Path) 
 def test_dies_with_a_killed_parent(tmp_path: Path, eval_file: Path) -> None:
     body = """
     service = VerifierService({"arith": [path]})
+    service.ready()
     print(service.worker_pids[0], flush=True)
     time.sleep(60)
     """
