@@ -1,0 +1,105 @@
+"""A rollout of a long tail on two replicas: prompts drawn from the queue, against prompts dealt beforehand.
+
+Lengths are forced (no stop ids, a limit for each prompt) and lognormal. The queue knows them as it would from an
+earlier step, off by a factor exp(0.3 z); static dealing, which this project did before, takes the prompts as they come.
+A run is several rollouts of other lengths, because one is longer or shorter by the luck of its longest response.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Comparison, Contender, Prepare, Run, compare, started
+from benchmarks.report import Options, Report, ahead_of
+from benchmarks.worlds import join_world, long_tail, token_ids, write_random_model
+
+REPLICAS, PROMPTS, SEQS, MEAN, ROLLOUTS = 2, 64, 8, 48, 6
+PROMPT, VOCAB = 16, 1024
+OFF = 0.3  # sigma of what is expected against what comes
+
+
+def run(options: Options) -> Report:
+    rollouts = 1 if options.small else ROLLOUTS
+    what = f"{rollouts} rollouts of {PROMPTS} responses, {SEQS} at a time on each of {REPLICAS} replicas"
+    with tempfile.TemporaryDirectory() as folder:
+        model = _model(Path(folder))
+        contenders = [
+            Contender(name, "benchmarks.rollout_queue:replica", {"model": str(model), "how": how}, ranks=REPLICAS)
+            for name, how in (("queue", "known"), ("queue, nothing known", "drawn"), ("static dealing", "dealt"))
+        ]
+        with started(contenders) as running:
+            comparison = compare(what, {"rollouts": rollouts}, running, options.rounds)
+    figures = [
+        *ahead_of(comparison, "static dealing", "long tail on 2 replicas: queue against static dealing", ">= 1.2"),
+        *ahead_of(comparison, "queue, nothing known", "the same queue, with lengths known against unknown"),
+    ]
+    about = "Rollouts of forced lognormal lengths (mean 48, sigma 0.7) on two replicas of one thread."
+    return Report("rollout_queue", about, [comparison], figures, {"equal_batches": _equal(comparison)})
+
+
+def _equal(comparison: Comparison) -> bool:
+    """All contenders sampled the same tokens."""
+    return len({line.facts.get("digest") for line in comparison.lines}) == 1
+
+
+def _model(folder: Path) -> Path:
+    """A small one without an end of text, so that no response ends before its limit."""
+    model = write_random_model(folder, vocab_size=VOCAB, hidden=128, layers=4)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    return model
+
+
+def replica(settings: dict[str, Any]) -> Prepare:
+    """One replica of the world's; ``how``: known, drawn (without knowledge) or dealt."""
+    join_world(settings["threads"])
+    import torch
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    from tempo_megatron.config.schema import RolloutConfig
+    from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
+    from tempo_megatron.rollout.collect import sample
+    from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
+    from tempo_megatron.rollout.queue import PromptQueue, open_queue
+
+    config = RolloutConfig(dtype="float32", kv_cache_gib=0.0625, max_num_seqs=SEQS, max_num_batched_tokens=512)
+    model = Path(settings["model"])
+    engine = RolloutEngine(model, config, max_model_len=PROMPT + 4 * MEAN, seed=0, stop_token_ids=[])
+    engine.update_weights(load_file(model / "model.safetensors").items(), 0)
+
+    def one_rollout(seed: int) -> int:
+        """Sampled tokens of this replica, as a number that tells other tokens apart."""
+        lengths, rng = long_tail(PROMPTS, MEAN, seed), random.Random(seed)
+        prompts = token_ids([PROMPT] * PROMPTS, VOCAB, seed)
+        requests = [GenerationRequest(ids, 1000 * i, 1, lengths[i]) for i, ids in enumerate(prompts)]
+        expected = [-n * rng.lognormvariate(0, OFF) if settings["how"] == "known" else 0 for n in lengths]
+        order = sorted(range(PROMPTS), key=expected.__getitem__)
+        if settings["how"] == "dealt":
+            dealt = PromptQueue(order, engine.replica_index, engine.num_replicas, PROMPTS, None)
+            found = on_all_ranks(lambda: sample(engine, requests, 0, dealt, _decode))
+        else:
+            with open_queue(engine, order, 1) as queue:
+                found = on_all_ranks(lambda: sample(engine, requests, 0, queue, _decode))
+        return sum(zlib.crc32(json.dumps([i, r.token_ids]).encode()) for i, f in found.items() for r in f.responses)
+
+    def prepare(case: dict[str, Any]) -> Run:
+        dist.barrier()
+
+        def measured() -> dict[str, Any]:
+            seeds = range(case["rollouts"])
+            digest = sum_over_world(torch.tensor(sum(one_rollout(seed) for seed in seeds)))
+            return {"work": sum(sum(long_tail(PROMPTS, MEAN, seed)) for seed in seeds), "digest": int(digest)}
+
+        return measured
+
+    return prepare
+
+
+def _decode(responses: list[list[int]]) -> list[str]:
+    return [""] * len(responses)
