@@ -100,6 +100,8 @@ def plan_homes(
 def _step_numbers(group: Tensor, rows: Tensor, parts: int, seed: int) -> Tensor:
     """``[N]`` int64: the first optimizer step that takes each row, -1: none."""
     numbers, chosen = torch.full((len(group),), -1), rows.nonzero().flatten()
+    if not len(chosen):  # a policy that is held
+        return numbers
     for number, part in enumerate(minibatches(group[chosen], parts, 1, seed)):
         numbers[chosen[part]] = number
     return numbers
