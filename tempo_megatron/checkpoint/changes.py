@@ -45,6 +45,7 @@ LISTED = (
     "evaluation",
     "checkpoint",
     "telemetry",
+    "residency",
     "launch",
 )
 #: Told by the line that says where the run goes on from.

@@ -88,7 +88,8 @@ def resume_checkpoint(checkpoint: WholeCheckpoint, engines: Mapping[str, Megatro
     """
     folder = checkpoint.folder
     for role, engine in engines.items():
-        load_role(engine, folder / role, optimizer=True)
+        with engine.parts.awake():
+            load_role(engine, folder / role, optimizer=True)
     with one_line(TempoError, f"{folder}: {UNREADABLE}"):
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
         random_state = load_file(folder / random_state_name(rank()))

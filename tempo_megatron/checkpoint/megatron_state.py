@@ -55,6 +55,7 @@ def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) ->
 
 def save_role(engine: MegatronEngine, folder: Path) -> list[WrittenShard]:
     """Write the role into the new ``folder``. Collective; returns the shards that this rank wrote."""
+    engine.parts.require_saved(f"a checkpoint of the {engine.role}")
     on_rank0(folder.mkdir)
     inprocess_writer.take_written()  # of a save that failed
     with engine.groups.active():
@@ -87,6 +88,7 @@ def _check_complete(folder: Path, wanted: dict[str, Any], stored: set[str]) -> N
 
 def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_head: bool = False) -> None:
     """Fill the role from ``folder``, which was verified. Collective; TempoError on every rank for what does not fit."""
+    engine.parts.require_saved(f"loading the {engine.role}")
     stored = on_rank0(lambda: _stored_names(folder))
     with engine.groups.active():
         strategy = FullyParallelLoadStrategyWrapper(

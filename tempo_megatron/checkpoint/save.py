@@ -103,7 +103,7 @@ def save_checkpoint(
 
     try:
         on_rank0(lambda: guarded(lambda: _begin(partial)))
-        shards = guarded(lambda: {role: save_role(engine, partial / role) for role, engine in engines.items()})
+        shards = guarded(lambda: {role: _save_awake(engine, partial / role) for role, engine in engines.items()})
         random_state = on_all_ranks(lambda: guarded(lambda: _save_random_state(partial)))
         known, weights = _gather(shards)
         known |= dict(gather_objects(random_state))
@@ -123,6 +123,12 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return SavedCheckpoint(final, weights, unchanged)
+
+
+def _save_awake(engine: MegatronEngine, folder: Path) -> list[WrittenShard]:
+    """One role after the other: no two need be on the device at a time."""
+    with engine.parts.awake():
+        return save_role(engine, folder)
 
 
 def _manifest(step: int, engines: Mapping[str, MegatronEngine], record: RunRecord, **found: Any) -> Manifest:

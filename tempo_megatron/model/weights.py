@@ -167,6 +167,9 @@ class HFWeightStream:
     experts, those of all expert-parallel ranks too -- are gathered, sent to the other stages, and turned into HF
     tensors.  A rank holds no more than one bucket of full weights at a time, as long as the consumer drops the
     tensors that it has used.
+
+    Args:
+        check: called before each bucket; raises where the parameters are no longer those that the stream began with.
     """
 
     def __init__(
@@ -176,7 +179,9 @@ class HFWeightStream:
         role: Role,
         groups: ModelParallelGroups,
         bucket_bytes: int,
+        check: Callable[[], None],
     ) -> None:
+        self.check = check
         self.groups, self.bucket_bytes, self.dims = groups, bucket_bytes, model_dims(config)
         self.experts_per_rank = getattr(config, "num_experts", 0) // groups.ep_size
         self.chunks = local_entries(models, config, role, groups)
@@ -227,6 +232,7 @@ class HFWeightStream:
             for owner in range(self.groups.pp_size):
                 items = self.plan[owner][chunk]
                 for bucket in self._buckets(items):
+                    self.check()
                     parts = self._gather(owner, chunk, bucket)
                     for n, i in enumerate(bucket):
                         yield from self._to_hf(items[i], [part[n].view(items[i].shape) for part in parts])

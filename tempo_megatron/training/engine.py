@@ -39,6 +39,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.patching import replace_value
 from tempo_megatron.training import mixed_dtypes
 from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
+from tempo_megatron.training.offload import EngineParts
 
 #: outputs of one micro-batch -- per token ``[n, L]`` (actor) or per state ``[n, L + 1]`` (critic) -- and their rows
 #: -> (share of the global loss, additive statistics)
@@ -68,6 +69,9 @@ class MegatronEngine:
     """One role's model, optimizer and schedule on this rank. All methods are collective over the world.
 
     One that is not ``trainable`` has weights only: no gradients, no optimizer, no ``step``.
+
+    Attributes:
+        parts: what it holds, and whether that is on the device: RunError for a use of what is not.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class MegatronEngine:
             if trainable:  # gradient buffers: as much memory as float32 weights
                 self.ddp = [DistributedDataParallel(self.megatron_config, ddp_config, m) for m in self.ddp]
             self.optimizer: Any = None
+            self.parts = EngineParts(role, self.ddp, lambda: self.optimizer)
             finalize: Any = _finalize_without_scaling
             replace_value(self.megatron_config, "finalize_model_grads_func", finalize, NoneType)
 
@@ -146,6 +151,7 @@ class MegatronEngine:
         Actor: ``log_probs``, T_i a row, of the response tokens at the rollout temperature, and ``entropy``, T_i.
         Critic: ``values``, T_i + 1; number t is V(x, y_<t), number T_i the value after the last token.
         """
+        self.parts.weights.require(f"a forward of the {self.role}")
         homes = self.homes(sequences)
         return self._by_sequence(sequences, homes, self._run(sequences, homes, loss=None))
 
@@ -155,6 +161,7 @@ class MegatronEngine:
         Raises RunError on every rank, before the optimizer moves, if the loss is not finite; and after it if the
         gradient norm is not (the weights are then lost, checkpoints are not touched).
         """
+        self.parts.require(f"a step of the {self.role}")
         for ddp in self.ddp:
             ddp.train()
             ddp.zero_grad_buffer()
@@ -182,7 +189,8 @@ class MegatronEngine:
 
     def weight_stream(self, bucket_mib: int) -> HFWeightStream:
         """The current weights as HF tensors, for every rank, bucket by bucket."""
-        return HFWeightStream(self.models, self.hf_config, self.role, self.groups, bucket_mib << 20)
+        check = self.parts.weights.lease(f"a weight stream of the {self.role}")
+        return HFWeightStream(self.models, self.hf_config, self.role, self.groups, bucket_mib << 20, check)
 
     def homes(self, sequences: Sequences) -> Tensor:
         """``[N]`` int64: the data-parallel shard that computes each row."""
