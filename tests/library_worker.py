@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
+import torch
+
 from tempo_megatron import patching
 from tempo_megatron.errors import TempoError
 from tempo_megatron.parallel import cpu_shim
@@ -46,10 +48,14 @@ def build_models() -> None:
 
 def build_vllm() -> None:
     from tempo_megatron.rollout import patches
+    from tempo_megatron.rollout.sleep import drop_packed
 
     patches.prepare_process()
     with patches.shielded("token"):
         pass
+    layer = torch.nn.Module()  # as model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, leaves one
+    layer.cpu_linear = torch.nn.functional.linear
+    drop_packed(layer)
 
 
 def write_checkpoints() -> None:

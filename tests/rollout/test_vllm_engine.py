@@ -147,6 +147,45 @@ def test_an_update_forgets_the_cached_prompt(family: str, engines: Engines, requ
             assert response.log_probs == pytest.approx(expected, abs=1e-4)
 
 
+@FAMILIES
+def test_a_sleeping_engine_samples_the_same_after_an_update(
+    family: str, engines: Engines, request: pytest.FixtureRequest
+) -> None:
+    engine, tiny = engines.of(family), request.getfixturevalue(family)
+    weights, kv_cache = engine.parts
+    requests = [GenerationRequest(random_prompt(i, 40), 100 * i, 3, 12) for i in range(4)]
+    engine.update_weights(stream(tiny.first), 7)
+    before = engine.generate(requests, 7)
+    awake = {part.name: part.resident_bytes() for part in engine.parts}
+    # every tensor, a tied one once; a separate output layer is kept beside its packed copy
+    model_bytes = sum(p.nbytes for p in tiny.first.parameters())
+    assert awake["rollout/weights"] >= model_bytes and awake["rollout/kv_cache"] >= 60 * 2**20
+
+    kv_cache.sleep()  # the weights go with it
+    assert [part.resident_bytes() for part in engine.parts] == [0, 0] and engine.version is None
+    with pytest.raises(RunError, match="sampling needs rollout/weights, which is released, nothing of it was kept"):
+        engine.generate(requests, 7)
+    with pytest.raises(RunError, match="bringing its contents needs rollout/weights, which is released"):
+        engine.update_weights(stream(tiny.first), 8)
+    weights.wake()
+    engine.update_weights(stream(tiny.first), 8)
+    with pytest.raises(RunError, match="sampling needs rollout/kv_cache, which is released"):
+        engine.generate(requests, 8)
+    kv_cache.wake()
+    assert engine.generate(requests, 8) == before
+    weights.sleep()
+    for part in engine.parts:
+        part.wake()
+    with pytest.raises(RunError, match="asked to sample weights version 8, but version None is loaded"):
+        engine.generate(requests, 8)
+
+    def linear(model: torch.nn.Module) -> None:
+        next(module for module in model.modules() if hasattr(module, "cpu_linear")).cpu_linear()
+
+    with pytest.raises(RunError, match="weights were released; an update brings new ones"):
+        engine._llm.apply_model(linear)
+
+
 def _with_config(model: PreTrainedModel, **changes: object) -> PreTrainedModel:
     """The same weights under another config."""
     other = type(model)(type(model.config)(**(model.config.to_dict() | changes))).eval()
