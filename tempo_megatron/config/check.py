@@ -6,6 +6,7 @@ Reads nothing but JSON, so that a job is refused on the login node as well as on
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def _check_stage(config: Config) -> None:
     if stage == "sft":
         if config.critic is not None:
             raise TempoError("critic: stage sft trains the actor alone; remove the section (or critic=null)")
+        _check_nothing_leaves(config)
         return
     method = METHODS[stage]
     if method.critic and config.critic is None:
@@ -91,6 +93,16 @@ def _check_stage(config: Config) -> None:
         may = ", ".join(name for name, m in METHODS.items() if m.asks == "truth")
         raise TempoError(f"data.oracle_files: only stage {may} may read them; stage {stage} must not")
     _check_algorithm(config, method)
+
+
+def _check_nothing_leaves(config: Config) -> None:
+    residency = config.residency
+    for key, given in (("offload", residency.offload), ("sleep", residency.sleep)):
+        if given not in ("none", False):
+            raise TempoError(
+                f"residency.{key}: {json.dumps(given)} makes room for others, and stage sft has the actor alone; "
+                "remove it"
+            )
 
 
 def _check_algorithm(config: Config, method: Method) -> None:

@@ -487,6 +487,24 @@ class TelemetryConfig(Section):
     logged_rollouts: int = Field(4, ge=0, description="rollouts with token values kept per evaluation for the report")
 
 
+class ResidencyConfig(Section):
+    """What leaves the device while others work; what comes out is the same. By default all stays: the fastest, if it
+    fits.
+    """
+
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="of actor and critic, outside their own phases. optimizer: gradient buffers are released, "
+        "optimizer states and float32 masters go to host memory (without a GPU: to a file in output_dir); all: "
+        "weights go too",
+    )
+    sleep: bool = Field(
+        False,
+        description="vLLM's weights and KV cache are released while actor or critic work; the weights come anew from "
+        "the actor",
+    )
+
+
 class LaunchConfig(Section):
     nproc_per_node: int = Field(1, ge=1, description="ranks that `train` starts itself on one node")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
@@ -515,4 +533,5 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    residency: ResidencyConfig = ResidencyConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tempo_megatron.config.methods import METHODS
-from tempo_megatron.config.schema import Config, ParallelConfig, RoleConfig
+from tempo_megatron.config.schema import Config, ParallelConfig, ResidencyConfig, RoleConfig
 from tempo_megatron.locate import InitSource, newest_checkpoint
 from tempo_megatron.loop.data import Pool, PromptData, SftData
+from tempo_megatron.loop.residency import NEEDS
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.telemetry.findings import critic_findings
 from tempo_megatron.telemetry.labels import evaluation_label
@@ -56,7 +57,7 @@ def plan(
     lines += _data_lines(config, data)
     if config.stage != "sft":
         lines += _evaluation_lines(config, data) + _control_lines(config)
-    return [*lines, _saving_line(config)]
+    return [*lines, *_residency_lines(config), _saving_line(config)]
 
 
 def layout_text(layout: ParallelConfig, world_size: int) -> str:
@@ -102,6 +103,12 @@ def _control_lines(config: Config) -> list[str]:
     return ["; ".join(told)] if told else []
 
 
+def _residency_lines(config: Config) -> list[str]:
+    what = {"none": [], "optimizer": ["gradients and optimizer states"], "all": ["actor and critic"]}
+    leaves = [*what[config.residency.offload], *(["vLLM"] if config.residency.sleep else [])]
+    return [f"leave the device while others work: {', '.join(leaves)}"] if leaves else []
+
+
 def _saving_line(config: Config) -> str:
     every = config.checkpoint.every
     when = "at the end" if every is None else f"every {every} steps and at the end"
@@ -111,16 +118,25 @@ def _saving_line(config: Config) -> str:
 # ---------------------------------------------------------------- after
 
 
-def outcome(config: Config, run: RunFolder, finished: Finished, wall_s: float, peak_memory_gib: float) -> list[str]:
+def outcome(
+    config: Config,
+    run: RunFolder,
+    finished: Finished,
+    wall_s: float,
+    peak_memory_gib: float,
+    memory: Mapping[str, Mapping[str, float]],
+) -> list[str]:
     """What was done and where, how the evaluations changed, and what must not go without a word.
 
     Args:
         run: the folder that the run has left.
-        wall_s, peak_memory_gib: of this process, rank 0.
+        wall_s, peak_memory_gib, memory: of this process, rank 0; memory by phase as its ledger has it.
     """
     steps = f"{finished.policy_updates} policy updates in {finished.step} steps"
     done = f"{finished.step} steps" if config.stage == "sft" else steps
     lines = [f"done: {done}, {duration(wall_s)} since this start, {peak_memory_gib:.2f} GiB at most on rank 0"]
+    if config.residency != ResidencyConfig():
+        lines += _memory_lines(memory)
     evaluations = evaluations_of(run)
     if evaluations is not None:
         lines += _change_lines(evaluations)
@@ -128,6 +144,20 @@ def outcome(config: Config, run: RunFolder, finished: Finished, wall_s: float, p
     lines.append(f"checkpoint: {newest_checkpoint(run.path)}")
     if config.checkpoint.export_hf:
         lines.append(f"HF folders: {run.path / 'hf'}")
+    return lines
+
+
+def _memory_lines(memory: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What was where: of the phases for which something leaves or comes."""
+    lines = []
+    for phase in NEEDS:
+        if phase in memory:
+            resident = {part: size for part, size in memory[phase].items() if part != "peak"}
+            parts = ", ".join(f"{part} {size:.2f}" for part, size in resident.items())
+            lines.append(
+                f"memory in {phase}: {memory[phase]['peak']:.2f} GiB at most; resident {sum(resident.values()):.2f} "
+                f"({parts})"
+            )
     return lines
 
 

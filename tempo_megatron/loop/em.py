@@ -60,6 +60,7 @@ class EMLoop(Driver):
         self.version = -1  # of the weights that vLLM runs: grows with every sync
         verifier = start_verifier(session, self.closing)
         self.rollout = start_rollout(session)
+        session.residency.add_rollout(self.rollout, self._send_weights)
         self.closing.callback(self.rollout.close)
         await_verifier(verifier)
         checks = RolloutVerifier(verifier, self.method, session.data, session.progress.note, prompt_opening(session))
@@ -185,6 +186,10 @@ class EMLoop(Driver):
     def _sync(self) -> None:
         """The policy's weights to vLLM, as a new version."""
         self.version += 1
+        self._send_weights()
+
+    def _send_weights(self) -> None:
+        """Those of ``self.version``; also when vLLM has let go of them while it slept."""
         with self.session.ledger.phase("sync"):
             stream = self.session.engines["actor"].weight_stream(self.config.rollout.bucket_mib)
             self.rollout.update_weights(stream, self.version)

@@ -74,7 +74,13 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         engine = start_rollout(runtime)
         closing.callback(engine.close)
         await_verifier(verifier)
-        engine.update_weights(runtime.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
+
+        def send_weights() -> None:
+            with runtime.ledger.phase("sync"):
+                engine.update_weights(runtime.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
+
+        runtime.residency.add_rollout(engine, send_weights)
+        send_weights()
         evaluator = Evaluator(runtime, engine, verifier)
         runtime.progress.start()
         record = _header(runtime, step, updates)

@@ -13,6 +13,7 @@ from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.locate import InitSource, resolve_init
 from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData, SftData
+from tempo_megatron.loop.residency import Residency
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import enter_phase, gather_objects, on_all_ranks, rank
 from tempo_megatron.parallel.groups import ModelParallelGroups
@@ -31,6 +32,7 @@ class Runtime:
         sources: by role, where its first weights lie.
         stop_token_ids: what ends a response.
         engines: by role, from ``build_engines`` on; ``engines["critic"]`` is absent where the config has no critic.
+        residency: what of the engines is on the device, by phase.
         data: what is trained on or evaluated; whoever builds this sets it.
         rollout_log, evaluation_log: only on rank 0 of a run, while it is running.
     """
@@ -43,6 +45,8 @@ class Runtime:
         self.is_main = rank() == 0
         self.progress = Progress(title, total, enabled=self.is_main)
         self.ledger = PhaseLedger(on_phase=self._enter_phase)
+        self.residency = Residency(config.residency, self.output, phase=lambda: self.ledger.current)
+        self.ledger.residency = self.residency
         self.sources = self.find_sources()
         self.hf_dir = self.sources["actor"].hf_dir
         self.hf_config = on_all_ranks(lambda: load_hf_config(self.hf_dir))
@@ -84,6 +88,7 @@ class Runtime:
                     head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
                     trainable=trainable,
                 )
+                self.residency.add_engine(self.engines[role])
 
 
 def claim_output(folder: Path, closing: ExitStack) -> Claim | None:
@@ -99,12 +104,14 @@ def start_rollout(runtime: Runtime) -> RolloutEngine:
     """vLLM for the actor, without its weights yet."""
     data = runtime.config.data
     with runtime.ledger.phase("load", "vLLM"):
+        runtime.residency.trainers_sleep()
         return RolloutEngine(
             runtime.hf_dir,
             runtime.config.rollout,
             max_model_len=data.max_prompt_tokens + data.max_response_tokens,
             seed=runtime.config.seed,
             stop_token_ids=runtime.stop_token_ids,
+            sleeps=runtime.config.residency.sleep,
         )
 
 

@@ -27,6 +27,7 @@ from tempo_megatron.loop.data import read_data
 from tempo_megatron.loop.runtime import Runtime, claim_output, roles_of
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
+from tempo_megatron.parallel.parts import awake
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import MetricsWriter, StepLog
 from tempo_megatron.telemetry.progress import run_title
@@ -103,6 +104,7 @@ class Session(Runtime):
                 if self._resumption is None:
                     load_initial_weights(self.engines[role], source)
                 self.engines[role].start_optimizer()
+                self.residency.trainers_sleep(role)
         if self._resumption is None:
             return None
         checkpoint = self._resumption.checkpoint
@@ -145,6 +147,7 @@ class Session(Runtime):
             started=self._started,
             wall_s=round(self._wall_s, 1),
             peak_memory_gib=round(self.ledger.peak_gib, 2),
+            memory_by_phase=self.ledger.memory_by_phase(),
             finished=self._finished,
         )
 
@@ -182,7 +185,9 @@ class Session(Runtime):
     def export_hf(self) -> None:
         """Write ``hf/actor`` and ``hf/critic`` (its head as other programs of its family read it)."""
         for role, engine in self.engines.items():
-            export_hf(engine, self.checkpoints.hf_dirs[role], self.output / "hf" / role, self.config.rollout.bucket_mib)
+            target = self.output / "hf" / role
+            with awake(engine.parts.weights):
+                export_hf(engine, self.checkpoints.hf_dirs[role], target, self.config.rollout.bucket_mib)
 
     def __enter__(self) -> Session:
         return self
@@ -197,7 +202,8 @@ class Session(Runtime):
         self._closing.close()
         if self.writer is not None and self._finished is not None:
             peak = self.ledger.peak_gib
-            for line in outcome(self.config, load_run(self.output), self._finished, self._wall_s, peak):
+            memory = self.ledger.memory_by_phase()
+            for line in outcome(self.config, load_run(self.output), self._finished, self._wall_s, peak, memory):
                 self.progress.note(line)
 
     @contextmanager

@@ -8,10 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 GIB = 1 << 30
+#: The phase in which parts of the job leave the device and come back.
+MOVE = "move"
+
+
+class Residency(Protocol):
+    """What is where; see ``loop.residency``."""
+
+    def has_to_move(self, phase: str) -> bool: ...
+    def enter(self, phase: str) -> None: ...
+    def resident_bytes(self) -> dict[str, int]: ...
 
 
 class PhaseLedger:
@@ -26,14 +37,20 @@ class PhaseLedger:
 
     Args:
         on_phase: called with the name, and the detail where there is one, whenever another phase becomes current.
+
+    Attributes:
+        residency: where one is set, it brings what a phase needs before that begins, in a phase of its own (``move``).
     """
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self._on_phase = on_phase
+        self.residency: Residency | None = None
         self._memory = _CudaPeak() if torch.cuda.is_available() else _HostPeak()
         self._stack: list[tuple[str, str]] = []  # name, and what to show
         self._seconds: dict[str, float] = {}
         self._peak_bytes: dict[str, int] = {}
+        self._resident: dict[str, dict[str, int]] = {}  # of the whole run: phase -> part -> bytes
+        self._highest_in: dict[str, int] = {}  # of the whole run
         self._tokens: dict[str, int] = {}
         self._highest = 0
         self._segment_began = self._step_began = time.perf_counter()
@@ -51,6 +68,7 @@ class PhaseLedger:
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
         """Book what is done inside to ``name``; ``detail`` is only shown (``"load"``, ``"vLLM"``)."""
+        self._move_for(name)
         self._close_segment()
         self._stack.append((name, f"{name} {detail}".rstrip()))
         self._open_segment()
@@ -60,10 +78,27 @@ class PhaseLedger:
             self._close_segment()
             self._stack.pop()
             self._open_segment()
+        if self._stack and name != MOVE:
+            self._move_for(self._stack[-1][0])  # the outer one goes on
+
+    def _move_for(self, name: str) -> None:
+        if self.residency is not None and self.residency.has_to_move(name):
+            with self.phase(MOVE, f"for {name}"):
+                self.residency.enter(name)
 
     def add_tokens(self, phase: str, count: int) -> None:
         """Count ``count`` tokens of work to ``phase``, for its throughput."""
         self._tokens[phase] = self._tokens.get(phase, 0) + count
+
+    def memory_by_phase(self) -> dict[str, dict[str, float]]:
+        """Of the whole run, GiB: phase -> ``peak``, and each part of the job that was resident in the phase."""
+        return {
+            name: {
+                "peak": round(peak / GIB, 3),
+                **{part: round(size / GIB, 3) for part, size in self._resident.get(name, {}).items()},
+            }
+            for name, peak in self._highest_in.items()
+        }
 
     def collect(self) -> dict[str, float]:
         """What was booked since the last call, and a clean slate.
@@ -99,6 +134,11 @@ class PhaseLedger:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - self._segment_began
             self._peak_bytes[name] = max(peak, self._peak_bytes.get(name, 0))
             self._highest = max(peak, self._highest)
+            self._highest_in[name] = max(peak, self._highest_in.get(name, 0))
+            if self.residency is not None:
+                held = self._resident.setdefault(name, {})
+                for part, size in self.residency.resident_bytes().items():
+                    held[part] = max(size, held.get(part, 0))
 
 
 class _CudaPeak:

@@ -3,7 +3,8 @@
 ``metrics.jsonl``   one record a step (``telemetry.metrics``)
 ``config.yaml``     the resolved configuration
 ``run.json``        ``{"environment": ..., "stage": ..., "started": ISO 8601, "wall_s": seconds,
-                    "peak_memory_gib": of rank 0, "finished": null or what it did (:class:`Finished`)}``
+                    "peak_memory_gib", "memory_by_phase": of rank 0, "finished": null or what it did
+                    (:class:`Finished`)}``
 ``rollouts.jsonl``  a few rollouts with their token values (:class:`LoggedRollout`)
 ``evaluations.jsonl``  each evaluation prompt by prompt: ``{"step", "sets": {name: PromptOutcomes}}``
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,6 +214,7 @@ def write_run_info(
     started: str,
     wall_s: float,
     peak_memory_gib: float,
+    memory_by_phase: Mapping[str, Mapping[str, float]],
     finished: Finished | None,
 ) -> None:
     """Write ``run.json``, atomically; called at the start of a run and again, with what came of it, at its end."""
@@ -221,6 +223,7 @@ def write_run_info(
         "started": started,
         "wall_s": wall_s,
         "peak_memory_gib": peak_memory_gib,
+        "memory_by_phase": memory_by_phase,
         "finished": None if finished is None else asdict(finished),
         "environment": environment,
     }

@@ -32,6 +32,7 @@ from tempo_megatron.loop.collect import Collector  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
+from tempo_megatron.parallel.parts import awake  # noqa: E402
 from tempo_megatron.rollout.engine import RolloutEngine  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
 from tempo_megatron.verifiers.service import VerifierService  # noqa: E402
@@ -56,6 +57,7 @@ def shared_rollout_engine(hf_dir: Path, config: Any, **settings: Any) -> Rollout
 
     Every run starts by bringing its own weights, which also empties the prefix cache.
     """
+    settings.pop("sleeps")  # on the CPU an engine is the same
     key = f"{(hf_dir / 'config.json').read_text()} {config.model_dump_json()} {settings}"
     if key not in _built:
         for _, close in _built.values():
@@ -177,11 +179,10 @@ def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error
             error = str(caught.value)
         else:
             loop.run()
-        weights = {
-            f"{role}.{name}": tensor.clone()
-            for role, engine in session.engines.items()
-            for name, tensor in engine.weight_stream(64)
-        }
+        weights = {}
+        for role, engine in session.engines.items():
+            with awake(engine.parts.weights):
+                weights |= {f"{role}.{name}": tensor.clone() for name, tensor in engine.weight_stream(64)}
         if session.is_main:
             result = {"samples": samples, "seen": seen, "layer_calls": layer_calls, "weights": weights, "error": error}
             torch.save(result, out)

@@ -103,7 +103,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaunchResu
         "evaluation.sets": json.dumps(sets),
     }
     train = ["train", "--config", str(ROOT / "configs/demo/tempo.yaml"), *(f"{k}={v}" for k, v in settings.items())]
-    first = ["evaluate", str(folder / "run")]
+    first = ["evaluate", str(folder / "run"), "residency.offload=all", "residency.sleep=true"]
     config = ["--config", str(folder / "run" / "config.yaml")]
     chosen = ["--set", f"D_U={folder / 'two.parquet'}", "--samples", str(N), "--output", str(folder / "second")]
     compare = ["--compare", str(folder / "run" / "evaluation" / "evaluation.json")]
