@@ -70,7 +70,7 @@ def test_a_run_that_moves_is_the_one_that_stays(tmp_path: Path, nproc: int) -> N
     if nproc == 1:
         return
 
-    # stopped after the first step, it goes on: with optimizers that leave, where all left, and with all leaving, where nothing did
+    # stopped after the first step, it goes on: where all left, with optimizers that leave; where nothing did, with all
     again = []
     for source, name, changes in (("steps-moves", "on-some", SOME_MOVES), ("steps", "on-moves", MOVES)):
         shutil.copytree(tmp_path / source, tmp_path / name)
