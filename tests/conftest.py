@@ -28,6 +28,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+from tests.launching import MOST_PATIENCE
+
 # Started under nohup or in a shell's background, the tests would pass ignored signals on to what they start
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(_number, signal.SIG_DFL)
@@ -61,8 +63,16 @@ def _longest_files_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -seconds[item.path])
 
 
+def _bounds_of_a_busy_machine(items: list[pytest.Item]) -> None:
+    """What tests start is bounded by itself (``launching.waited``); pytest-timeout is for what that cannot end."""
+    for item in items:
+        if marker := item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(MOST_PATIENCE * marker.args[0]), append=False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _longest_files_first(items)
+    _bounds_of_a_busy_machine(items)
     for marker, why_not in (("gpu", _why_no_gpu), ("slurm", _why_no_slurm)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None
