@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tempo_megatron.config.schema import ResidencyConfig
 from tempo_megatron.parallel.parts import Part, State
-from tempo_megatron.rollout.engine import RolloutEngine
-from tempo_megatron.training.engine import MegatronEngine
+
+if TYPE_CHECKING:
+    from tempo_megatron.rollout.engine import RolloutEngine
+    from tempo_megatron.training.engine import MegatronEngine
 
 SYNC = "sync"
 ROLLOUT_WEIGHTS = "rollout/weights"
