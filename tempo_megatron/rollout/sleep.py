@@ -135,9 +135,11 @@ def _bytes(tensors: Any) -> int:
 
 def _weights_bytes(model: torch.nn.Module) -> int:
     """Parameters and, on the CPU, packed copies: by the sizes of their weights, which vLLM notes for reloading."""
+    size = _bytes(model.parameters())
+    if use_cuda():
+        return size
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     plain = torch.nn.functional.linear  # where nothing is packed
     packed = [module for module in model.modules() if getattr(module, "cpu_linear", plain) is not plain]
-    copies = sum(get_layerwise_info(module).restore_metadata[0]["weight"].nbytes for module in packed)
-    return copies + _bytes(model.parameters())
+    return size + sum(get_layerwise_info(module).restore_metadata[0]["weight"].nbytes for module in packed)

@@ -91,7 +91,7 @@ class PhaseLedger:
         self._tokens[phase] = self._tokens.get(phase, 0) + count
 
     def memory_by_phase(self) -> dict[str, dict[str, float]]:
-        """Of the whole run, GiB: phase -> ``peak``, and each part of the job that was resident in the phase."""
+        """Of the whole run, GiB: phase -> ``peak``, and by part what was resident when that was most, at its end."""
         return {
             name: {
                 "peak": round(peak / GIB, 3),
@@ -136,9 +136,9 @@ class PhaseLedger:
             self._highest = max(peak, self._highest)
             self._highest_in[name] = max(peak, self._highest_in.get(name, 0))
             if self.residency is not None:
-                held = self._resident.setdefault(name, {})
-                for part, size in self.residency.resident_bytes().items():
-                    held[part] = max(size, held.get(part, 0))
+                held = self.residency.resident_bytes()
+                if sum(held.values()) > sum(self._resident.get(name, {}).values()):
+                    self._resident[name] = held
 
 
 class _CudaPeak:

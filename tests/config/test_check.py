@@ -266,6 +266,14 @@ def test_the_critic_must_read_as_far_as_the_actor_writes(job: Job) -> None:
             "algorithm.gate.min_per_class: 16 right and as many wrong responses are more than the 28 labelled ones",
         ),
         ({"data.train_files": []}, "data.train_files: [] is empty; stage tempo needs at least one prompt parquet"),
+        (
+            {"stage": "sft", "critic": None, "residency.offload": "optimizer"},
+            'residency.offload: "optimizer" makes room for others, and stage sft has the actor alone; remove it',
+        ),
+        (
+            {"stage": "sft", "critic": None, "residency.sleep": True},
+            "residency.sleep: true makes room for others, and stage sft has the actor alone; remove it",
+        ),
         ({"stage": "sft", "critic": None, "data.train_files": []}, "needs at least one prompt+response parquet file"),
     ],
 )

@@ -108,6 +108,52 @@ def test_peak_memory_sees_an_allocation_in_its_phase_only() -> None:
     assert ledger.peak_gib == record["memory/big_gib"]
 
 
+class TwoParts:
+    """Says what it was told: ``big`` is needed in phase ``work`` and ``inner``, ``other`` in ``outer``."""
+
+    def __init__(self) -> None:
+        self.needs = {"work": "big", "inner": "big", "outer": "other"}
+        self.here, self.entered = "other", list[str]()
+
+    def has_to_move(self, phase: str) -> bool:
+        return self.needs.get(phase, self.here) != self.here
+
+    def enter(self, phase: str) -> None:
+        time.sleep(0.02)
+        self.entered.append(phase)
+        self.here = self.needs[phase]
+
+    def resident_bytes(self) -> dict[str, int]:
+        return {self.here: MIB}
+
+
+def test_what_a_phase_needs_comes_before_it_and_is_booked_apart() -> None:
+    seen: list[str] = []
+    ledger, parts = PhaseLedger(on_phase=seen.append), TwoParts()
+    ledger.residency = parts
+    with ledger.phase("unknown"):
+        pass
+    with ledger.phase("work"), ledger.phase("work"):
+        pass
+    record = ledger.collect()
+    assert parts.entered == ["work"] and seen[:3] == ["unknown", "move for work", "work"]
+    assert record["time/move_s"] >= 0.02 > record["time/work_s"]
+    with ledger.phase("outer"), ledger.phase("inner"):
+        assert parts.here == "big"
+    assert parts.entered == ["work", "outer", "inner", "outer"], "the outer phase goes on with what it needs"
+    by_phase = ledger.memory_by_phase()
+    assert by_phase["work"].keys() == by_phase["inner"].keys() == {"peak", "big"}
+    assert by_phase["outer"]["other"] == pytest.approx(1 / 1024, abs=1e-3)
+
+
+def test_nothing_moves_for_a_phase_that_goes_on_with_an_error() -> None:
+    ledger, parts = PhaseLedger(), TwoParts()
+    ledger.residency = parts
+    with pytest.raises(RuntimeError, match="lost"), ledger.phase("outer"), ledger.phase("inner"):
+        raise RuntimeError("lost")
+    assert parts.entered == ["inner"]
+
+
 def test_without_reset_the_mark_since_the_start_is_used(tmp_path: Path) -> None:
     (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n")
     peak = _HostPeak(proc=tmp_path / "denied")  # no such folder: neither reset nor status
