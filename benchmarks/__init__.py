@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 #: In the order in which they run; each is a module here with ``run(Options) -> Report``.
-NAMES = ("host", "rollout_queue", "residency", "verifiers")
+NAMES = ("host", "rollout_queue", "residency", "verifiers", "startup")

@@ -10,6 +10,8 @@ prepares the case, unmeasured, and gives back what is measured:
             return lambda: {"work": engine.step(rows)}  # facts; "work" counts tokens (or whatever the unit is)
         return prepare
 
+A run that has to look at a clock of its own (it waits for others, say) gives "seconds" and "cpu_s" back.
+
 Each round measures every contender once, in an order that turns around from round to round, and ratios are those
 of one round: what else the machine does meanwhile meets neighbours alike.
 """
@@ -100,6 +102,10 @@ class Spread:
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
         return Spread(statistics.median(values), min(values), max(values))
+
+    def inverse(self, numerator: float = 1.0) -> Spread:
+        """Of ``numerator`` through the values."""
+        return Spread(numerator / self.median, numerator / self.high, numerator / self.low)
 
 
 @dataclass(frozen=True)

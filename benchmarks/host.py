@@ -43,9 +43,7 @@ def _figures(comparison: Comparison, what: str) -> list[Figure]:
     line = comparison.lines[0]
     if line.speed is None:
         return []
-    speeds = line.speed
-    time_each = Spread(1e9 / speeds.median, 1e9 / speeds.high, 1e9 / speeds.low)
-    figures = [Figure(f"{what}: time a token", time_each, "ns")]
+    figures = [Figure(f"{what}: time a token", line.speed.inverse(1e9), "ns")]
     if line.extra_bytes is not None:
         each = line.extra_bytes / line.facts["work"]
         figures.append(Figure(f"{what}: peak memory a token, of a rank", Spread(each, each, each), "bytes"))

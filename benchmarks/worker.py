@@ -49,7 +49,8 @@ def _measured(run: Run) -> dict[str, Any]:
     facts = run()
     seconds, cpu = time.perf_counter() - start, _cpu_s() - cpu
     extra = None if before is None else _status("VmHWM") - before
-    return {"seconds": seconds, "cpu_s": cpu, "extra_bytes": extra, "facts": facts}
+    own: dict[str, Any] = {key: facts.pop(key) for key in ("seconds", "cpu_s") if key in facts}
+    return {"seconds": seconds, "cpu_s": cpu, "extra_bytes": extra, "facts": facts, **own}
 
 
 def _cpu_s() -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import yaml
+
 
 def join_world(threads: int) -> None:
     """Join the ranks of this contender (a world of one where there is one process), as ``train`` does."""
@@ -51,3 +53,43 @@ def write_random_model(folder: Path, *, vocab_size: int = 32_000, hidden: int = 
     )
     Qwen3ForCausalLM(config).float().save_pretrained(folder)
     return folder
+
+
+def write_demo(folder: Path) -> None:
+    """The demo's prompts and its model, untrained: ``folder/data`` and ``folder/model``."""
+    from tempo_megatron.demo.model import write_model
+    from tempo_megatron.demo.task import write_task
+
+    write_task(folder / "data", 0)
+    write_model(folder / "model", 0)
+
+
+def write_settings(output: Path, demo: Path, *, ranks: int, steps: int = 1) -> Path:
+    """``output/settings.yaml``: EM steps on the demo's task with a critic; the run's folder is ``output/run``."""
+    engine = {"init": str(demo / "model"), "dtype": "float32", "max_tokens_per_microbatch": 8192}
+    settings = {
+        "stage": "tempo",
+        "output_dir": str(output / "run"),
+        "steps": steps,
+        "actor": engine,
+        "critic": {**engine, "init_head": True},
+        "data": {
+            "train_files": [str(demo / "data" / "train.parquet")],
+            "labeled_prompts_per_step": 32,
+            "unlabeled_prompts_per_step": 32,
+            "max_prompt_tokens": 8,
+            "max_response_tokens": 8,
+        },
+        "algorithm": {"preset": "paper"},
+        "rollout": {
+            "samples_per_prompt": 8,
+            "dtype": "float32",
+            "kv_cache_gib": 0.0625,
+            "max_num_seqs": 1024,
+            "max_num_batched_tokens": 8192,
+        },
+        "launch": {"nproc_per_node": ranks, "threads_per_rank": 1},
+    }
+    file = output / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -210,7 +211,10 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     if place is None and world_size > 1:
         check_unclaimed(Path(config.output_dir))  # told before ranks are started; rank 0 claims it
         say(f"{run_title(config.stage, config.output_dir)} starting {world_size} ranks on this node")
-        return spawn_ranks(world_size, ["train", "--config", arguments.config, *arguments.overrides])
+        from tempo_megatron.loop import load_libraries
+
+        words = ["train", "--config", arguments.config, *arguments.overrides]
+        return spawn_ranks(world_size, words, partial(load_libraries, config))
     if place is None:
         _begin(place, "train")
     from tempo_megatron.loop import run
@@ -258,7 +262,9 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         read_evaluation(arguments.compare)  # what is wrong with it is told before the models are loaded
     if place is None and world_size > 1:
         check_unclaimed(Path(config.output_dir))
-        return spawn_ranks(world_size, arguments.words)
+        from tempo_megatron.loop import load_evaluation_libraries
+
+        return spawn_ranks(world_size, arguments.words, load_evaluation_libraries)
     if place is None:
         _begin(place, "evaluate")
     from tempo_megatron.loop import run_evaluation

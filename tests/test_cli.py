@@ -120,7 +120,7 @@ def test_train_starts_several_ranks_after_checking_for_them(
     monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     spawned = []
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv: spawned.append((nproc, argv)) or 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: spawned.append((nproc, argv)) or 7)
     arguments = ["train", "--config", str(config_file), "launch.nproc_per_node=2"]
     assert cli.main(arguments) == 7
     assert spawned == [(2, arguments)]
@@ -133,7 +133,7 @@ def test_train_starts_several_ranks_after_checking_for_them(
 def test_a_folder_in_use_is_told_before_ranks_are_started(
     monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv: 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: 7)
     run = tmp_path / "a-run"
     arguments = ["train", "--config", str(config_file), "launch.nproc_per_node=2", f"output_dir={run}"]
     with claimed(run):
@@ -241,7 +241,12 @@ def test_overrides_may_stand_around_options(
 def evaluated(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> tuple[list[str], list[Any]]:
     """Arguments of an evaluation of the model of ``config_file``, and what the loop was called with."""
     calls: list[Any] = []
-    stand_in(monkeypatch, "tempo_megatron.loop", run_evaluation=lambda *arguments: calls.append(arguments))
+    stand_in(
+        monkeypatch,
+        "tempo_megatron.loop",
+        run_evaluation=lambda *arguments: calls.append(arguments),
+        load_evaluation_libraries=None,
+    )
     lengths = ["data.max_prompt_tokens=8", "data.max_response_tokens=8"]
     model, data = config_file.parent / "model", config_file.parent / "train.parquet"
     return ["evaluate", str(model), *lengths, "--set", f"x={data}", "--output", str(config_file.parent / "out")], calls
@@ -261,7 +266,7 @@ def test_evaluate_starts_several_ranks_after_checking_for_them(
 ) -> None:
     arguments, calls = evaluated
     spawned = []
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv: spawned.append((nproc, argv)) or 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: spawned.append((nproc, argv)) or 7)
     arguments = [*arguments, "launch.nproc_per_node=2"]
     assert cli.main(arguments) == 7
     assert spawned == [(2, arguments)]

@@ -59,6 +59,7 @@ REPLACED = {
         f"{VLLM_CPU.replace(':', '.')}._init_cpu_shm",
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod._setup_kernel",
         "vllm.model_executor.models.transformers.base.Base._decorate_cls_for_torch_compile",
+        "vllm.triton_utils.dispatcher._rebind_kernels",
     },
 }
 
@@ -113,7 +114,8 @@ READ = [
     ("vllm.model_executor.model_loader.reload.layerwise:record_metadata_for_reloading", "restore_metadata"),
     ("vllm.usage.usage_lib:is_usage_stats_enabled", "VLLM_NO_USAGE_STATS"),
     ("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", "VLLM_ENABLE_V1_MULTIPROCESSING"),
-    ("vllm.logger:_configure_vllm_root_logger", "VLLM_LOGGING_LEVEL"),
+    ("vllm.logger:_configure_vllm_root_logger", "VLLM_CONFIGURE_LOGGING"),
+    ("vllm.triton_utils.dispatcher:register_kernels", "_rebind_kernels"),
     (f"{VLLM_CPU}._init_cpu_shm", "barrier"),
     # checkpoint/convert/plan.py: each init wraps sys.excepthook
     ("torch.distributed.distributed_c10d:init_process_group", "excepthook"),

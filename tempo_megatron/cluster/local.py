@@ -1,4 +1,7 @@
-"""The ranks of one node, started and watched by ``train`` itself: no torch, no files, no restarts.
+"""The ranks of one node, started and watched by ``train`` itself: no files, no restarts.
+
+Where that is safe (``forked.may_fork``) they are forked from this process, after it has imported the libraries once
+for all of them; otherwise each is a program of its own.
 
 torchrun's agent does more (several nodes, restarts) and less: it cannot say which ranks it killed itself, waits half
 a minute for a stopped one, dies of SIGUSR1, and leaves its ranks behind when it is killed.
@@ -13,12 +16,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from tempo_megatron.cluster.forked import Forked, fork_module, may_fork
 from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, LAUNCHER, STACK_SIGNALS, say, stop_message
 from tempo_megatron.errors import RunError
 
@@ -38,7 +43,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 @dataclass
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     sent: set[int] = field(default_factory=set)  # ending signals that it had from here
 
     @property
@@ -51,12 +56,35 @@ class _Rank:
         return code not in (0, EXIT_LOST_PEER) and code not in {s for n in self.sent for s in (-n, 128 + n)}
 
 
-def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
+class _Stopped(BaseException):
+    """An ending signal came while there were no ranks yet."""
+
+
+@dataclass
+class _Inbox:
+    """Signals that arrived, in order; ``handlers``: what was there before for each that may."""
+
+    handlers: Mapping[signal.Signals, Any]
+    received: deque[signal.Signals] = field(default_factory=deque)
+    interrupts: bool = False  # an ending signal ends what runs here
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(signal.Signals(number))
+        if self.interrupts and number in _ENDING:
+            self.interrupts = False
+            raise _Stopped
+
+
+def spawn_ranks(nproc: int, argv: Sequence[str], load_libraries: Callable[[], None] | None = None) -> int:
     """Run ``python -m tempo_megatron ARGV`` as ``nproc`` ranks of this node.
 
     The ranks inherit stdout, stderr and the environment (set ``rank_environment`` first).  When one fails the
     others are ended.  SIGINT, SIGTERM, SIGHUP and SIGQUIT end the ranks and are told here, SIGUSR1 and SIGUSR2 are
     passed on.  Ranks end with this process, also where it is killed (``lifetime.follow_launcher``).
+
+    Args:
+        load_libraries: imports what every rank needs; called here where the ranks can be forked, else by nobody. It
+            must leave no thread behind and draw no random number.
 
     Returns:
         0; the exit code of the rank that failed first; or 128 + n for a signal n (130: Ctrl-C, 143: SIGTERM).
@@ -66,10 +94,18 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
     """
     ranks: list[_Rank] = []
     killed_for_memory = oom_kills()
-    with _received_signals() as received:
+    with _received_signals() as inbox:
         try:
-            _start(ranks, nproc, argv)
-            stop = _watch(ranks, received)
+            forks = load_libraries is not None and may_fork()
+            if forks and load_libraries is not None:
+                inbox.interrupts = True
+                load_libraries()
+                inbox.interrupts = False
+                forks = may_fork()
+            _start(ranks, nproc, argv, inbox if forks else None)
+            stop = _watch(ranks, inbox.received)
+        except _Stopped:
+            stop = inbox.received[-1]
         finally:
             _end(ranks, signal.SIGTERM)
     if stop is not None:
@@ -78,36 +114,46 @@ def spawn_ranks(nproc: int, argv: Sequence[str]) -> int:
     return first_cause(ranks, killed_for_memory, argv[0])
 
 
-def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str]) -> None:
+def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], forked_with: _Inbox | None) -> None:
     # bound here and served by rank 0: no other program can take the port in between
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as server:
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": str(nproc),
-            "LOCAL_WORLD_SIZE": str(nproc),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(server.getsockname()[1]),
-            LAUNCHER: str(os.getpid()),
-        }
         for number in range(nproc):
-            environment = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
-            descriptors = (server.fileno(),) if number == 0 else ()
+            environment = {
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(server.getsockname()[1]),
+                LAUNCHER: str(os.getpid()),
+            }
             if number == 0:
                 environment[STORE_SOCKET] = str(server.fileno())
             try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "tempo_megatron", *argv],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=descriptors,
-                    start_new_session=True,  # Ctrl-C comes from here alone; its helpers are one group with it
-                )
+                process = _rank_process(argv, environment, server.fileno(), forked_with)
             except OSError as error:
                 raise RunError(
                     f"launch: rank {number} of {nproc} could not be started: {error.strerror} (limits on processes, "
                     "files and memory: ulimit -a)"
                 ) from None
             ranks.append(_Rank(number, process))
+
+
+def _rank_process(
+    argv: Sequence[str], environment: Mapping[str, str], store: int, forked_with: _Inbox | None
+) -> subprocess.Popen[bytes] | Forked:
+    """One rank; ``store`` is the descriptor that only rank 0 gets."""
+    serves = STORE_SOCKET in environment
+    if forked_with is not None:
+        closed = () if serves else (store,)
+        return fork_module("tempo_megatron", argv, environment, closed, forked_with.handlers)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tempo_megatron", *argv],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        pass_fds=(store,) if serves else (),
+        start_new_session=True,  # Ctrl-C comes from here alone; its helpers are one group with it
+    )
 
 
 def _watch(ranks: list[_Rank], received: deque[signal.Signals]) -> signal.Signals | None:
@@ -166,7 +212,7 @@ def first_cause(ranks: Sequence[_Rank], killed_for_memory: int | None, command: 
     causes = [rank for rank in failed if rank.ended_by_itself()]
     lost_peer = [rank for rank in failed if rank.process.returncode == EXIT_LOST_PEER]
     rank = (causes or lost_peer or failed)[0]
-    code = rank.process.returncode
+    code = int(rank.process.returncode or 0)
     if code - 128 in _ENDING:  # a signal that did not come from here; a rank of this program leaves the word to it
         say(stop_message(signal.Signals(code - 128), command))
     if code >= 0:
@@ -220,18 +266,14 @@ def _counter(file: Path, key: str) -> int | None:
 
 
 @contextmanager
-def _received_signals() -> Iterator[deque[signal.Signals]]:
-    """What arrives within the block, in order; the handlers before come back after it. An ignored SIGHUP stays so."""
-    received: deque[signal.Signals] = deque()
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
+def _received_signals() -> Iterator[_Inbox]:
+    """What arrives within the block; the handlers before come back after it. An ignored SIGHUP stays so."""
     before = {n: signal.getsignal(n) for n in (*_ENDING, *STACK_SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN}
+    inbox = _Inbox(before)
     for number in before:
-        signal.signal(number, receive)
+        signal.signal(number, inbox.receive)
     try:
-        yield received
+        yield inbox
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 from tempo_megatron.cluster.lifetime import say
 from tempo_megatron.config.schema import Config
+from tempo_megatron.imports import uncollected
 from tempo_megatron.telemetry.progress import run_title
+
+
+def load_libraries(config: Config) -> None:
+    """Import what a rank of the config's stage needs, once in a process; changes nothing but that."""
+    if "torch" not in sys.modules:
+        _tell(f"{run_title(config.stage, config.output_dir)} importing torch, Megatron and vLLM")
+    with uncollected():
+        _load_megatron()
+        if config.stage == "sft":
+            importlib.import_module("tempo_megatron.loop.sft")
+        else:
+            _load_with_vllm("tempo_megatron.loop.em")
+
+
+def load_evaluation_libraries() -> None:
+    """Import what a rank of an evaluation needs, once in a process; changes nothing but that."""
+    with uncollected():
+        _load_megatron()
+        _load_with_vllm("tempo_megatron.loop.evaluate_model")
+
+
+def _load_with_vllm(module: str) -> None:
+    importlib.import_module(module)
+    from tempo_megatron.rollout.engine import load_vllm
+
+    load_vllm()
+
+
+def _load_megatron() -> None:
+    from tempo_megatron.parallel import cpu_shim
+
+    cpu_shim.install()  # before anything imports megatron.core
 
 
 def run(config: Config) -> None:
     """Run the config's stage on this rank; every rank of the job calls it. Raises TempoError on bad input."""
-    _tell(f"{run_title(config.stage, config.output_dir)} importing torch, Megatron and vLLM")
-    from tempo_megatron.parallel import cpu_shim
-
-    cpu_shim.install()  # before anything imports megatron.core
+    load_libraries(config)
     from tempo_megatron.loop.em import EMLoop
     from tempo_megatron.loop.session import Session
     from tempo_megatron.loop.sft import SFTLoop
@@ -29,9 +61,7 @@ def run(config: Config) -> None:
 
 def run_dry(config: Config, world_size: int) -> None:
     """Check what can be checked of a job on ``world_size`` ranks, in this process. Raises TempoError on bad input."""
-    from tempo_megatron.parallel import cpu_shim
-
-    cpu_shim.install()  # before anything imports megatron.core
+    _load_megatron()
     from tempo_megatron.loop.dry_run import dry_run
 
     dry_run(config, world_size)
@@ -46,9 +76,7 @@ def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
     Raises:
         TempoError: bad input.
     """
-    from tempo_megatron.parallel import cpu_shim
-
-    cpu_shim.install()  # before anything imports megatron.core
+    load_evaluation_libraries()
     from tempo_megatron.loop.evaluate_model import evaluate_model
     from tempo_megatron.parallel.distributed import finish
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from tempo_megatron.imports import absent
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.patching import replace_function, replace_value, set_global
 
@@ -181,7 +182,8 @@ class CpuFusedAdam(torch.optim.Optimizer):
 
 
 def _patch_megatron() -> None:
-    import megatron.core.jit
+    with absent("wandb"):  # timers.py imports it, a quarter of a second, for a writer that nobody here gives it
+        import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()  # torch.compile of small helpers at import: slow to start, no gain here
 

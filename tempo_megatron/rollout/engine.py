@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.imports import uncollected
 from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.rollout import patches
@@ -298,6 +299,15 @@ def _responses(samples: list[CompletionOutput], version: int) -> list[SampledRes
     return [_response(sample, version) for sample in samples]
 
 
+def load_vllm() -> None:
+    """Import vLLM ahead of the first engine, where that does not touch a GPU; nothing else changes in the process."""
+    if not use_cuda():
+        patches.prepare_process()
+        with patches.shielded_import():
+            import vllm.v1.worker.cpu_worker  # noqa: F401  (the largest of what an engine imports as it is built)
+            from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt  # noqa: F401
+
+
 def _response(sample: CompletionOutput, version: int) -> SampledResponse:
     token_ids = list(sample.token_ids)
     log_probs = list(sample.logprobs.logprobs) if sample.logprobs is not None else []
@@ -355,7 +365,8 @@ def _build_engine(
     token = torch.tensor(secrets.randbits(62))
     dist.broadcast(token, src=0)
     with patches.shielded(f"{token.item():x}"):
-        from vllm import EngineArgs, LLMEngine
+        with uncollected():
+            from vllm import EngineArgs, LLMEngine
 
         try:
             args = EngineArgs(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from torch import Tensor
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.patching import kept, replace_function, replace_value
 
+#: By which a user has vLLM log (envs.py).
+_LOGGING = ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH")
 #: Where Linux shows shared memory by name (shm_overview(7)).
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -34,8 +38,11 @@ def prepare_process() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # usage/usage_lib.py, is_usage_stats_enabled: reports to a server
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # logger.py, _configure_vllm_root_logger: some fifty INFO and WARNING lines per engine and rank
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # logger.py, _configure_vllm_root_logger: some fifty INFO and WARNING lines per engine and rank. Left to vLLM it
+    # takes half a second per engine: dictConfig resets each of its loggers, and each reset walks all there are
+    if not any(name in os.environ for name in _LOGGING):
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     # triton_utils/dispatcher.py walks all modules' attributes at import and touches deprecated ones
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.reduce_op.*")
     if not use_cuda():
@@ -97,6 +104,13 @@ def _preserved_threads() -> Iterator[None]:
 
 
 @contextmanager
+def shielded_import() -> Iterator[None]:
+    """Around an import of vLLM on the CPU: keep the trainer's process state."""
+    with preserved_rng(), _preserved_environment(), _preserved_threads():
+        yield
+
+
+@contextmanager
 def shielded(shm_token: str) -> Iterator[None]:
     """Around the import of vLLM and the construction of an engine: keep the trainer's process state.
 
@@ -114,6 +128,7 @@ def shielded(shm_token: str) -> Iterator[None]:
             _name_shared_memory(shm_token)
             _repack_experts_on_reload()
             _leave_hf_classes_alone()
+            _rebind_kernels_by_identity()
             yield
 
 
@@ -205,6 +220,33 @@ def _leave_hf_classes_alone() -> None:
         leave_undecorated,
         ("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder"),
     )
+
+
+def _rebind_kernels_by_identity() -> None:
+    """Replace Triton's kernels by C++ ones in one quick pass over all modules.
+
+    triton_utils/dispatcher.py, _rebind_kernels, compares each attribute of each module with each kernel, a quarter of a
+    million of them one by one. This does the same by a table of identities.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def rebind(overrides: list[tuple[object, object]]) -> None:
+        wrappers = {id(original): wrapper for original, wrapper in overrides}
+        for module in list(sys.modules.values()):
+            for name, value in list((getattr(module, "__dict__", None) or {}).items()):
+                if (wrapper := wrappers.get(id(value))) is not None:
+                    setattr(module, name, wrapper)
+                elif (wrapper := wrappers.get(id(_attributes(value).get("kernel")))) is not None:
+                    value.kernel = wrapper
+                    if not isinstance(value, type):
+                        value.__dict__.pop("_kernel_arg_names", None)
+
+    replace_function(dispatcher, "_rebind_kernels", rebind, ("overrides",))
+
+
+def _attributes(value: Any) -> Mapping[str, object]:
+    """The object's own, without a look at its class, which might compute them."""
+    return vars(value) if hasattr(value, "__dict__") else {}
 
 
 def repack_tied_lm_head(model: torch.nn.Module) -> None:

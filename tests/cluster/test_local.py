@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from tempo_megatron.cluster import local
+from tempo_megatron.cluster.forked import may_fork
 from tempo_megatron.cluster.local import first_cause, oom_kills, spawn_ranks
 from tempo_megatron.errors import RunError
 from tests.launching import patience
@@ -60,7 +62,7 @@ def main():
     if command == "lost" and rank == "0":
         os._exit(4)
     if command == "lost":
-        time.sleep(0.5); os._exit(3)
+        time.sleep(10); os._exit(3)
     if command == "hup" and rank == "1":
         os.kill(os.getpid(), signal.SIGHUP)
     if command == "short":
@@ -81,9 +83,16 @@ from tempo_megatron.cluster import local
 from tempo_megatron.cluster.launch import rank_environment
 os.environ.update(rank_environment(3))
 local.SHUTDOWN_TIMEOUT_S = 2
+load = None
+if "FORKED" in os.environ:  # the ranks' module is the stand-in here too
+    import tempo_megatron, time
+    tempo_megatron.__path__.insert(0, os.getcwd() + "/tempo_megatron")
+    sys.path.insert(0, os.getcwd())
+    load = lambda: time.sleep(float(os.environ["FORKED"]))
+    assert local.may_fork()
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
 for command in " ".join(sys.argv[1:]).split(" + "):  # several launches in one process
-    code = local.spawn_ranks(2, command.split(" "))
+    code = local.spawn_ranks(2, command.split(" "), load)
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     print("ended", command, code, flush=True)
 assert "torch" not in sys.modules
@@ -163,7 +172,17 @@ def spawn(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     assert os.listdir(driver.parent) == ["driver.py"]  # nothing is left in the temporary folder
 
 
-def test_launches_that_end_well_fail_and_are_killed(spawn: Callable[..., Launched]) -> None:
+@pytest.fixture(params=["programs", "forked"])
+def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the launcher starts its ranks."""
+    if request.param == "forked":
+        if not may_fork():
+            pytest.skip("this process could not fork ranks")
+        monkeypatch.setenv("FORKED", "0")
+    return request.param
+
+
+def test_launches_that_end_well_fail_and_are_killed(spawn: Callable[..., Launched], ranks: str) -> None:
     words = ["ok", "a=$x", "${local_rank}", "+", "fail", "+", "lost", "+", "segv", "+", "killed", "+", "hup"]
     code, out, err = spawn(*words, wait=False).end(60)
     for rank in (0, 1):
@@ -188,7 +207,9 @@ def test_launches_that_end_well_fail_and_are_killed(spawn: Callable[..., Launche
         (signal.SIGQUIT, "stopped by SIGQUIT"),
     ],
 )
-def test_ending_signals_end_the_ranks(spawn: Callable[..., Launched], number: signal.Signals, told: str) -> None:
+def test_ending_signals_end_the_ranks(
+    spawn: Callable[..., Launched], ranks: str, number: signal.Signals, told: str
+) -> None:
     launched = spawn("helpers")
     launched.process.send_signal(number)
     if number is signal.SIGINT:
@@ -218,11 +239,38 @@ def test_a_hangup_that_is_ignored_stays_ignored(spawn: Callable[..., Launched]) 
     assert launched.end()[0] == 0
 
 
+def test_a_signal_while_libraries_are_loaded_ends_the_launcher(
+    spawn: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not may_fork():
+        pytest.skip("this process could not fork ranks")
+    monkeypatch.setenv("FORKED", "60")
+    launched = spawn("ok", wait=False)
+    time.sleep(patience(1))
+    launched.process.send_signal(signal.SIGTERM)
+    code, out, err = launched.end()
+    assert (code, out, err) == (143, "ended ok 143\n", "stopped by SIGTERM\n")
+
+
+def test_a_process_with_another_thread_does_not_fork(tmp_path: Path) -> None:
+    for number, name in enumerate(["python", "jemalloc_bg_thd"]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "comm").write_text(f"{name}\n")
+    assert may_fork(tmp_path) == metadata.version("torch").endswith("+cpu")
+    (tmp_path / "1" / "comm").write_text("python\n")
+    assert not may_fork(tmp_path)
+    assert not may_fork(tmp_path / "absent")
+
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--log-dir=/dev/null")
 
 
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["own", "torchrun"])
-def test_nothing_outlives_a_killed_launcher(spawn: Callable[..., Launched], launcher: Sequence[str]) -> None:
+def test_nothing_outlives_a_killed_launcher(
+    spawn: Callable[..., Launched], ranks: str, launcher: Sequence[str]
+) -> None:
+    if launcher and ranks == "forked":
+        pytest.skip("torchrun starts programs")
     launched = spawn(*(["-m", "tempo_megatron"] if launcher else []), "helpers", launcher=launcher)
     launched.process.kill()
     assert launched.process.wait(5) == -signal.SIGKILL
