@@ -163,6 +163,8 @@ def show(report: Report, console: Console) -> None:
     console.print(f"\n[bold]{report.name}[/bold]: {report.about}")
     for comparison in report.comparisons:
         console.print(_table(comparison))
+    for key, value in report.details.items():
+        console.print(f"  {key}: {value}", markup=False, highlight=False)
     for figure in report.figures:
         verdict = {None: "", True: f"  (target {figure.target}: met)", False: f"  (target {figure.target}: MISSED)"}
         console.print(f"  {figure.what}: {_shown(asdict(figure))}{verdict[figure.met]}", markup=False, highlight=False)

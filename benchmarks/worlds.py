@@ -55,13 +55,22 @@ def write_random_model(folder: Path, *, vocab_size: int = 32_000, hidden: int = 
     return folder
 
 
-def write_demo(folder: Path) -> None:
-    """The demo's prompts and its model, untrained: ``folder/data`` and ``folder/model``."""
-    from tempo_megatron.demo.model import write_model
+def write_demo(folder: Path, *, hidden: int = 64, layers: int = 2) -> None:
+    """The demo's prompts, tokenizer and untrained model, made larger: ``folder/data`` and ``folder/model``."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    from tempo_megatron.demo.model import make_config, make_tokenizer
     from tempo_megatron.demo.task import write_task
 
     write_task(folder / "data", 0)
-    write_model(folder / "model", 0)
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    config.update({"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden})
+    config.layer_types = ["full_attention"] * layers
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).float().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
 
 
 def write_settings(output: Path, demo: Path, *, ranks: int, steps: int = 1) -> Path:

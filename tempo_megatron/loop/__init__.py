@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from pathlib import Path
 
 from tempo_megatron.cluster.lifetime import say
@@ -12,11 +11,15 @@ from tempo_megatron.config.schema import Config
 from tempo_megatron.imports import uncollected
 from tempo_megatron.telemetry.progress import run_title
 
+_told = False
+
 
 def load_libraries(config: Config) -> None:
     """Import what a rank of the config's stage needs, once in a process; changes nothing but that."""
-    if "torch" not in sys.modules:
+    global _told
+    if not _told:  # a rank that was forked hears it of its launcher
         _tell(f"{run_title(config.stage, config.output_dir)} importing torch, Megatron and vLLM")
+        _told = True
     with uncollected():
         _load_megatron()
         if config.stage == "sft":
