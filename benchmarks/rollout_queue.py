@@ -86,7 +86,7 @@ def replica(settings: dict[str, Any]) -> Prepare:
         else:
             with open_queue(engine, order, 1) as queue:
                 found = on_all_ranks(lambda: sample(engine, requests, 0, queue, _decode))
-        return sum(zlib.crc32(json.dumps([i, r.token_ids]).encode()) for i, f in found.items() for r in f.responses)
+        return sum(zlib.crc32(json.dumps([i, ids]).encode()) for i, f in found.items() for ids in f.token_ids.tolist())
 
     def prepare(case: dict[str, Any]) -> Run:
         dist.barrier()

@@ -46,6 +46,13 @@ class Ragged:
         return cls.of_lengths(torch.from_numpy(flat).to(dtype), lengths)
 
     @classmethod
+    def of_texts(cls, texts: Sequence[str]) -> Ragged:
+        """The bytes of texts in UTF-8, uint8."""
+        raw = [text.encode() for text in texts]
+        flat = torch.from_numpy(np.frombuffer(b"".join(raw), dtype=np.uint8).copy())
+        return cls.of_lengths(flat, torch.tensor([len(text) for text in raw], dtype=torch.int64))
+
+    @classmethod
     def empty(cls, rows: int, dtype: torch.dtype) -> Ragged:
         """``rows`` rows that this rank does not hold."""
         return cls(torch.zeros(0, dtype=dtype), torch.zeros(rows + 1, dtype=torch.int64))
@@ -94,6 +101,12 @@ class Ragged:
             return self
         return Ragged.of_lengths(self.values[held.repeat_interleave(self.lengths)], lengths)
 
+    def among(self, held: Tensor) -> Ragged:
+        """These n rows as those of ``held [N]`` (n True), in order, of N that are otherwise not held here."""
+        lengths = torch.zeros(len(held), dtype=torch.int64)
+        lengths[held] = self.lengths
+        return Ragged.of_lengths(self.values, lengths)
+
     def without_last(self) -> Ragged:
         """Every row without its last number; a row without any stays so."""
         lengths = (self.lengths - 1).clamp(min=0)
@@ -120,6 +133,10 @@ class Ragged:
         rows = torch.tensor(index, dtype=torch.int64)
         lengths = self.lengths[rows]
         self.values[positions(self.offsets[rows], lengths)] = table[torch.arange(table.shape[1]) < lengths[:, None]]
+
+    def texts(self) -> list[str]:
+        """Of bytes in UTF-8; an empty one for a row that this rank does not hold."""
+        return [row.numpy().tobytes().decode() for row in self]
 
     def tolist(self) -> list[list[Any]]:
         return [row.tolist() for row in self]

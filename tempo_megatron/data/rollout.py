@@ -19,7 +19,7 @@ class Rollouts:
     """N sampled responses; nobody has judged them yet.
 
     Facts of rows are known on every rank. Tokens are held by some ranks only (``Ragged``: a row that a rank does not
-    hold has no tokens there): at first by the replica's leader that sampled them, then by the ranks that train them.
+    hold has no tokens there): at first by the ``source`` that sampled them, then by the ranks that train them.
 
     Attributes:
         record_ids: ``[N]`` id of the prompt record.
@@ -27,11 +27,13 @@ class Rollouts:
         prompt_token_ids: N lists of prompt token ids, the data pool's own.
         response_token_ids: sampled token ids, int32; the stop token is the last one when ``finish_reason`` is
             ``"stop"``.
-        responses: N texts of the responses (special tokens skipped).
+        responses: N texts of the responses (special tokens skipped), as bytes in UTF-8; only where they were sampled.
+        response_bytes: ``[N]`` int64, lengths of the texts.
         finish_reason: ``[N]``, ``"stop"`` or ``"length"``.
         rollout_log_probs: float32, log p of each sampled token as processed by vLLM's sampler (after temperature,
             top-k, top-p).
         response_lengths: ``[N]`` int64 sampled tokens.
+        source: ``[N]`` int64, the rank that sampled the row.
         labeled: ``[N]`` bool.
         weights_version: of the policy weights that sampled this.
     """
@@ -40,10 +42,12 @@ class Rollouts:
     group: Tensor
     prompt_token_ids: list[list[int]]
     response_token_ids: Ragged
-    responses: list[str]
+    responses: Ragged
+    response_bytes: Tensor
     finish_reason: list[str]
     rollout_log_probs: Ragged
     response_lengths: Tensor
+    source: Tensor
     labeled: Tensor
     weights_version: int
 

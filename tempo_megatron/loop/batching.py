@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.session import Session
 from tempo_megatron.model.build import Role
+from tempo_megatron.parallel.device import to_device
 from tempo_megatron.parallel.shards import Grid, gather_facts, gather_parts
 from tempo_megatron.training.engine import MegatronEngine, StepResult
 from tempo_megatron.training.microbatch import Sequences
@@ -32,13 +33,13 @@ def token_count(batch: RolloutBatch) -> int:
 
 
 def at_microbatch(of_rows: Ragged, rows: list[int], like: Tensor) -> Tensor:
-    """``[n, L]``: a micro-batch's rows of what this rank holds, at the width and on the device of ``like``."""
-    return of_rows.padded(rows, like.shape[1]).to(like.device)
+    """``[n, L]``: a micro-batch's rows of what this rank holds, at the width of ``like``, on the device."""
+    return to_device(of_rows.padded(rows, like.shape[1]))
 
 
 def first_columns(counts: Tensor, rows: list[int], like: Tensor) -> Tensor:
-    """``[n, L]`` bool: the first ``counts [N]`` columns of a micro-batch's rows, in the shape of ``like``."""
-    return (torch.arange(like.shape[1]) < counts[rows][:, None]).to(like.device)
+    """``[n, L]`` bool, on the device: the first ``counts [N]`` columns of a micro-batch's rows, as wide as ``like``."""
+    return to_device(torch.arange(like.shape[1]) < counts[rows][:, None])
 
 
 def statistics_of(engine: MegatronEngine) -> Gather:
@@ -70,11 +71,15 @@ def terminal_values(grid: Grid, values: Ragged, homes: Tensor, lengths: Tensor, 
     return gather_facts(grid, facts, homes)
 
 
-def total_entropy(actor: MegatronEngine, results: Sequence[StepResult]) -> float:
-    """Of the policy's distribution at all tokens of these steps, nats."""
-    found = [result.outputs["entropy"] for result in results]
-    total = sum(float(x.rows((x.lengths > 0).nonzero().flatten()).padded().sum()) for x in found)
-    return float(parts_of([total], statistics_of(actor)).sum())
+def entropy_here(result: StepResult) -> float:
+    """Of the policy's distribution at the step's tokens that this rank has, nats."""
+    entropy = result.outputs["entropy"]
+    return float(entropy.rows((entropy.lengths > 0).nonzero().flatten()).padded().sum())
+
+
+def over_shards(number: float, engine: MegatronEngine) -> float:
+    """The sum of a number that each shard has of its own rows."""
+    return float(parts_of([number], statistics_of(engine)).sum())
 
 
 def minibatches(group: Tensor, parts: int, passes: int, seed: int) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class EMLoop(Driver):
         collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
         for_policy = self._policy_rows(collected) if plan.refine else torch.zeros_like(collected.for_actor)
         batch = place(session, collected.batch, collected.for_critic, for_policy, plan.order_seed)
+        collected = replace(collected, batch=batch)  # nothing holds the tokens where they were sampled any more
 
         # E-step: recalibrate the critic on D_L
         early_values = critic_values(session, batch) if plan.values_first else None

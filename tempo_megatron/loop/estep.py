@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ from tempo_megatron.loop.batching import (
 )
 from tempo_megatron.loop.session import Session
 from tempo_megatron.model.build import Role
+from tempo_megatron.parallel.device import to_device
 from tempo_megatron.training.engine import StepResult
 
 
@@ -37,7 +38,7 @@ class RecalibratedCritic:
 
     Attributes:
         calibration: of the terminal values before the update, on rollouts that the critic had not trained on.
-        steps: its optimizer steps.
+        steps: its optimizer steps, without their outputs.
     """
 
     calibration: Calibration
@@ -76,16 +77,19 @@ def recalibrate_critic(
     if old is None and (estep.minibatches > 1 or estep.value_clip is not None):
         old = critic_values(session, labeled)
     steps: list[StepResult] = []
+    before = old
     with session.ledger.phase("e_step"):
         for part in minibatches(labeled.group, estep.minibatches, estep.updates, seed):
             denominator = loss_denominator(states[part], estep.loss_agg)
             old_part = old.rows(part) if old is not None else None
             loss = partial(_loss, estep, old_part, outcome[part], states[part], denominator)
-            steps.append(critic.step(sequences(labeled.rows(part), "critic"), loss))
+            result = critic.step(sequences(labeled.rows(part), "critic"), loss)
+            if before is None:  # one mini-batch of all rows: its outputs are those of the critic before it
+                before = result.outputs["values"]
+            steps.append(replace(result, outputs={}))
         session.ledger.add_tokens("e_step", token_count(labeled) * estep.updates)
-    if old is None:  # one mini-batch of all rows: the first step's outputs are those of the critic before it
-        old = steps[0].outputs["values"]
-    terminal = terminal_values(critic.groups.grid, old, labeled.critic_home, lengths, position)
+    assert before is not None
+    terminal = terminal_values(critic.groups.grid, before, labeled.critic_home, lengths, position)
     return RecalibratedCritic(calibration(terminal, outcome), steps)
 
 
@@ -101,7 +105,7 @@ def _loss(
     """``rows`` are those of one micro-batch, what stands before them is of the optimizer step's rows."""
     values = outputs["values"]
     mask = first_columns(states, rows, values)
-    targets = torch.where(mask, outcome[rows].to(values.device)[:, None], 0.0)
+    targets = torch.where(mask, to_device(outcome[rows][:, None]), 0.0)
     if "logits" in outputs:  # a sigmoid head
         return value_bce_loss(outputs["logits"], targets, mask, loss_agg=estep.loss_agg, denominator=denominator)
     return value_loss(

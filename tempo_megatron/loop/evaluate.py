@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from tempo_megatron.loop.placement import Homes
 from tempo_megatron.loop.runtime import Runtime
 from tempo_megatron.loop.verification import Opening, judged_texts
 from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks
-from tempo_megatron.parallel.exchange import to_rank0
+from tempo_megatron.parallel.exchange import move_rows, to_rank0
 from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.rollout.expected import ExpectedLengths
@@ -44,13 +44,13 @@ class EvaluatedSet:
     """Every sample of one set: ``P * n`` rows, the n samples of a prompt together.
 
     Attributes:
-        logged_values: on rank 0 the token values of the rows that are logged; None without a critic.
+        logged: on rank 0 the token ids and the values of the rows that are logged; None without a critic.
         samples: the outcomes in the form that the figures read.
     """
 
     batch: Rollouts
     verdicts: list[Verdict]
-    logged_values: Ragged | None
+    logged: tuple[Ragged, Ragged] | None
     samples: Samples
 
 
@@ -136,20 +136,24 @@ class Evaluator:
         terminal, logged = self._values(prompts, batch) if "critic" in runtime.engines else (None, None)
         return EvaluatedSet(batch, verdicts, logged, _samples(prompts, batch, verdicts, answers, terminal))
 
-    def _values(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[Floats, Ragged]:
-        """The value of each response at its end, ``[N]``, and on rank 0 the token values of the rows to log."""
-        critic = self.runtime.engines["critic"]
-        sequences = Sequences(batch.prompt_token_ids, batch.response_token_ids, batch.response_lengths)
-        homes = Homes(critic.groups.grid, critic.homes(sequences))
-        values = critic.forward(replace(sequences, homes=homes.shard))["values"]
+    def _values(self, prompts: EvalPrompts, batch: Rollouts) -> tuple[Floats, tuple[Ragged, Ragged]]:
+        """The value of each response at its end, ``[N]``, and on rank 0 token ids and values of the rows to log."""
+        critic, sampled, lengths = self.runtime.engines["critic"], batch.response_token_ids, batch.response_lengths
+        dealt = critic.homes(Sequences(batch.prompt_token_ids, sampled, lengths))
+        homes = Homes(critic.groups.grid, dealt)
+        token_ids = move_rows(sampled, lengths, batch.source, homes.members)
+        values = critic.forward(Sequences(batch.prompt_token_ids, token_ids, lengths, dealt))["values"]
         position = self.runtime.config.algorithm.mstep.terminal_value
-        terminal = terminal_values(homes.grid, values, homes.shard, batch.response_lengths, position)
+        terminal = terminal_values(homes.grid, values, dealt, lengths, position)
         if not terminal.isfinite().all():
             bad = int((~terminal.isfinite()).sum())
             raise RunError(f"evaluation: {bad} of {len(terminal)} terminal values of the critic are not finite")
         floats: Floats = terminal.double().numpy()
         rows = torch.tensor(self._logged_rows(prompts), dtype=torch.int64)
-        return floats, to_rank0(values.rows(rows), batch.response_lengths[rows] + 1, homes.owners[rows])
+        return floats, (
+            to_rank0(sampled.rows(rows), lengths[rows], batch.source[rows]),
+            to_rank0(values.rows(rows), lengths[rows] + 1, homes.owners[rows]),
+        )
 
     def _logged_rows(self, prompts: EvalPrompts) -> list[int]:
         """The first sample of the first few prompts."""
@@ -158,17 +162,16 @@ class Evaluator:
 
     def _log(self, prompts: EvalPrompts, step: int, result: EvaluatedSet) -> None:
         """The first sample of the first few prompts, with its token values, for the report."""
-        if self.runtime.rollout_log is None or result.logged_values is None:
+        if self.runtime.rollout_log is None or result.logged is None:
             return
         tokenizer, batch = self.runtime.tokenizer, result.batch
-        for row, values in zip(self._logged_rows(prompts), result.logged_values, strict=True):
-            ids = batch.response_token_ids[row].tolist()
+        for row, ids, values in zip(self._logged_rows(prompts), *result.logged, strict=True):
             rollout_ = LoggedRollout(
                 step=step,
                 eval_set=prompts.settings.name,
                 record_id=batch.record_ids[row],
                 prompt=tokenizer.decode(batch.prompt_token_ids[row]),
-                tokens=[tokenizer.decode([t]) for t in ids],
+                tokens=[tokenizer.decode([t]) for t in ids.tolist()],
                 values=values.tolist(),
                 outcome=int(result.verdicts[row].correct),
             )

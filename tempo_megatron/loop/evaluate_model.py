@@ -31,6 +31,7 @@ from tempo_megatron.loop.data import PromptData, read_eval_sets
 from tempo_megatron.loop.evaluate import EvaluatedSet, Evaluator
 from tempo_megatron.loop.runtime import Runtime, await_verifier, claim_output, start_rollout, start_verifier
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
+from tempo_megatron.parallel.exchange import to_rank0
 from tempo_megatron.telemetry.environment import environment
 from tempo_megatron.telemetry.metrics import json_safe
 
@@ -88,7 +89,9 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         for done, prompts in enumerate(evaluator.sets, start=1):
             with runtime.ledger.phase("evaluate", prompts.settings.name):
                 result = evaluator.evaluate(prompts, updates, _VERSION)
-            record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, runtime, result, done - 1))
+                batch = result.batch
+                texts = to_rank0(batch.responses, batch.response_bytes, batch.source).texts()
+            record["sets"][prompts.settings.name] = on_rank0(partial(_finish_set, runtime, result, texts, done - 1))
             runtime.progress.advance(done, {})
         runtime.progress.close()  # the table comes below it
         on_rank0(lambda: _publish(runtime, record, other, compare_with))
@@ -131,11 +134,11 @@ def _samples_file(output: Path) -> Path:
     return output / f"{SAMPLES_FILE}.tmp"
 
 
-def _finish_set(runtime: Runtime, result: EvaluatedSet, index: int) -> dict[str, Any]:
+def _finish_set(runtime: Runtime, result: EvaluatedSet, texts: list[str], index: int) -> dict[str, Any]:
     """Rank 0: the set's samples to the file, its figures as the return value."""
     settings = runtime.config.evaluation.sets[index]
     with _samples_file(runtime.output).open("a", encoding="utf-8") as file:
-        for line in _sample_lines(settings.name, result):
+        for line in _sample_lines(settings.name, result, texts):
             file.write(json.dumps(json_safe(line), ensure_ascii=False, allow_nan=False) + "\n")
     return set_record(
         result.samples,
@@ -145,7 +148,7 @@ def _finish_set(runtime: Runtime, result: EvaluatedSet, index: int) -> dict[str,
     )
 
 
-def _sample_lines(name: str, result: EvaluatedSet) -> list[dict[str, Any]]:
+def _sample_lines(name: str, result: EvaluatedSet, texts: list[str]) -> list[dict[str, Any]]:
     samples, batch = result.samples, result.batch
     n = samples.samples_per_prompt
     return [
@@ -154,7 +157,7 @@ def _sample_lines(name: str, result: EvaluatedSet) -> list[dict[str, Any]]:
             "record_id": batch.record_ids[row],
             "source": samples.sources[row // n],
             "sample": row % n,
-            "response": batch.responses[row],
+            "response": texts[row],
             "finish_reason": batch.finish_reason[row],
             "tokens": int(samples.response_tokens.flat[row]),
             "extracted": verdict.extracted,

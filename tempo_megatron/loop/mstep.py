@@ -5,7 +5,7 @@ Paper Eq. 11 and 12; every method comes through here.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,14 +23,15 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.batching import (
     at_microbatch,
+    entropy_here,
     first_columns,
     minibatches,
     moved_role,
+    over_shards,
     sequences,
     statistics_of,
     terminal_values,
     token_count,
-    total_entropy,
     total_sums,
 )
 from tempo_megatron.loop.placement import values_for_policy
@@ -50,7 +51,7 @@ class RefinedPolicy:
         advantage, value: statistics of the tokens' advantages and baselines (none without a critic), by metric.
         entropy: of the policy's token distribution, nats per token, each row before its mini-batch's update.
         mismatch: of the rollout's log-probabilities and the trainer's, before the update.
-        steps: its optimizer steps.
+        steps: its optimizer steps, without their outputs.
     """
 
     policy: RolloutBatch
@@ -112,6 +113,7 @@ def refine_policy(
         with session.ledger.phase("log_probs"):
             old = actor.forward(sequences(policy, "actor"))["log_probs"]
     steps: list[StepResult] = []
+    before, entropy = old, 0.0
     with session.ledger.phase("m_step"):
         for part in minibatches(policy.group, mstep.minibatches, 1, seed):
             lengths = policy.response_lengths[part]
@@ -119,18 +121,21 @@ def refine_policy(
             old_part = old.rows(part) if old is not None else None
             sampler = policy.rollout_log_probs.rows(part)
             loss = partial(_loss, mstep, old_part, sampler, advantages.rows(part), lengths, denominator)
-            steps.append(actor.step(sequences(policy.rows(part), "actor"), loss))
+            result = actor.step(sequences(policy.rows(part), "actor"), loss)
+            if before is None:  # one mini-batch of all rows: its outputs are those of the policy before it
+                before = result.outputs["log_probs"]
+            entropy += entropy_here(result)
+            steps.append(replace(result, outputs={}))
         session.ledger.add_tokens("m_step", token_count(policy))
-    if old is None:  # one mini-batch of all rows: the first step's outputs are those of the policy before it
-        old = steps[0].outputs["log_probs"]
+    assert before is not None
     return RefinedPolicy(
         policy,
         terminal,
         reward.added(policy),
         summary_statistics("advantage", advantages.values, statistics_of(actor)),
         value,
-        total_entropy(actor, steps) / int(policy.response_lengths.sum()),
-        log_prob_difference(policy.rollout_log_probs.values, old.values, statistics_of(actor)),
+        over_shards(entropy, actor) / int(policy.response_lengths.sum()),
+        log_prob_difference(policy.rollout_log_probs.values, before.values, statistics_of(actor)),
         steps,
     )
 

@@ -13,7 +13,6 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import NOWHERE, RolloutBatch
 from tempo_megatron.loop.batching import minibatches
 from tempo_megatron.loop.session import Session
-from tempo_megatron.parallel.distributed import rank
 from tempo_megatron.parallel.exchange import move_rows
 from tempo_megatron.parallel.shards import Grid
 
@@ -108,10 +107,11 @@ def _step_numbers(group: Tensor, rows: Tensor, parts: int, seed: int) -> Tensor:
 
 
 def place(session: Session, batch: RolloutBatch, for_critic: Tensor, for_policy: Tensor, seed: int) -> RolloutBatch:
-    """The batch with homes, and with this rank's tokens alone; arguments as of ``plan_homes``."""
+    """The batch with homes, its tokens moved there; collective. Arguments as of ``plan_homes``."""
     critic = session.engines.get("critic")
+    lengths = batch.response_lengths
     placed = plan_homes(
-        batch.response_lengths + torch.tensor([len(p) for p in batch.prompt_token_ids], dtype=torch.int64),
+        lengths + torch.tensor([len(p) for p in batch.prompt_token_ids], dtype=torch.int64),
         batch.group,
         for_critic,
         for_policy,
@@ -124,8 +124,9 @@ def place(session: Session, batch: RolloutBatch, for_critic: Tensor, for_policy:
     nowhere = torch.full((len(batch),), NOWHERE)
     return replace(
         batch,
-        response_token_ids=batch.response_token_ids.only(placed.token_ids(rank())),
-        rollout_log_probs=batch.rollout_log_probs.only(placed.log_probs(rank())),
+        response_token_ids=move_rows(batch.response_token_ids, lengths, batch.source, placed.token_ids),
+        rollout_log_probs=move_rows(batch.rollout_log_probs, lengths, batch.source, placed.log_probs),
+        responses=Ragged.empty(len(batch), torch.uint8),
         actor_home=placed.actor.shard,
         critic_home=nowhere if placed.critic is None else placed.critic.shard,
     )

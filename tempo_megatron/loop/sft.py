@@ -12,7 +12,7 @@ from torch import Tensor
 from tempo_megatron.algorithm.policy_loss import aggregate
 from tempo_megatron.data.sampler import PromptSampler
 from tempo_megatron.errors import TempoError
-from tempo_megatron.loop.batching import first_columns, moved_role, total_entropy
+from tempo_megatron.loop.batching import entropy_here, first_columns, moved_role, over_shards
 from tempo_megatron.loop.data import SftData
 from tempo_megatron.loop.driver import Driver, StepOutcome
 from tempo_megatron.loop.session import Session
@@ -67,7 +67,7 @@ class SFTLoop(Driver):
             "sft/token_probability": chance,
             "sft/grad_norm": result.grad_norm,
             "sft/lr": result.lr,
-            "sft/entropy": total_entropy(actor, [result]) / tokens,
+            "sft/entropy": over_shards(entropy_here(result), actor) / tokens,
             "sft/tokens": tokens,
         }
         return StepOutcome(metrics, {"loss": result.loss, "p(token)": chance}, policy_updated=True)

@@ -19,6 +19,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on this rank's device; a copy from memory that is not pinned would wait for the device's work."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if use_cuda() else tensor
+
+
 def backend() -> str:
     """torch.distributed backend; on GPUs gloo serves the CPU tensors that travel (ids, plans)."""
     return "cpu:gloo,cuda:nccl" if use_cuda() else "gloo"

@@ -63,8 +63,7 @@ def move_rows(held: Ragged, lengths: Tensor, source: Tensor, wanted: Wanted) -> 
         [int(lengths[rows].sum()) for rows in out],
     )
     order = torch.cat(arriving)
-    by_row = Ragged.of_lengths(numbers, lengths[order]).rows(order.argsort())
-    return Ragged.of_lengths(by_row.values, torch.where(mine, lengths, 0))
+    return Ragged.of_lengths(numbers, lengths[order]).rows(order.argsort()).among(mine)
 
 
 def to_rank0(held: Ragged, lengths: Tensor, source: Tensor) -> Ragged:

@@ -1,4 +1,4 @@
-"""One rollout over all replicas: draw the prompts, sample, decode, gather the same rows on every rank."""
+"""One rollout over all replicas: draw the prompts, sample, decode, and tell every rank the facts of all rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
+from tempo_megatron.parallel.distributed import on_all_ranks, rank, sum_over_world, world_size
 from tempo_megatron.rollout.engine import GenerationRequest, ReadResponses, RolloutEngine, SampledResponse
 from tempo_megatron.rollout.expected import ExpectedLengths
 from tempo_megatron.rollout.prompts import PromptDraw
@@ -29,10 +27,28 @@ Hear = Callable[[int, list[str]], None]
 
 @dataclass(frozen=True)
 class Finished:
-    """All samples of one prompt, on the ranks of the replica that drew it; texts on its first rank, else empty."""
+    """All samples of one prompt, on the ranks of the replica that drew it.
 
-    responses: list[SampledResponse]
-    texts: list[str]
+    Attributes:
+        token_ids: int32.
+        log_probs: float32.
+        stopped: which have ended by a stop token.
+        texts: bytes in UTF-8, on the replica's first rank; on the others none.
+    """
+
+    token_ids: Ragged
+    log_probs: Ragged
+    stopped: list[bool]
+    texts: Ragged
+
+    @classmethod
+    def of(cls, responses: list[SampledResponse], texts: list[str]) -> Finished:
+        return cls(
+            Ragged.of_rows([r.token_ids for r in responses], torch.int32),
+            Ragged.of_rows([r.log_probs for r in responses], torch.float32),
+            [r.finish_reason == "stop" for r in responses],
+            Ragged.of_texts(texts),
+        )
 
 
 def rollout(
@@ -66,7 +82,8 @@ def rollout(
 
     Returns:
         N = ``len(prompts) * samples_per_prompt`` rows, samples of a prompt together, prompts in the given order;
-        ``group`` is the prompt's position. Identical on every rank.
+        ``group`` is the prompt's position. Facts are the same on every rank; the tokens and the text of a row stay on
+        the first rank of the replica that sampled it (``source``).
 
     Raises:
         TempoError: a prompt leaves no room for a response.
@@ -82,11 +99,10 @@ def rollout(
     with open_queue(engine, expected.order(prompts), samples_per_prompt) as queue:
         found = on_all_ranks(lambda: sample(engine, requests, version, queue, decode, hear, on_progress))
     _require_equal_replicas(engine, found)
-    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
-    gathered = _gather(len(prompt_of_row), samples_per_prompt, found if engine.is_replica_leader else {})
-    means = gathered.lengths.view(len(prompts), samples_per_prompt).double().mean(1)
+    rollouts = _rollouts(prompts, samples_per_prompt, found if engine.is_replica_leader else {}, version)
+    means = rollouts.response_lengths.view(len(prompts), samples_per_prompt).double().mean(1)
     expected.observe(prompts, means.tolist())
-    return _rollouts(prompts, prompt_of_row, gathered, version)
+    return rollouts
 
 
 def sample(
@@ -123,11 +139,11 @@ def sample(
         try:
             found = responses()
             if not engine.is_replica_leader:
-                return Finished(found, [])
+                return Finished.of(found, [])
             texts = decode([r.token_ids for r in found])
             if hear is not None:
                 hear(index, texts)
-            return Finished(found, texts)
+            return Finished.of(found, texts)
         except BaseException:
             queue.give_up()  # at once: this replica finds out when it has sampled what it drew
             raise
@@ -145,7 +161,7 @@ def sample(
         if isinstance(error, TempoError):
             raise
         # whatever vLLM or the tokenizer died of, the other ranks must hear of it
-        raise RunError(f"rollout: rank {dist.get_rank()} failed: {type(error).__name__}: {error}") from error
+        raise RunError(f"rollout: rank {rank()} failed: {type(error).__name__}: {error}") from error
 
 
 def _room(engine: RolloutEngine, draw: PromptDraw, max_response_tokens: int) -> int:
@@ -160,73 +176,51 @@ def _room(engine: RolloutEngine, draw: PromptDraw, max_response_tokens: int) -> 
 
 def _require_equal_replicas(engine: RolloutEngine, found: dict[int, Finished]) -> None:
     """The ranks of a tensor-parallel replica run vLLM in lockstep; that they did is checked, not believed."""
-    parts = [np.array([i, *(t for r in f.responses for t in r.token_ids)], np.int32) for i, f in found.items()]
-    digests = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    digests[dist.get_rank()] = zlib.crc32(b"".join(part.tobytes() for part in parts))
+    parts = [part for i, f in found.items() for part in (np.int32(i), f.token_ids.values.numpy())]
+    digests = torch.zeros(world_size(), dtype=torch.int64)
+    digests[rank()] = zlib.crc32(b"".join(part.tobytes() for part in parts))
     for index, replica in enumerate(sum_over_world(digests).view(engine.num_replicas, -1)):
         if (replica != replica[0]).any():
             raise RunError(f"rollout: the ranks of vLLM replica {index} sampled different tokens from the same seeds")
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    """All N rows of a rollout: ``lengths [N]``, ``stopped [N]``, flat ids and log-probabilities, texts."""
-
-    lengths: Tensor
-    stopped: Tensor
-    token_ids: Tensor
-    log_probs: Tensor
-    texts: list[str]
-
-
-def _gather(num_rows: int, samples_per_prompt: int, found: dict[int, Finished]) -> _Gathered:
-    """Put the rows of all replicas together on every rank: each row has one owner, the others add zeros.
+def _rollouts(
+    prompts: Sequence[PromptDraw], samples_per_prompt: int, found: dict[int, Finished], version: int
+) -> Rollouts:
+    """Facts of all rows on every rank; tokens and texts stay where they were sampled. Collective.
 
     Args:
-        num_rows: N.
         found: what this rank contributes, by prompt, in their order.
     """
-    own = torch.tensor(list(found), dtype=torch.int64)[:, None] * samples_per_prompt + torch.arange(samples_per_prompt)
-    own = own.flatten()  # rows, which only their owner knows before this
-    responses = [r for f in found.values() for r in f.responses]
-    raw_texts = [text.encode() for f in found.values() for text in f.texts]
-    shape = torch.zeros(num_rows, 4, dtype=torch.int64)
-    shape[own] = torch.tensor(
-        [[1, len(r.token_ids), r.finish_reason == "stop", len(t)] for r, t in zip(responses, raw_texts, strict=True)],
-        dtype=torch.int64,
-    ).view(-1, 4)
-    owners, lengths, stopped, text_bytes = sum_over_world(shape).unbind(1)
+    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
+    num_rows = len(prompt_of_row)
+    mine = torch.zeros(num_rows, dtype=torch.bool)
+    mine[torch.isin(prompt_of_row, torch.tensor(list(found), dtype=torch.int64))] = True
+    token_ids, log_probs, texts = (
+        Ragged.concat([getattr(f, name) for f in found.values()]) if found else Ragged.empty(0, dtype)
+        for name, dtype in (("token_ids", torch.int32), ("log_probs", torch.float32), ("texts", torch.uint8))
+    )
+    stopped = torch.tensor([stop for f in found.values() for stop in f.stopped], dtype=torch.int64)
+    facts = torch.zeros(num_rows, 5, dtype=torch.int64)
+    facts[mine] = torch.stack(
+        [torch.ones_like(stopped), torch.full_like(stopped, rank()), token_ids.lengths, stopped, texts.lengths], 1
+    )
+    owners, source, lengths, stopped, text_bytes = sum_over_world(facts).unbind(1)
     if (owners != 1).any():
         row = int((owners != 1).nonzero()[0])
         raise RunError(f"rollout: row {row} of {num_rows} was sampled by {int(owners[row])} replicas")
-    is_own = torch.zeros(num_rows, dtype=torch.bool)
-    is_own[own] = True
-
-    def flat(values: np.ndarray, sizes: Tensor) -> Tensor:
-        mine = torch.from_numpy(values)
-        everything = torch.zeros(int(sizes.sum()), dtype=mine.dtype)
-        everything[is_own.repeat_interleave(sizes)] = mine
-        return sum_over_world(everything)
-
-    token_ids = flat(np.array([t for r in responses for t in r.token_ids], dtype=np.int32), lengths)
-    log_probs = flat(np.array([p for r in responses for p in r.log_probs], dtype=np.float32), lengths)
-    text = flat(np.frombuffer(b"".join(raw_texts), dtype=np.uint8).copy(), text_bytes).numpy().tobytes()
-    ends = text_bytes.cumsum(0).tolist()
-    all_texts = [text[end - size : end].decode() for end, size in zip(ends, text_bytes.tolist(), strict=True)]
-    return _Gathered(lengths, stopped.bool(), token_ids, log_probs, all_texts)
-
-
-def _rollouts(prompts: Sequence[PromptDraw], prompt_of_row: Tensor, rows: _Gathered, version: int) -> Rollouts:
     draws = [prompts[i] for i in prompt_of_row.tolist()]
     return Rollouts(
         record_ids=[draw.record_id for draw in draws],
         group=prompt_of_row,
         prompt_token_ids=[draw.prompt_token_ids for draw in draws],
-        response_token_ids=Ragged.of_lengths(rows.token_ids, rows.lengths),
-        responses=rows.texts,
-        finish_reason=["stop" if stopped else "length" for stopped in rows.stopped.tolist()],
-        rollout_log_probs=Ragged.of_lengths(rows.log_probs, rows.lengths),
-        response_lengths=rows.lengths,
+        response_token_ids=token_ids.among(mine),
+        responses=texts.among(mine),
+        response_bytes=text_bytes,
+        finish_reason=["stop" if stop else "length" for stop in stopped.tolist()],
+        rollout_log_probs=log_probs.among(mine),
+        response_lengths=lengths,
+        source=source,
         labeled=torch.tensor([draw.labeled for draw in draws], dtype=torch.bool),
         weights_version=version,
     )

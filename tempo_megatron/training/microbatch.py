@@ -17,7 +17,7 @@ from tempo_megatron.data.homes import assign_homes, row_costs
 from tempo_megatron.data.packing import plan_microbatches
 from tempo_megatron.data.ragged import Ragged, positions
 from tempo_megatron.model.layers import context_positions
-from tempo_megatron.parallel.device import device
+from tempo_megatron.parallel.device import to_device
 
 
 @dataclass(frozen=True)
@@ -206,19 +206,21 @@ def _pack(sequences: Sequences, rows: list[int], context_part: tuple[int, int], 
     tokens[predicted + 1] = responses
     targets = torch.full((total,), -1)
     targets[predicted] = responses
-    by_rank = [
-        torch.cat([s + context_positions(n, cp, r) for s, n in zip(starts.tolist(), size.tolist(), strict=True)])
-        for r in range(cp)
-    ]
-    mine = by_rank[cp_rank]
+    order = torch.arange(total)
+    mine: Tensor | slice = slice(None)
+    if cp > 1:
+        by_rank = [
+            torch.cat([s + context_positions(n, cp, r) for s, n in zip(starts.tolist(), sizes, strict=True)])
+            for r in range(cp)
+        ]
+        order, mine = torch.cat(by_rank).argsort(), by_rank[cp_rank]
     predicting = (targets[mine] >= 0).nonzero().squeeze(1)
-    where = device()
-    cu_seqlens = cumulative.to(torch.int32).to(where)
+    cu_seqlens = to_device(cumulative.to(torch.int32))
     longest = max(sizes)
     return MicroBatch(
         rows=rows,
-        input_ids=tokens[mine].unsqueeze(0).to(where),
-        position_ids=(torch.arange(total) - torch.repeat_interleave(starts, size))[mine].unsqueeze(0).to(where),
+        input_ids=to_device(tokens[mine].unsqueeze(0)),
+        position_ids=to_device((torch.arange(total) - starts.repeat_interleave(size))[mine].unsqueeze(0)),
         packed=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -226,9 +228,9 @@ def _pack(sequences: Sequences, rows: list[int], context_part: tuple[int, int], 
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
-        order=torch.cat(by_rank).argsort().to(where),
-        predicting=predicting.to(where),
-        targets=targets[mine][predicting].to(where),
-        first=first.to(where),
-        response_lengths=response_lengths.to(where),
+        order=to_device(order),
+        predicting=to_device(predicting),
+        targets=to_device(targets[mine][predicting]),
+        first=to_device(first),
+        response_lengths=to_device(response_lengths),
     )

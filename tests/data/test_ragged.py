@@ -38,10 +38,19 @@ def test_tables_and_facts(rows: list[list[int]], data: st.DataObject) -> None:
     held = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     kept = ragged.only(torch.tensor(held, dtype=torch.bool))
     assert kept.tolist() == [row if h else [] for row, h in zip(rows, held, strict=True)]
+    mask = torch.tensor(held, dtype=torch.bool)
+    assert ragged.rows(mask.nonzero().flatten()).among(mask).tolist() == kept.tolist()
     target = Ragged.of_lengths(torch.zeros(len(ragged.values)), ragged.lengths)
     order = list(range(len(rows)))[::-1]
     target.put(order, ragged.padded(order, width))
     assert torch.equal(target.values, ragged.values)
+
+
+@given(st.lists(st.text(max_size=5), max_size=5))
+def test_texts_are_bytes(texts: list[str]) -> None:
+    ragged = Ragged.of_texts(texts)
+    assert (ragged.texts(), ragged.values.dtype) == (texts, torch.uint8)
+    assert Ragged.empty(2, torch.uint8).texts() == ["", ""]
 
 
 def test_what_does_not_fit_is_told() -> None:

@@ -20,10 +20,12 @@ def rollouts(lengths: list[int], group: list[int], version: int = 2) -> Rollouts
         group=torch.tensor(group, dtype=torch.int64),
         prompt_token_ids=[[g] for g in group],
         response_token_ids=Ragged.of_rows([[k] * length for k, length in enumerate(lengths)], torch.int32),
-        responses=[str(k) for k in range(n)],
+        responses=Ragged.of_texts([str(k) for k in range(n)]),
+        response_bytes=torch.ones(n, dtype=torch.int64),
         finish_reason=["length" if length == longest else "stop" for length in lengths],
         rollout_log_probs=Ragged.of_lengths(torch.full((sum(lengths),), -1.0), counts),
         response_lengths=counts,
+        source=torch.zeros(n, dtype=torch.int64),
         labeled=torch.tensor([g % 2 == 0 for g in group], dtype=torch.bool),
         weights_version=version,
     )
@@ -47,7 +49,7 @@ def test_picked_rows_keep_their_kind_and_their_tokens() -> None:
     batch = plain.with_outcomes(torch.tensor([1.0, 0.0, math.nan]))
     picked = batch.rows(torch.tensor([1, 0]))
     assert isinstance(picked, RolloutBatch) and type(plain.rows([2])) is Rollouts
-    assert picked.responses == ["1", "0"] and picked.outcome.tolist() == [0, 1]
+    assert picked.responses.texts() == ["1", "0"] and picked.outcome.tolist() == [0, 1]
     assert picked.response_token_ids.tolist() == [[1], [0, 0]] and picked.response_lengths.tolist() == [1, 2]
     assert picked.rollout_log_probs.tolist() == [[-1], [-1, -1]]
     assert batch.truncated.tolist() == [False, False, True]

@@ -140,7 +140,7 @@ def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
             "tokens": everywhere(b.response_token_ids).tolist(),
             "prompts": b.prompt_token_ids,
             "log_probs": everywhere(b.rollout_log_probs).padded(),
-            "texts": b.responses,
+            "texts": everywhere(b.responses).texts(),
             "ids": b.record_ids,
             "labeled": b.labeled,
             "outcome": b.outcome,
@@ -154,7 +154,8 @@ def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
     def watched_generate(*args: Any) -> Any:
         r = generate(*args)
         tokens = everywhere(r.response_token_ids).tolist()
-        sampled = {"ids": r.record_ids, "texts": r.responses, "tokens": tokens, "group": r.group}
+        texts = everywhere(r.responses).texts()
+        sampled = {"ids": r.record_ids, "texts": texts, "tokens": tokens, "group": r.group}
         steps[-1]["rounds"].append({**sampled, "labeled": r.labeled})
         return r
 

@@ -54,10 +54,12 @@ def batch_of(draws: list[PromptDraw], version: int, hear: Hear) -> Rollouts:
         group=torch.arange(len(draws)).repeat_interleave(SAMPLES),
         prompt_token_ids=[[1]] * n,
         response_token_ids=Ragged.of_rows([[2]] * n, torch.int32),
-        responses=[c for d in draws for c in OUTCOMES.get(d.record_id, "wwww")],
+        responses=Ragged.of_texts([c for d in draws for c in OUTCOMES.get(d.record_id, "wwww")]),
+        response_bytes=torch.ones(n, dtype=torch.int64),
         finish_reason=["length" if c == "n" else "stop" for d in draws for c in OUTCOMES.get(d.record_id, "wwww")],
         rollout_log_probs=Ragged.of_rows([[0.0]] * n, torch.float32),
         response_lengths=torch.ones(n, dtype=torch.int64),
+        source=torch.zeros(n, dtype=torch.int64),
         labeled=torch.tensor([d.labeled for d in rows]),
         weights_version=version,
     )

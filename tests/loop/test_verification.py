@@ -45,10 +45,12 @@ def sampled(rows: list[tuple[str, str, bool]] = SAMPLED) -> Rollouts:
         group=torch.tensor([sorted(set(ids)).index(i) for i in ids], dtype=torch.int64),
         prompt_token_ids=[[1]] * n,
         response_token_ids=Ragged.of_rows([[2]] * n, torch.int32),
-        responses=[text for _, text, _ in rows],
+        responses=Ragged.of_texts([text for _, text, _ in rows]),
+        response_bytes=torch.tensor([len(text) for _, text, _ in rows]),
         finish_reason=["length" if cut else "stop" for _, _, cut in rows],
         rollout_log_probs=Ragged.of_rows([[0.0]] * n, torch.float32),
         response_lengths=torch.ones(n, dtype=torch.int64),
+        source=torch.zeros(n, dtype=torch.int64),
         labeled=torch.tensor([i.startswith("l") for i in ids], dtype=torch.bool),
         weights_version=0,
     )
@@ -61,8 +63,9 @@ def verified(verifier: RolloutVerifier, rollouts: Rollouts) -> Verified:
     hearing = verifier.begin(
         [PromptDraw(rollouts.record_ids[i], rollouts.prompt_token_ids[i], bool(rollouts.labeled[i]), 0) for i in firsts]
     )
+    texts = rollouts.responses.texts()
     for position in reversed(range(len(groups))):
-        hearing.hear(position, [rollouts.responses[row] for row in groups[position]])
+        hearing.hear(position, [texts[row] for row in groups[position]])
     return verifier.verify(hearing, rollouts)
 
 
@@ -120,7 +123,7 @@ def test_a_prompt_that_opens_reasoning_leaves_the_response_in_it(service: Verifi
     batch = verified(verifier, sampled(answers)).batch
     assert batch.outcome[:3].tolist() == [0, 1, 0]
     assert batch.answer_cluster.tolist() == [-1, -1, -1, -1, 0]
-    assert batch.responses == [text for _, text, _ in answers]
+    assert batch.responses.texts() == [text for _, text, _ in answers]
 
 
 def test_an_answer_that_cannot_be_asked_about_is_told(service: VerifierService) -> None:

@@ -29,6 +29,7 @@ from tempo_megatron.rollout.collect import rollout, sample
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
 from tempo_megatron.rollout.prompts import PromptDraw
 from tempo_megatron.rollout.queue import PromptQueue, open_queue
+from tests.everywhere import everywhere
 
 #: To each prompt of ``_forced``.
 FORCED_SAMPLES = 2
@@ -53,7 +54,12 @@ def _decode_failing_on_last_replica(engine: RolloutEngine, responses: list[list[
 
 
 def _plain(batch: Rollouts) -> dict:
+    """All rows, of which each is held where it was sampled."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    for name, value in values.items():
+        if isinstance(value, Ragged):
+            assert torch.equal(value.lengths > 0, batch.source == dist.get_rank()), name
+            values[name] = everywhere(value)
     return {name: v.tolist() if isinstance(v, torch.Tensor | Ragged) else v for name, v in values.items()}
 
 
@@ -87,7 +93,12 @@ def _forced(engine: RolloutEngine, lengths: list[int], *, dealt: bool) -> dict:
     else:
         with open_queue(engine, order, FORCED_SAMPLES) as queue:
             found = on_all_ranks(lambda: sample(engine, requests, 1, Watched(queue), _decode))
-    shares = gather_objects({i: [[r.token_ids, r.log_probs] for r in f.responses] for i, f in found.items()})
+    shares = gather_objects(
+        {
+            i: [list(row) for row in zip(f.token_ids.tolist(), f.log_probs.tolist(), strict=True)]
+            for i, f in found.items()
+        }
+    )
     leaders = shares[:: dist.get_world_size() // engine.num_replicas]
     return {
         "all": sorted((i, rows) for share in leaders for i, rows in share.items()),

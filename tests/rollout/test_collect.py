@@ -53,7 +53,9 @@ def test_rows_are_the_samples_of_each_prompt_in_order(engine: RolloutEngine) -> 
     assert batch.response_token_ids.tolist() == [r.token_ids for r in alone]
     assert batch.finish_reason == [r.finish_reason for r in alone]
     assert set(batch.finish_reason) == {"stop", "length"}
-    assert batch.responses == _decode(batch.response_token_ids.tolist())
+    assert batch.responses.texts() == _decode(batch.response_token_ids.tolist())
+    assert torch.equal(batch.responses.lengths, batch.response_bytes)
+    assert batch.source.tolist() == [0] * 15
     assert batch.response_lengths.tolist() == [len(r.token_ids) for r in alone]
     assert batch.rollout_log_probs.values.dtype == torch.float32
     assert torch.equal(batch.rollout_log_probs.lengths, batch.response_lengths)
@@ -79,7 +81,7 @@ def test_a_finished_prompt_is_heard_of_while_others_are_sampled(engine: RolloutE
         hear=hear,
         on_progress=lambda done, drawn: None if heard.wait(60) else pytest.fail("nobody heard of the first prompt"),
     )
-    assert [text for position in range(len(DRAWS)) for text in texts[position]] == batch.responses
+    assert [text for position in range(len(DRAWS)) for text in texts[position]] == batch.responses.texts()
 
 
 def test_a_long_prompt_leaves_less_for_the_response(engine: RolloutEngine) -> None:

@@ -72,6 +72,8 @@ def test_every_layout_samples_what_one_replica_samples(
         engine, draws, **SIZES, version=1, decode=lambda all_ids: [" ".join(map(str, ids)) for ids in all_ids]
     )
     batch = ranks[0]["batch"]
+    replicas = set(batch.pop("source"))
+    assert replicas <= ({0, 1} if tensor_parallel_size == 1 else {0})
     log_probs = torch.tensor([x for row in batch.pop("rollout_log_probs") for x in row])
     torch.testing.assert_close(log_probs, alone.rollout_log_probs.values, rtol=0, atol=1e-5)
     for name, value in batch.items():
