@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -21,6 +22,7 @@ from tests.loop import em_runs
 TENSOR_COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 collectives: list[list[Any]] = []
+objects: list[int] = []  # bytes
 moved: list[int] = []
 
 
@@ -32,9 +34,15 @@ def noted(name: str) -> Callable[..., Any]:
     def note(*args: Any, **kwargs: Any) -> Any:
         values = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list) else [arg])]
         size = sum(x.nbytes for x in values if isinstance(x, torch.Tensor))
-        frames = sys._getframe(1).f_globals["__name__"]
-        if frames.startswith("tempo_megatron"):
-            collectives.append([name, frames, size])
+        collectives.append([name, sys._getframe(1).f_globals["__name__"], size])
+        return original(*args, **kwargs)
+
+    return note
+
+
+def pickling(original: Callable[..., Any], which: int) -> Callable[..., Any]:
+    def note(*args: Any, **kwargs: Any) -> Any:
+        objects.append(len(pickle.dumps(args[which])))
         return original(*args, **kwargs)
 
     return note
@@ -72,10 +80,10 @@ def run(overrides: list[str]) -> dict[str, Any]:
     step = em.EMLoop._em_step
 
     def watched_step(loop: em.EMLoop) -> Any:
-        collectives.clear()
-        moved.clear()
+        for noted_ones in (collectives, objects, moved):
+            noted_ones.clear()
         result = step(loop)
-        found.update(collectives=list(collectives), moved=list(moved))
+        found.update(collectives=list(collectives), largest_object=max(objects), moved=list(moved))
         return result
 
     em.place, em.EMLoop._em_step = watched_place, watched_step  # type: ignore[method-assign]
@@ -92,6 +100,8 @@ def main() -> None:
     for name in TENSOR_COLLECTIVES:
         setattr(dist, name, noted(name))
     dist.all_to_all_single = moving(dist.all_to_all_single)
+    dist.all_gather_object = pickling(dist.all_gather_object, 1)
+    dist.broadcast_object_list = pickling(dist.broadcast_object_list, 0)
     runs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, overrides in runs.items():
         found = run(overrides)
