@@ -76,8 +76,9 @@ class EMLoop(Driver):
 
         # sample D_L and D_U, verify D_L (the filter does both again until there are enough prompts)
         collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
-        for_policy = self._policy_rows(collected) if plan.refine else torch.zeros_like(collected.for_actor)
-        batch = place(session, collected.batch, collected.for_critic, for_policy, plan.order_seed)
+        with session.ledger.phase("place"):
+            for_policy = self._policy_rows(collected) if plan.refine else torch.zeros_like(collected.for_actor)
+            batch = place(session, collected.batch, collected.for_critic, for_policy, plan.order_seed)
         collected = replace(collected, batch=batch)  # nothing holds the tokens where they were sampled any more
 
         # E-step: recalibrate the critic on D_L

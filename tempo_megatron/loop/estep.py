@@ -89,8 +89,9 @@ def recalibrate_critic(
             steps.append(replace(result, outputs={}))
         session.ledger.add_tokens("e_step", token_count(labeled) * estep.updates)
     assert before is not None
-    terminal = terminal_values(critic.groups.grid, before, labeled.critic_home, lengths, position)
-    return RecalibratedCritic(calibration(terminal, outcome), steps)
+    with session.ledger.phase("statistics"):
+        terminal = terminal_values(critic.groups.grid, before, labeled.critic_home, lengths, position)
+        return RecalibratedCritic(calibration(terminal, outcome), steps)
 
 
 def _loss(

@@ -100,14 +100,15 @@ def refine_policy(
     """
     mstep, actor = session.config.algorithm.mstep, session.engines["actor"]
     worth, value = None, {}
-    if values is not None:
-        critic = session.engines["critic"]
-        worth = terminal_values(
-            critic.groups.grid, values, policy.critic_home, policy.response_lengths, mstep.terminal_value
-        )
-        value = summary_statistics("value", values.without_last().values, statistics_of(critic))
-    terminal = reward(policy, worth)
-    advantages = _advantages(session, policy, terminal, values)
+    with session.ledger.phase("advantages"):
+        if values is not None:
+            critic = session.engines["critic"]
+            worth = terminal_values(
+                critic.groups.grid, values, policy.critic_home, policy.response_lengths, mstep.terminal_value
+            )
+            value = summary_statistics("value", values.without_last().values, statistics_of(critic))
+        terminal = reward(policy, worth)
+        advantages = _advantages(session, policy, terminal, values)
     old: Ragged | None = None
     if mstep.minibatches > 1:
         with session.ledger.phase("log_probs"):
@@ -128,16 +129,17 @@ def refine_policy(
             steps.append(replace(result, outputs={}))
         session.ledger.add_tokens("m_step", token_count(policy))
     assert before is not None
-    return RefinedPolicy(
-        policy,
-        terminal,
-        reward.added(policy),
-        summary_statistics("advantage", advantages.values, statistics_of(actor)),
-        value,
-        over_shards(entropy, actor) / int(policy.response_lengths.sum()),
-        log_prob_difference(policy.rollout_log_probs.values, before.values, statistics_of(actor)),
-        steps,
-    )
+    with session.ledger.phase("statistics"):
+        return RefinedPolicy(
+            policy,
+            terminal,
+            reward.added(policy),
+            summary_statistics("advantage", advantages.values, statistics_of(actor)),
+            value,
+            over_shards(entropy, actor) / int(policy.response_lengths.sum()),
+            log_prob_difference(policy.rollout_log_probs.values, before.values, statistics_of(actor)),
+            steps,
+        )
 
 
 def _advantages(session: Session, policy: RolloutBatch, terminal: Tensor, values: Ragged | None) -> Ragged:

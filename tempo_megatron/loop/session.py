@@ -164,7 +164,8 @@ class Session(Runtime):
         record = {"step": step, "stage": self.config.stage, **metrics, **self.ledger.collect()}
         if self.checkpoints.unchanged:
             record["checkpoint/unchanged_roles"] = len(self.checkpoints.unchanged)
-        on_rank0(partial(self._write, record))
+        with self.ledger.phase("record"):  # of the next record's time
+            on_rank0(partial(self._write, record))
         self.progress.advance(progressed, shown)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -29,7 +29,10 @@ PHASES = {
     "train": "training",
     "rollout": "sampling (vLLM)",
     "verify": "verifying",
+    "place": "rows to where they train",
     "values": "critic's values",
+    "advantages": "rewards and advantages",
+    "statistics": "statistics of rows",
     "log_probs": "log-probabilities",
     "e_step": "E-step (critic)",
     "m_step": "M-step (policy)",
@@ -37,6 +40,7 @@ PHASES = {
     "evaluate": "evaluating",
     "checkpoint": "writing a checkpoint",
     "rollback": "going back",
+    "record": "writing the record before",
 }
 
 #: Figures of an evaluation set, by the last part of ``eval/<set>/<figure>``; ``{0}`` is the k or n of the name.
