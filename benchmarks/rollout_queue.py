@@ -2,7 +2,8 @@
 
 Lengths are forced (no stop ids, a limit for each prompt) and lognormal. The queue knows them as it would from an
 earlier step, off by a factor exp(0.3 z); static dealing, which this project did before, takes the prompts as they come.
-A run is several rollouts of other lengths, because one is longer or shorter by the luck of its longest response.
+A run is several rollouts of other lengths, because one is longer or shorter by the luck of its longest response. Every
+place of a replica has four turns; the more it has, the more even is static dealing by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.harness import Comparison, Contender, Prepare, Run, compare, sta
 from benchmarks.report import Options, Report, ahead_of
 from benchmarks.worlds import join_world, long_tail, token_ids, write_random_model
 
-REPLICAS, PROMPTS, SEQS, MEAN, ROLLOUTS = 2, 64, 8, 48, 6
+REPLICAS, PROMPTS, SEQS, MEAN, ROLLOUTS = 2, 32, 4, 48, 8
 PROMPT, VOCAB = 16, 1024
 OFF = 0.3  # sigma of what is expected against what comes
 

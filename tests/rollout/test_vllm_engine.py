@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -89,6 +90,23 @@ def test_progress_counts_responses(loaded: RolloutEngine) -> None:
     loaded.generate([GenerationRequest(random_prompt(i, 6), 0, 2, 3 + i) for i in range(4)], 7, seen.append)
     assert seen == sorted(set(seen))
     assert seen[-1] == 8
+
+
+def test_nothing_is_drawn_while_what_was_drawn_waits(loaded: RolloutEngine) -> None:
+    """Ten prompts are more tokens than a step takes: places are left, and yet others have to wait."""
+    requests = [GenerationRequest(random_prompt(i, 100), i, 1, 2) for i in range(100)]
+    scheduler, indices = loaded._llm.engine_core.engine_core.scheduler, iter(range(100))
+    waiting: list[int] = []
+
+    def draw() -> int | None:
+        waiting.append(scheduler.get_request_counts()[1])
+        return next(indices, None)
+
+    finished: list[int] = []
+    loaded.generate_drawn(requests, 7, draw, lambda index, _: finished.append(index))
+    assert sorted(finished) == list(range(100))
+    assert waiting[:64] == list(range(64))
+    assert all(after in (0, before + 1) for before, after in itertools.pairwise(waiting))
 
 
 def test_sampling_leaves_the_trainers_random_states(loaded: RolloutEngine) -> None:
