@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Comparison, Contender, Prepare, Run, compare, started
-from benchmarks.report import Options, Report, ahead_of
+from benchmarks.harness import Comparison, Contender, Prepare, Run, Spread, compare, started
+from benchmarks.report import Figure, Options, Report, ahead_of
 from benchmarks.worlds import join_world, long_tail, token_ids, write_random_model
 
 REPLICAS, PROMPTS, SEQS, MEAN, ROLLOUTS = 2, 32, 4, 48, 8
@@ -37,10 +38,20 @@ def run(options: Options) -> Report:
             comparison = compare(what, {"rollouts": rollouts}, running, options.rounds)
     figures = [
         *ahead_of(comparison, "static dealing", "long tail on 2 replicas: queue against static dealing", ">= 1.2"),
-        *ahead_of(comparison, "queue, nothing known", "the same queue, with lengths known against unknown"),
+        *_busier(comparison, "static dealing", "the same, CPU seconds of each rollout's slowest replica", ">= 1.2"),
+        *_busier(comparison, "queue, nothing known", "the same, queue without knowledge against queue with it"),
     ]
     about = "Rollouts of forced lognormal lengths (mean 48, sigma 0.7) on two replicas of one thread."
     return Report("rollout_queue", about, [comparison], figures, {"equal_batches": _equal(comparison)})
+
+
+def _busier(comparison: Comparison, contender: str, what: str, target: str | None = None) -> list[Figure]:
+    """How much longer the slowest replicas computed: what else the machine does makes replicas wait, not compute."""
+    first, other = comparison.lines[0], comparison.line(contender)
+    if first.failed is not None or other.failed is not None:
+        return []
+    pairs = list(zip(first.facts["slowest_cpu_s"], other.facts["slowest_cpu_s"], strict=True))[-comparison.rounds :]
+    return [Figure(what, Spread.of([theirs / ours for ours, theirs in pairs]), "x", target)]
 
 
 def _equal(comparison: Comparison) -> bool:
@@ -64,8 +75,8 @@ def replica(settings: dict[str, Any]) -> Prepare:
     from safetensors.torch import load_file
 
     from tempo_megatron.config.schema import RolloutConfig
-    from tempo_megatron.parallel.distributed import on_all_ranks, sum_over_world
-    from tempo_megatron.rollout.collect import sample
+    from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks, sum_over_world
+    from tempo_megatron.rollout.collect import Finished, sample
     from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
     from tempo_megatron.rollout.queue import PromptQueue, open_queue
 
@@ -73,6 +84,15 @@ def replica(settings: dict[str, Any]) -> Prepare:
     model = Path(settings["model"])
     engine = RolloutEngine(model, config, max_model_len=PROMPT + 4 * MEAN, seed=0, stop_token_ids=[])
     engine.update_weights(load_file(model / "model.safetensors").items(), 0)
+
+    busy: list[float] = []  # CPU seconds of this replica, by rollout
+    slowest: list[float] = []  # of all replicas, by run
+
+    def timed(requests: list[GenerationRequest], queue: PromptQueue) -> dict[int, Finished]:
+        start = time.process_time()
+        found = sample(engine, requests, 0, queue, _decode)
+        busy.append(time.process_time() - start)
+        return found
 
     def one_rollout(seed: int) -> int:
         """Sampled tokens of this replica, as a number that tells other tokens apart."""
@@ -83,19 +103,22 @@ def replica(settings: dict[str, Any]) -> Prepare:
         order = sorted(range(PROMPTS), key=expected.__getitem__)
         if settings["how"] == "dealt":
             dealt = PromptQueue(order, engine.replica_index, engine.num_replicas, PROMPTS, None)
-            found = on_all_ranks(lambda: sample(engine, requests, 0, dealt, _decode))
+            found = on_all_ranks(lambda: timed(requests, dealt))
         else:
             with open_queue(engine, order, 1) as queue:
-                found = on_all_ranks(lambda: sample(engine, requests, 0, queue, _decode))
+                found = on_all_ranks(lambda: timed(requests, queue))
         return sum(zlib.crc32(json.dumps([i, ids]).encode()) for i, f in found.items() for ids in f.token_ids.tolist())
 
     def prepare(case: dict[str, Any]) -> Run:
         dist.barrier()
 
         def measured() -> dict[str, Any]:
+            busy.clear()
             seeds = range(case["rollouts"])
             digest = sum_over_world(torch.tensor(sum(one_rollout(seed) for seed in seeds)))
-            return {"work": sum(sum(long_tail(PROMPTS, MEAN, seed)) for seed in seeds), "digest": int(digest)}
+            slowest.append(sum(map(max, zip(*gather_objects(busy), strict=True))))
+            work = sum(sum(long_tail(PROMPTS, MEAN, seed)) for seed in seeds)
+            return {"work": work, "digest": int(digest), "slowest_cpu_s": slowest}
 
         return measured
 
