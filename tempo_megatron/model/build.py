@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -37,6 +38,7 @@ from tempo_megatron.model.families.base import Family
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.layers import (
     PackedAttention,
+    PackedSelfAttention,
     PostNormAdd,
     ProjectionRMSNorm,
     RMSNorm,
@@ -132,7 +134,8 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         bias_activation_fusion=te,
         bias_dropout_fusion=False,
         apply_rope_fusion=te,
-        gradient_accumulation_fusion=False,
+        # a kernel of Apex; in its place on the CPU parallel.cpu_shim has one
+        gradient_accumulation_fusion=tensor_parallel_layers._grad_accum_fusion_available,
         persist_layer_norm=False,
         **recompute,
         **family.transformer_config(config),
@@ -156,12 +159,14 @@ class _Backend:
     qkv: type
     column: type
     row: type
+    self_attention: type
     core_attention: type
 
 
 def _backend(name: Literal["torch", "te"], family: Family) -> _Backend:
     if name == "torch":
-        return _Backend(RMSNorm, ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, PackedAttention)
+        column, row = ColumnParallelLinear, RowParallelLinear
+        return _Backend(RMSNorm, column, column, row, PackedSelfAttention, PackedAttention)
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
@@ -172,7 +177,7 @@ def _backend(name: Literal["torch", "te"], family: Family) -> _Backend:
 
     # a norm before a linear layer is fused with it
     fused = TELayerNormColumnParallelLinear if family.norm == "pre" else TEColumnParallelLinear
-    return _Backend(TENorm, fused, fused, TERowParallelLinear, TEDotProductAttention)
+    return _Backend(TENorm, fused, fused, TERowParallelLinear, RopedSelfAttention, TEDotProductAttention)
 
 
 def _layer_spec(
@@ -211,12 +216,12 @@ def _attention_spec(config: PretrainedConfig, family: Family, backend: _Backend,
     own = rope_of_layer(config, layer)
     # YaRN's factor on the cos and sin of both q and k: on the scores it is its square
     scale = every[own].attention_factor ** 2 / math.sqrt(head_dim(config))
-    several = len(every) > 1 or every[own].attention_factor != 1.0
     return ModuleSpec(
-        module=RopedSelfAttention if several else SelfAttention,
+        module=backend.self_attention,
         params={
             "attn_mask_type": AttnMaskType.causal,
-            **({"rope": own if len(every) > 1 else None, "softmax_scale": scale} if several else {}),
+            "rope": own if len(every) > 1 else None,
+            "softmax_scale": scale,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.qkv,

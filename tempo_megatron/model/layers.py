@@ -117,6 +117,61 @@ class RopedSelfAttention(SelfAttention):
         return super().forward(*args, rotary_pos_emb=own, **kwargs)
 
 
+class PackedSelfAttention(RopedSelfAttention):
+    """RopedSelfAttention that turns all sequences of a pack at once; Megatron's rope takes them one after the other."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
+        turns = _turns(rotary_pos_emb, self.rope, kwargs["packed_seq_params"])
+        return SelfAttention.forward(self, *args, rotary_pos_emb=turns, **kwargs)  # of its own rope already
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any, **__: Any
+    ) -> tuple:
+        # the last thing before Megatron's rope, to which nothing is left
+        cos, sin = (turn.to(query.dtype) for turn in rotary_pos_emb[0])
+        turned = (_Turn.apply(x, cos, sin) for x in (query, key))
+        return *turned, value, None, self.attn_mask_type, None
+
+
+class _Turn(torch.autograd.Function):
+    """Rope of ``[t, 1, heads, d]`` by cos and sin ``[t, 1, 1, d / 2]``, whose halves are pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    one, other = turned.chunk(2, -1)
+    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=other).addcmul_(first, sin)
+    return turned
+
+
+def _turns(angles: Tensor, rope: int | None, packed: PackedSeqParams) -> Tensor:
+    """cos and sin of this context rank's tokens, ``[2, t, 1, 1, d / 2]``, kept on the pack for the next layer.
+
+    ``angles`` are ``[positions, 1, 1, d]``, of which both halves are the same; ``[ropes, ...]`` if several.
+    """
+    kept: dict[int | None, Tensor] = packed.__dict__.setdefault("turns", {})
+    if rope not in kept:
+        table = angles if rope is None else angles[rope]
+        half = table[..., : table.shape[-1] // 2]
+        cp = mpu.get_context_parallel_group()
+        runs = [(context_positions(n, cp.size(), cp.rank()), count) for n, count in length_runs(packed)]
+        positions = torch.cat([p.repeat(count) for p, count in runs]).to(table.device)
+        kept[rope] = torch.stack([half.cos(), half.sin()])[:, positions]
+    return kept[rope]
+
+
 class PackedAttention(MegatronModule):
     """Causal attention over packed sequences (``thd``), by torch's scaled_dot_product_attention.
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -159,26 +161,43 @@ class CpuFusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            beta1, beta2 = group["betas"]
-            unbias1, unbias2 = 1.0, 1.0
-            if group["bias_correction"]:
-                unbias1, unbias2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, grad = self.state[p], p.grad
-                if "exp_avg" not in state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                if self.adam_w_mode:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                elif group["weight_decay"]:
-                    grad = grad + group["weight_decay"] * p
-                state["exp_avg"].lerp_(grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                denominator = (state["exp_avg_sq"] / unbias2).sqrt_().add_(group["eps"])
-                p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / unbias1)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # after endless steps nothing is left of the bias
+            step = torch.tensor(float(group["step"]) if group["bias_correction"] else math.inf)
+            update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [step] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+class _WeightGradients:
+    """In place of Apex's kernels: the gradient of a weight is added to ``main_grad`` by the product that makes it."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, by_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        if inputs.dtype == main_grad.dtype:
+            main_grad.addmm_(by_output.t(), inputs)
+        else:
+            main_grad += by_output.t() @ inputs
 
 
 def _patch_megatron() -> None:
@@ -212,8 +231,15 @@ def _patch_megatron() -> None:
     replace_value(distrib_optimizer, "HAVE_APEX_OR_TE", True, bool)
     replace_value(distrib_optimizer, "USING_APEX_OPTIMIZER", True, bool)
 
+    import megatron.core.tensor_parallel.layers as layers
+
+    backward = inspect.unwrap(layers.LinearWithGradAccumulationAndAsyncCommunication.backward)
+    set_global(layers, "fused_weight_gradient_mlp_cuda", _WeightGradients, backward)
+    replace_value(layers, "_grad_accum_fusion_available", True, bool)
+
     _patch_moe()
     _patch_uneven_collectives()
+    _patch_copies()
 
 
 def _patch_moe() -> None:
@@ -268,3 +294,31 @@ def _patch_uneven_collectives() -> None:
         reduce_scatter_uneven,
         ("input_", "group", "input_split_sizes", "use_global_buffer"),
     )
+
+
+def _patch_copies() -> None:
+    """Copies of all gradients or parameters that a GPU is spared: of clipping, and of one rank's reduction of its own."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    import megatron.core.optimizer.clip_grads as clip_grads
+
+    def scale(chunk_size: int, noop_flag: Any, tensor_lists: Any, factor: Any) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    parameters = ("chunk_size", "noop_flag", "tensor_lists", "scale")
+    replace_function(clip_grads, "multi_tensor_scale_impl", scale, parameters)
+
+    def unless_alone(original: Any) -> Any:
+        def collective(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+            # NCCL sees that input and output of a single rank are one place, gloo does not
+            if group.size() == 1 and output.data_ptr() == input.data_ptr():
+                return None
+            return original(output, input, *args, group=group, **kwargs)
+
+        return collective
+
+    for name, parameters in {
+        "dist_reduce_scatter_func": ("output", "input", "op", "group", "async_op"),
+        "dist_all_gather_func": ("output_tensor", "input_tensor", "group", "async_op"),
+    }.items():
+        replace_function(buffers, name, unless_alone(getattr(buffers, name)), parameters)

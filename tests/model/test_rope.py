@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from tempo_megatron.checkpoint.hf_read import load_hf_config
+from tempo_megatron.model import layers
 from tempo_megatron.model.rope import SUPPORTED_ROPES, ModelRope, rope_layer_types, rope_of_layer, ropes
 from tests.model.published import write_config
+from tests.model.test_attention import ContextGroup
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {
@@ -93,6 +97,30 @@ def test_cos_and_sin_equal_transformers(tmp_path: Path, monkeypatch: pytest.Monk
         assert at.dtype == torch.float32
         assert torch.equal(at.cos() * rope.attention_factor, cos)
         assert torch.equal(at.sin() * rope.attention_factor, sin)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("rope", [None, 1])
+def test_a_pack_is_turned_as_megatron_turns_it(monkeypatch: pytest.MonkeyPatch, cp: int, rope: int | None) -> None:
+    lengths = [4, 4, 8, 12]
+    angles = torch.randn(2, 12, 1, 1, 3).repeat(1, 1, 1, 1, 2)  # two ropes
+    cumulative = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    for rank in range(cp):
+        group = ContextGroup(rank, cp)
+        monkeypatch.setattr(layers.mpu, "get_context_parallel_group", lambda group=group: group)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cumulative, cu_seqlens_kv=cumulative)
+        x = torch.randn(sum(lengths) // cp, 1, 5, 6)
+        results = []
+        for ours in (True, False):
+            x = x.detach().requires_grad_()
+            if ours:
+                turned = layers._Turn.apply(x, *layers._turns(angles if rope else angles[0], rope, packed))
+            else:
+                table = angles[rope or 0]
+                turned = _apply_rotary_pos_emb_thd(x.squeeze(1), cumulative, table, cp_group=group).unsqueeze(1)
+            (turned * torch.arange(6.0)).sum().backward()
+            results.append((turned.detach(), x.grad))
+        torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
