@@ -134,7 +134,7 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         bias_activation_fusion=te,
         bias_dropout_fusion=False,
         apply_rope_fusion=te,
-        # a kernel of Apex; in its place on the CPU parallel.cpu_shim has one
+        # a kernel of Apex; on the CPU parallel.cpu_shim has one in its place
         gradient_accumulation_fusion=tensor_parallel_layers._grad_accum_fusion_available,
         persist_layer_norm=False,
         **recompute,

@@ -297,7 +297,7 @@ def _patch_uneven_collectives() -> None:
 
 
 def _patch_copies() -> None:
-    """Copies of all gradients or parameters that a GPU is spared: of clipping, and of one rank's reduction of its own."""
+    """Copies of all gradients or parameters that a GPU is spared: in clipping, and where one rank reduces alone."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.optimizer.clip_grads as clip_grads
 
@@ -305,8 +305,8 @@ def _patch_copies() -> None:
         for source, target in zip(*tensor_lists, strict=True):
             torch.mul(source, factor, out=target)
 
-    parameters = ("chunk_size", "noop_flag", "tensor_lists", "scale")
-    replace_function(clip_grads, "multi_tensor_scale_impl", scale, parameters)
+    takes = ("chunk_size", "noop_flag", "tensor_lists", "scale")
+    replace_function(clip_grads, "multi_tensor_scale_impl", scale, takes)
 
     def unless_alone(original: Any) -> Any:
         def collective(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
