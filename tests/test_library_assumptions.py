@@ -48,6 +48,7 @@ REPLACED = {
         f"{MEGATRON}.transformer.transformer_config.TransformerConfig.softmax_scale",
         f"{MEGATRON}.transformer.transformer_config.TransformerConfig.finalize_model_grads_func",
         f"{MEGATRON}.transformer.transformer_config.TransformerConfig.grad_scale_func",
+        f"{MEGATRON}.transformer.transformer_config.TransformerConfig.no_sync_func",
         f"{MEGATRON}.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.inv_freq",
         f"{MEGATRON}.models.gpt.gpt_model.GPTModel.rotary_pos_emb",
         f"{MEGATRON}.models.gpt.gpt_model.GPTModel.output_layer",
@@ -107,6 +108,7 @@ READ = [
     (f"{MEGATRON}.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_freqs_non_repeated", "inv_freq"),
     (f"{MEGATRON}.pipeline_parallel.schedules:forward_backward_no_pipelining", "finalize_model_grads_func"),
     (f"{MEGATRON}.pipeline_parallel.schedules:backward_step", "grad_scale_func"),
+    (f"{MEGATRON}.pipeline_parallel.schedules:forward_backward_no_pipelining", "no_sync_func"),
     (f"{WRITER}:_get_write_results_queue", "_results_queue"),
     (f"{WRITER}:FileSystemWriterAsync.get_save_function_and_args", "write_preloaded_data_multiproc"),
     # checkpoint/inprocess_writer.py: where digests are taken

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tempo_megatron.config.methods import METHODS, describe_stages
 
@@ -97,6 +97,9 @@ class OptimizerConfig(Section):
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="schedule after the warm-up")
     decay_steps: int | None = Field(None, ge=1, description="optimizer steps until min_lr; needed unless constant")
     distributed: bool = Field(True, description="Megatron's distributed optimizer (states sharded over DP)")
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients over DP while the last backward makes the others; not tried on GPUs yet"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -129,7 +132,16 @@ class RoleConfig(Section):
     max_tokens_per_microbatch: int = Field(
         20480, ge=1, description="token budget of one packed micro-batch, of all its context ranks together"
     )
-    recompute: bool = Field(False, description="full activation recomputation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations that the backward makes again: selective: of the MLPs or experts; full: of whole "
+        "layers, of which only the input is kept. true is full",
+    )
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _all_or_nothing(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class CriticConfig(RoleConfig):

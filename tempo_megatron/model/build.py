@@ -61,6 +61,14 @@ FUSED_NORMS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+#: What Megatron is told for ``recompute``.  Attention's own activations are not worth it: its kernels keep no scores.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def model_dims(config: PretrainedConfig) -> ModelDims:
     return ModelDims(config.num_attention_heads, config.num_key_value_heads, head_dim(config), config.vocab_size)
 
@@ -90,11 +98,6 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
     """Megatron's config for this HF model, layout and dtype; no dropout, no biases but for what the family adds."""
     dtype, layout = DTYPES[role.dtype], role.parallel
     te = layer_spec_name(role.layer_spec) == "te"
-    recompute: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if role.recompute
-        else {}
-    )
     family = family_of(config)
     chunks = layout.virtual_pipeline_model_parallel_size
     return TransformerConfig(
@@ -137,7 +140,7 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         # a kernel of Apex; on the CPU parallel.cpu_shim has one in its place
         gradient_accumulation_fusion=tensor_parallel_layers._grad_accum_fusion_available,
         persist_layer_norm=False,
-        **recompute,
+        **RECOMPUTE[role.recompute],
         **family.transformer_config(config),
     )
 

@@ -268,9 +268,14 @@ def length_runs(packed: PackedSeqParams) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] | None = getattr(packed, "length_runs", None)
     if runs is None:
         assert packed.cu_seqlens_q is not None
-        lengths = packed.cu_seqlens_q.diff().tolist()
-        runs = [(n, len(list(same))) for n, same in groupby(lengths)]
-        packed.length_runs = runs
+        runs = keep_length_runs(packed, packed.cu_seqlens_q.diff().tolist())
+    return runs
+
+
+def keep_length_runs(packed: PackedSeqParams, lengths: list[int]) -> list[tuple[int, int]]:
+    """``length_runs`` of what is known on the host already, so that no layer has to wait for the device."""
+    runs = [(n, len(list(same))) for n, same in groupby(lengths)]
+    packed.length_runs = runs
     return runs
 
 

@@ -34,6 +34,7 @@ from tempo_megatron.model.build import DTYPES, build_model
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.log_probs import vocab_parallel_log_probs
 from tempo_megatron.model.weights import HFWeightStream
+from tempo_megatron.parallel.device import device
 from tempo_megatron.parallel.distributed import sum_dicts
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.patching import replace_value
@@ -94,12 +95,18 @@ class MegatronEngine:
             self.models: list[GPTModel] = build_model(hf_config, role, config, groups, head_bias)
             self.megatron_config = self.models[0].config
             ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.optimizer.distributed,
+                overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
             )
             bf16 = self.megatron_config.bf16
             self.ddp = [Float16Module(self.megatron_config, m) if bf16 else m for m in self.models]
             if trainable:  # gradient buffers: as much memory as float32 weights
                 self.ddp = [DistributedDataParallel(self.megatron_config, ddp_config, m) for m in self.ddp]
+                # gradients are reduced when the last micro-batch is through, not after each
+                no_sync = [ddp.no_sync for ddp in self.ddp]
+                held: Any = no_sync if len(no_sync) > 1 else no_sync[0]
+                replace_value(self.megatron_config, "no_sync_func", held, NoneType)
             self.optimizer: Any = None
             self.parts = EngineParts(role, self.ddp, lambda: self.optimizer)
             finalize: Any = _finalize_without_scaling
@@ -168,11 +175,11 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         homes = self.homes(sequences)
         results = self._run(sequences, homes, loss=loss)
-        mine: dict[str, float] = {}
+        mine: dict[str, list[Any]] = {}
         for _, _, sums in results:
             for key, value in sums.items():
-                mine[key] = mine.get(key, 0.0) + float(value)
-        totals = sum_dicts(mine if self.groups.owns_outputs else None)
+                mine.setdefault(key, []).append(value)
+        totals = sum_dicts({k: _sum(v) for k, v in mine.items()} if self.groups.owns_outputs else None)
         total_loss = totals.pop("_loss")
         if not math.isfinite(total_loss):
             raise RunError(f"{self.role} loss is {total_loss}: the step was not taken, no checkpoint was touched")
@@ -236,16 +243,20 @@ class MegatronEngine:
         return output, partial(self._finish, mb, loss)
 
     def _finish(self, mb: MicroBatch, loss: LossFunction | None, output: Tensor) -> Any:
-        """Last stage: model output ``[1, t, *]`` -> loss share and (rows, detached outputs, sums)."""
+        """Last stage: model output ``[1, t, *]`` -> loss share and (rows, detached outputs, sums).
+
+        All stay on the device, which nothing waits for until the schedule is through.
+        """
         no_tokens = torch.zeros((), dtype=torch.int, device=output.device)
         outputs = self._by_row(mb, output[0])
         if not mb.rows:  # a filler: every data-parallel rank runs as many micro-batches, with all parameters in each
             nothing = torch.stack([x.sum() for x in outputs.values()]).sum()
             return nothing, no_tokens, ([], {}, {"_loss": 0.0})
-        kept = {name: outputs[name].detach().cpu() for name in self._output_names}
+        kept = {name: outputs[name].detach() for name in self._output_names}
         if loss is None:
             return output.new_zeros(()), no_tokens, (mb.rows, kept, {})
         share, sums = loss(outputs, mb.rows)
+        sums = {name: value.detach() if isinstance(value, Tensor) else value for name, value in sums.items()}
         return share, no_tokens, (mb.rows, kept, {**sums, "_loss": share.detach()})
 
     def _by_row(self, mb: MicroBatch, output: Tensor) -> dict[str, Tensor]:
@@ -283,8 +294,13 @@ class MegatronEngine:
         found = {name: Ragged.of_lengths(torch.zeros(tokens), lengths) for name in self._output_names}
         for rows, outputs, _ in results:
             for name in self._output_names if rows else ():
-                found[name].put(rows, outputs[name].float())
+                found[name].put(rows, outputs[name].float().cpu())
         return found
+
+
+def _sum(values: list[Any]) -> float:
+    """Of numbers and of tensors with one number on the device, in float64, with one copy."""
+    return sum(torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device()) for v in values]).tolist())
 
 
 def _finalize_without_scaling(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

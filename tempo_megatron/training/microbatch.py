@@ -16,7 +16,7 @@ from torch import Tensor
 from tempo_megatron.data.homes import assign_homes, row_costs
 from tempo_megatron.data.packing import plan_microbatches
 from tempo_megatron.data.ragged import Ragged, positions
-from tempo_megatron.model.layers import context_positions
+from tempo_megatron.model.layers import context_positions, keep_length_runs
 from tempo_megatron.parallel.device import to_device
 
 
@@ -80,6 +80,7 @@ class MicroBatch:
         targets: the tokens that they predict, ``[m]`` int64.
         first: ``[n]`` int64 position in the pack of the last prompt token, where y_0 is predicted.
         response_lengths: ``[n]`` int64 T_i.
+        longest_response: the largest T_i, 0 of no sequences; known on the host, as ``rows`` is.
     """
 
     rows: list[int]
@@ -91,6 +92,7 @@ class MicroBatch:
     targets: Tensor
     first: Tensor
     response_lengths: Tensor
+    longest_response: int
 
     @property
     def tokens(self) -> int:
@@ -111,12 +113,10 @@ class MicroBatch:
         With ``final_state`` also the output after the last token, where a value is read: ``[n, L + 1]``, T_i + 1.
         Column c of row i is the output at the token before y_c; L is the longest response of the micro-batch.
         """
-        counts = self.response_lengths + int(final_state)
-        width = int(counts.max()) if len(counts) else 0
-        columns = torch.arange(width, device=flat.device)
-        inside = columns < counts.unsqueeze(1)
-        positions = (self.first.unsqueeze(1) + columns)[inside]
-        return flat.new_zeros(len(self.rows), width).masked_scatter(inside, flat[positions])
+        columns = torch.arange(self.longest_response + int(final_state) if self.rows else 0, device=flat.device)
+        inside = columns < self.response_lengths.unsqueeze(1) + int(final_state)
+        at = (self.first.unsqueeze(1) + columns).clamp(max=len(flat) - 1)  # picked by ``inside``, it would wait
+        return flat[at].masked_fill(~inside, 0)
 
 
 @dataclass(frozen=True)
@@ -217,20 +217,23 @@ def _pack(sequences: Sequences, rows: list[int], context_part: tuple[int, int], 
     predicting = (targets[mine] >= 0).nonzero().squeeze(1)
     cu_seqlens = to_device(cumulative.to(torch.int32))
     longest = max(sizes)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    keep_length_runs(packed, sizes)
     return MicroBatch(
         rows=rows,
         input_ids=to_device(tokens[mine].unsqueeze(0)),
         position_ids=to_device((torch.arange(total) - starts.repeat_interleave(size))[mine].unsqueeze(0)),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
+        packed=packed,
         order=to_device(order),
         predicting=to_device(predicting),
         targets=to_device(targets[mine][predicting]),
         first=to_device(first),
         response_lengths=to_device(response_lengths),
+        longest_response=int(response_lengths.max()) if rows else 0,
     )
