@@ -308,17 +308,14 @@ def _patch_copies() -> None:
     takes = ("chunk_size", "noop_flag", "tensor_lists", "scale")
     replace_function(clip_grads, "multi_tensor_scale_impl", scale, takes)
 
-    def unless_alone(original: Any) -> Any:
+    def spare(name: str, parameters: tuple[str, ...]) -> None:
         def collective(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
             # NCCL sees that input and output of a single rank are one place, gloo does not
             if group.size() == 1 and output.data_ptr() == input.data_ptr():
                 return None
             return original(output, input, *args, group=group, **kwargs)
 
-        return collective
+        original = replace_function(buffers, name, collective, parameters)
 
-    for name, parameters in {
-        "dist_reduce_scatter_func": ("output", "input", "op", "group", "async_op"),
-        "dist_all_gather_func": ("output_tensor", "input_tensor", "group", "async_op"),
-    }.items():
-        replace_function(buffers, name, unless_alone(getattr(buffers, name)), parameters)
+    spare("dist_reduce_scatter_func", ("output", "input", "op", "group", "async_op"))
+    spare("dist_all_gather_func", ("output_tensor", "input_tensor", "group", "async_op"))
