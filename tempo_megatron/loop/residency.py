@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from tempo_megatron.training.engine import MegatronEngine
 
 SYNC = "sync"
-ROLLOUT_WEIGHTS = "rollout/weights"
+ROLLOUT_WEIGHTS = "rollout.weights"
 
 #: Phase -> the parts that are on the device in it. Whatever else may leave, leaves.
 NEEDS: dict[str, frozenset[str]] = {
-    "rollout": frozenset({ROLLOUT_WEIGHTS, "rollout/kv_cache"}),
-    "values": frozenset({"critic/weights"}),
-    "e_step": frozenset({"critic/weights", "critic/gradients", "critic/optimizer"}),
-    "log_probs": frozenset({"actor/weights"}),
-    "m_step": frozenset({"actor/weights", "actor/gradients", "actor/optimizer"}),
-    SYNC: frozenset({"actor/weights", ROLLOUT_WEIGHTS}),
-    "evaluate": frozenset({ROLLOUT_WEIGHTS, "rollout/kv_cache", "critic/weights"}),
+    "rollout": frozenset({ROLLOUT_WEIGHTS, "rollout.kv_cache"}),
+    "values": frozenset({"critic.weights"}),
+    "e_step": frozenset({"critic.weights", "critic.gradients", "critic.optimizer"}),
+    "log_probs": frozenset({"actor.weights"}),
+    "m_step": frozenset({"actor.weights", "actor.gradients", "actor.optimizer"}),
+    SYNC: frozenset({"actor.weights", ROLLOUT_WEIGHTS}),
+    "evaluate": frozenset({ROLLOUT_WEIGHTS, "rollout.kv_cache", "critic.weights"}),
 }
 
 

@@ -50,7 +50,7 @@ class Part:
     """One part; ``state`` says what may be done with it.
 
     Args:
-        name: ``actor/weights``, as errors and the ledger call it.
+        name: ``actor.weights``, as errors and the ledger call it.
         state: STALE for what is built without its contents.
 
     Attributes:

@@ -37,8 +37,8 @@ class RolloutParts:
         device = _SleepMode(llm) if use_cuda() else _Pages(llm)
         (weights,) = llm.apply_model(_weights_bytes)  # every rank has a worker of its own
         (kv_cache,) = llm.collective_rpc(lambda worker: _bytes(worker.model_runner.kv_caches))
-        self.weights = Part("rollout/weights", _Tagged(device, WEIGHTS, weights, State.STALE), State.STALE)
-        self.kv_cache = Part("rollout/kv_cache", _Tagged(device, KV_CACHE, kv_cache, State.RESIDENT))
+        self.weights = Part("rollout.weights", _Tagged(device, WEIGHTS, weights, State.STALE), State.STALE)
+        self.kv_cache = Part("rollout.kv_cache", _Tagged(device, KV_CACHE, kv_cache, State.RESIDENT))
         self.weights.together, self.kv_cache.together = (self.kv_cache,), (self.weights,)
         self.weights.on_moved(forget)
 

@@ -36,9 +36,9 @@ class EngineParts:
     def __init__(self, role: Role, models: Sequence[Any], optimizer: Callable[[], Any]) -> None:
         self._models, self._optimizer = models, optimizer
         self.folder = Path(tempfile.gettempdir())
-        self.weights = Part(f"{role}/weights", StoredTensors(self._weights, host_store(lambda: self.folder)))
-        self.gradients = Part(f"{role}/gradients", StoredTensors(self._gradients, None))
-        self.optimizer = Part(f"{role}/optimizer", StoredTensors(self._states, host_store(lambda: self.folder)))
+        self.weights = Part(f"{role}.weights", StoredTensors(self._weights, host_store(lambda: self.folder)))
+        self.gradients = Part(f"{role}.gradients", StoredTensors(self._gradients, None))
+        self.optimizer = Part(f"{role}.optimizer", StoredTensors(self._states, host_store(lambda: self.folder)))
 
     def __iter__(self) -> Iterator[Part]:
         return iter((self.weights, self.gradients, self.optimizer))

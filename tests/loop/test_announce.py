@@ -92,8 +92,8 @@ def test_the_outcome_says_what_and_where_and_what_must_not_be_missed(tmp_path: P
     newest.mkdir(parents=True)
     (newest / "manifest.json").touch()
     memory = {
-        "move": {"peak": 1.5, "actor/weights": 0.25},
-        "m_step": {"peak": 1.25, "actor/weights": 0.25, "actor/optimizer": 0.5},
+        "move": {"peak": 1.5, "actor.weights": 0.25},
+        "m_step": {"peak": 1.25, "actor.weights": 0.25, "actor.optimizer": 0.5},
     }
     lines = outcome(config(), load_run(tmp_path), Finished(9, 5), 75.0, 1.5, memory)
     assert lines[0] == "done: 5 policy updates in 9 steps, 1:15 since this start, 1.50 GiB at most on rank 0"
@@ -105,5 +105,5 @@ def test_the_outcome_says_what_and_where_and_what_must_not_be_missed(tmp_path: P
     else:
         assert len(lines) == 3
     moving = outcome(config(residency={"sleep": True}), load_run(tmp_path), Finished(9, 5), 75.0, 1.5, memory)
-    told = "memory in m_step: 1.25 GiB at most; resident 0.75 (actor/weights 0.25, actor/optimizer 0.50)"
+    told = "memory in m_step: 1.25 GiB at most; resident 0.75 (actor.weights 0.25, actor.optimizer 0.50)"
     assert moving == [lines[0], told, *lines[1:]]

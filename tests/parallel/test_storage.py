@@ -21,7 +21,7 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
-def part_of(tensors: list[torch.Tensor], folder: Path | None, name: str = "actor/weights") -> Part:
+def part_of(tensors: list[torch.Tensor], folder: Path | None, name: str = "actor.weights") -> Part:
     store = None if folder is None else FileStore(lambda: folder)
     return Part(name, StoredTensors(lambda: storages_of(tensors), store))
 
@@ -57,7 +57,7 @@ def test_memory_is_given_back(tmp_path: Path, piece_mib: int) -> None:
 
 
 def test_what_is_not_kept_is_only_released() -> None:
-    part = part_of([torch.ones(100)], None, "actor/gradients")
+    part = part_of([torch.ones(100)], None, "actor.gradients")
     part.sleep()
     assert part.state is State.RELEASED
     part.wake()
@@ -72,7 +72,7 @@ def test_use_of_what_is_away_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError) as refused:
         part.require("a forward of the actor")
     assert str(refused.value) == (
-        "in phase values, a forward of the actor needs actor/weights, which is asleep, its contents are in host "
+        "in phase values, a forward of the actor needs actor.weights, which is asleep, its contents are in host "
         "memory; it is woken by phases log_probs, m_step"
     )
     with awake(part):
@@ -81,9 +81,9 @@ def test_use_of_what_is_away_is_refused(tmp_path: Path) -> None:
 
 
 def test_stale_contents_are_refused() -> None:
-    part = part_of([torch.ones(4)], None, "rollout/weights")
+    part = part_of([torch.ones(4)], None, "rollout.weights")
     part.emptied()
-    with pytest.raises(RunError, match="rollout/weights, which is awake, but without its contents"):
+    with pytest.raises(RunError, match=r"rollout\.weights, which is awake, but without its contents"):
         part.require("sampling")
     part.filled()
     part.require("sampling")
@@ -102,10 +102,12 @@ def test_who_keeps_an_address_is_told_and_a_stale_one_is_caught(tmp_path: Path) 
     check()
     part.sleep()
     assert not cache
-    with pytest.raises(RunError, match="a plan of transfers needs actor/weights, which is asleep"):
+    with pytest.raises(RunError, match=r"a plan of transfers needs actor\.weights, which is asleep"):
         check()
     part.wake()
-    with pytest.raises(RunError, match="a plan of transfers holds addresses of actor/weights from before it was moved"):
+    with pytest.raises(
+        RunError, match=r"a plan of transfers holds addresses of actor\.weights from before it was moved"
+    ):
         check()
     part.lease("a plan of transfers")()
 
@@ -115,14 +117,14 @@ def test_nothing_is_used_while_it_is_being_moved(tmp_path: Path) -> None:
     for use in (lambda: part.require("a checkpoint of the actor"), part.sleep, part.wake):
         part.state = State.RESIDENT
         part.on_moved(use)
-        with pytest.raises(RunError, match="needs actor/weights, which is being moved"):
+        with pytest.raises(RunError, match=r"needs actor\.weights, which is being moved"):
             part.sleep()
         part._listeners.clear()
 
 
 def test_tensors_that_were_replaced_do_not_get_what_was_kept(tmp_path: Path) -> None:
     tensors = [torch.ones(4)]
-    part = part_of(tensors, tmp_path, "actor/optimizer")
+    part = part_of(tensors, tmp_path, "actor.optimizer")
     part.sleep()
     tensors[0] = torch.zeros(4)
     with pytest.raises(RunError, match="replaced while their storage was away"):
@@ -133,7 +135,7 @@ def test_tensors_that_were_replaced_do_not_get_what_was_kept(tmp_path: Path) -> 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
     tensor = torch.arange(MIB, dtype=torch.float32)
-    part = part_of([tensor], tmp_path, "critic/optimizer")
+    part = part_of([tensor], tmp_path, "critic.optimizer")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, before[1]))
     try:
@@ -141,7 +143,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
             part.sleep()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert str(told.value) == f"critic/optimizer cannot be moved off the device: {tmp_path}: File too large"
+    assert str(told.value) == f"critic.optimizer cannot be moved off the device: {tmp_path}: File too large"
     assert part.state is State.RESIDENT and torch.equal(tensor, torch.arange(MIB, dtype=torch.float32))
     part.sleep()
     part.wake()

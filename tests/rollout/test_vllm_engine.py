@@ -177,17 +177,17 @@ def test_a_sleeping_engine_samples_the_same_after_an_update(
     awake = {part.name: part.resident_bytes() for part in engine.parts}
     # every tensor, a tied one once; a separate output layer is kept beside its packed copy
     model_bytes = sum(p.nbytes for p in tiny.first.parameters())
-    assert awake["rollout/weights"] >= model_bytes and awake["rollout/kv_cache"] >= 60 * 2**20
+    assert awake["rollout.weights"] >= model_bytes and awake["rollout.kv_cache"] >= 60 * 2**20
 
     kv_cache.sleep()  # the weights go with it
     assert [part.resident_bytes() for part in engine.parts] == [0, 0] and engine.version is None
-    with pytest.raises(RunError, match="sampling needs rollout/weights, which is released, nothing of it was kept"):
+    with pytest.raises(RunError, match=r"sampling needs rollout\.weights, which is released, nothing of it was kept"):
         engine.generate(requests, 7)
-    with pytest.raises(RunError, match="bringing its contents needs rollout/weights, which is released"):
+    with pytest.raises(RunError, match=r"bringing its contents needs rollout\.weights, which is released"):
         engine.update_weights(stream(tiny.first), 8)
     weights.wake()
     engine.update_weights(stream(tiny.first), 8)
-    with pytest.raises(RunError, match="sampling needs rollout/kv_cache, which is released"):
+    with pytest.raises(RunError, match=r"sampling needs rollout\.kv_cache, which is released"):
         engine.generate(requests, 8)
     kv_cache.wake()
     assert engine.generate(requests, 8) == before

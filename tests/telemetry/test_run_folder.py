@@ -28,14 +28,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         started="2026-01-01T00:00:00+00:00",
         wall_s=1.5,
         peak_memory_gib=2.25,
-        memory_by_phase={"rollout": {"peak": 2.25, "rollout/weights": 1.0}},
+        memory_by_phase={"rollout": {"peak": 2.25, "rollout.weights": 1.0}},
         finished=Finished(7, 5),
     )
     run = load_run(tmp_path)
     assert run.stage == "tempo"
     assert run.info["wall_s"] == 1.5
     assert run.info["peak_memory_gib"] == 2.25
-    assert run.info["memory_by_phase"]["rollout"]["rollout/weights"] == 1.0
+    assert run.info["memory_by_phase"]["rollout"]["rollout.weights"] == 1.0
     assert run.info["finished"] == {"step": 7, "policy_updates": 5}
     (read,) = run.rollouts()
     assert read == LoggedRollout(3, "du", "7", "37=a2:", ["5", "b"], [0.5, None, 0.75], None)

@@ -42,19 +42,19 @@ def test_every_byte_is_a_parts(told: list[dict[str, Any]]) -> None:
 def test_uses_of_what_is_away_are_refused_by_name(told: list[dict[str, Any]]) -> None:
     asleep = "which is asleep, its contents are in host memory; it is woken by wake() of the part"
     assert told[-1]["faults"] == {
-        "step without its optimizer": f"a step of the actor needs actor/optimizer, {asleep}",
-        "step without its gradients": "a step of the actor needs actor/gradients, which is released, nothing of it was "
+        "step without its optimizer": f"a step of the actor needs actor.optimizer, {asleep}",
+        "step without its gradients": "a step of the actor needs actor.gradients, which is released, nothing of it was "
         "kept; it is woken by wake() of the part",
-        "step without its weights": f"a step of the actor needs actor/weights, {asleep}",
-        "stream from before a move": "a weight stream of the actor holds addresses of actor/weights from before it was "
+        "step without its weights": f"a step of the actor needs actor.weights, {asleep}",
+        "stream from before a move": "a weight stream of the actor holds addresses of actor.weights from before it was "
         "moved; it must begin anew",
-        "forward": f"a forward of the actor needs actor/weights, {asleep}",
-        "stream": f"a weight stream of the actor needs actor/weights, {asleep}",
-        "stream begun before": f"a weight stream of the actor needs actor/weights, {asleep}",
-        "save": f"a checkpoint of the actor needs actor/weights, {asleep}",
-        "load": f"loading the actor needs actor/weights, {asleep}",
-        "save without the optimizer": f"a checkpoint of the actor needs actor/optimizer, {asleep}",
-        "save while moving": "a checkpoint of the actor needs actor/weights, which is being moved; it is woken by "
+        "forward": f"a forward of the actor needs actor.weights, {asleep}",
+        "stream": f"a weight stream of the actor needs actor.weights, {asleep}",
+        "stream begun before": f"a weight stream of the actor needs actor.weights, {asleep}",
+        "save": f"a checkpoint of the actor needs actor.weights, {asleep}",
+        "load": f"loading the actor needs actor.weights, {asleep}",
+        "save without the optimizer": f"a checkpoint of the actor needs actor.optimizer, {asleep}",
+        "save while moving": "a checkpoint of the actor needs actor.weights, which is being moved; it is woken by "
         "wake() of the part",
     }
     assert told[-1]["left"] == []
