@@ -52,6 +52,11 @@ def waited(seconds: float, ask: Callable[[float], T], *late: type[Exception]) ->
         return ask(more)
 
 
+def rank_process(launcher: int, rank: int) -> psutil.Process:
+    """A rank of ``train``, by its launcher's number: ranks are its children, started in order."""
+    return sorted(psutil.Process(launcher).children(), key=psutil.Process.create_time)[rank]
+
+
 class LaunchTimeout(AssertionError):
     """The program was still running after its time; the message ends with the stacks of its ranks."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -51,6 +52,15 @@ class OutputWeight(ColumnParallelLinear):
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(input_, group=self.tp_group), None
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
+
+
+def output_weight(model: GPTModel) -> Tensor:
+    """``[padded_vocab / tp, h]`` of an actor's last stage: the output layer's, or the embedding's where it is tied."""
+    if model.share_embeddings_and_output_weights:
+        tied: Tensor = model.shared_embedding_or_output_weight()
+        return tied
+    own: Tensor = model.output_layer.weight
+    return own
 
 
 def vocab_parallel_log_probs(

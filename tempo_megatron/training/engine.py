@@ -32,7 +32,7 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.errors import RunError
 from tempo_megatron.model.build import DTYPES, build_model
 from tempo_megatron.model.hf_tensors import Role
-from tempo_megatron.model.log_probs import vocab_parallel_log_probs
+from tempo_megatron.model.log_probs import output_weight, vocab_parallel_log_probs
 from tempo_megatron.model.weights import HFWeightStream
 from tempo_megatron.parallel.device import device
 from tempo_megatron.parallel.distributed import sum_dicts
@@ -266,11 +266,9 @@ class MegatronEngine:
             if isinstance(self.config, CriticConfig) and self.config.head == "sigmoid":
                 return {"values": head.sigmoid(), "logits": head}
             return {"values": head}
-        model = self.models[-1]
-        tied = model.share_embeddings_and_output_weights
         log_probs, entropy = vocab_parallel_log_probs(
             output[mb.predicting],
-            model.shared_embedding_or_output_weight() if tied else model.output_layer.weight,
+            output_weight(self.models[-1]),
             mb.targets,
             vocab_size=self.hf_config.vocab_size,
             tp_group=self.groups.tp_group,

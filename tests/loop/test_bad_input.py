@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from tempo_megatron.checkpoint.manifest import FORMAT, find_whole
-from tests.launching import LaunchResult, launch, patience
+from tests.launching import LaunchResult, launch, patience, rank_process
 from tests.loop.conftest import Bad
 
 DEADLINE_S = 10.0
@@ -485,8 +485,7 @@ def _two_ranks(
 
 
 def _rank(launcher: subprocess.Popen, rank: int) -> psutil.Process:
-    children = psutil.Process(launcher.pid).children()
-    return next(child for child in children if child.environ().get("RANK") == str(rank))
+    return rank_process(launcher.pid, rank)
 
 
 FOR_EVER = {"steps": 100_000, "checkpoint.every": 1}

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import patience
+from tests.launching import patience, rank_process
 from tests.loop.conftest import Bad
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -65,7 +65,7 @@ def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def _rank(process: subprocess.Popen, rank: int) -> psutil.Process:
-    return next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == str(rank))
+    return rank_process(process.pid, rank)
 
 
 def _steps(run: Path) -> list[int]:

@@ -105,9 +105,7 @@ def test_who_keeps_an_address_is_told_and_a_stale_one_is_caught(tmp_path: Path) 
     with pytest.raises(RunError, match=r"a plan of transfers needs actor\.weights, which is asleep"):
         check()
     part.wake()
-    with pytest.raises(
-        RunError, match=r"holds addresses of actor\.weights from before it was moved"
-    ):
+    with pytest.raises(RunError, match=r"holds addresses of actor\.weights from before it was moved"):
         check()
     part.lease("a plan of transfers")()
 

@@ -25,6 +25,7 @@ from tempo_megatron.errors import RunError
 from tempo_megatron.locate import hf_name
 from tempo_megatron.model.build import build_model
 from tempo_megatron.model.hf_tensors import EMBEDDING, LM_HEAD, Role, is_rotary_buffer
+from tempo_megatron.model.log_probs import output_weight
 from tempo_megatron.model.weights import TensorReader
 from tempo_megatron.parallel.groups import ModelParallelGroups
 
@@ -186,5 +187,7 @@ def _megatron_outputs(source: MegatronSource, ids: Tensor) -> Tensor:
                 max_seqlen_kv=len(ids),
             )
             positions = torch.arange(len(ids)).unsqueeze(0)
-            outputs: Tensor = model.eval()(ids.unsqueeze(0), positions, None, packed_seq_params=packed)
-    return outputs[0].float()
+            outputs: Tensor = model.eval()(ids.unsqueeze(0), positions, None, packed_seq_params=packed)[0]
+            if source.role == "actor":
+                outputs = outputs @ output_weight(model)[: source.config.vocab_size].T
+    return outputs.float()
