@@ -91,11 +91,11 @@ def _assert_told(folder: Path) -> None:
         )
     )
     trained = {"weights", "gradients", "optimizer"}
-    assert moving["e_step"] == {f"critic/{part}" for part in trained}
-    assert moving["m_step"] == {f"actor/{part}" for part in trained}
+    assert moving["e_step"] == {f"critic.{part}" for part in trained}
+    assert moving["m_step"] == {f"actor.{part}" for part in trained}
     assert moving["rollout"] == {"rollout.weights", "rollout.kv_cache"}
     assert moving["values"] == {"critic.weights"} and moving["log_probs"] == {"actor.weights"}
-    everything = {f"{role}/{part}" for role in ("actor", "critic") for part in trained}
+    everything = {f"{role}.{part}" for role in ("actor", "critic") for part in trained}
     everything |= {"rollout.weights", "rollout.kv_cache"}
     assert staying["e_step"] == staying["m_step"] == staying["rollout"] == everything
     assert "move" in moving and "move" not in staying
