@@ -26,16 +26,16 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def absent(name: str) -> Iterator[None]:
+def absent(*names: str) -> Iterator[None]:
     """Let ``import name`` fail within the block, for libraries that would import it on the chance that it is needed.
 
     Changes nothing where it is imported already.
     """
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # the import system's own mark: ModuleNotFoundError
+    hidden = [name for name in names if name not in sys.modules]
+    # None is the import system's own mark: ModuleNotFoundError
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules[name]
+        for name in hidden:
+            del sys.modules[name]

@@ -12,8 +12,8 @@ from tempo_megatron.parallel.distributed import gather_objects
 def everywhere(held: Ragged) -> Ragged:
     """All rows, on every rank; ranks that hold the same row must have the same bits. Collective."""
     rows: list[Tensor] = [held.values.new_empty(0)] * len(held)
-    for of_rank in gather_objects([row.clone() for row in held]):
-        for i, row in enumerate(of_rank):
+    for values, lengths in gather_objects((held.values.numpy(), [len(row) for row in held])):
+        for i, row in enumerate(torch.from_numpy(values).split(lengths)):
             assert not len(row) or not len(rows[i]) or torch.equal(row, rows[i]), f"ranks differ in row {i}"
             rows[i] = row if len(row) else rows[i]
     return Ragged.of_lengths(torch.cat([held.values[:0], *rows]), torch.tensor([len(row) for row in rows]))

@@ -57,6 +57,14 @@ def rank_process(launcher: int, rank: int) -> psutil.Process:
     return sorted(psutil.Process(launcher).children(), key=psutil.Process.create_time)[rank]
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that waits for its parent to take note of its end has."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class LaunchTimeout(AssertionError):
     """The program was still running after its time; the message ends with the stacks of its ranks."""
 
@@ -81,7 +89,6 @@ def launch(
     timeout_s: float,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
-    while_running: Callable[[subprocess.Popen], None] | None = None,
 ) -> LaunchResult:
     """Run a Python program on ``nproc`` ranks and wait for it; nothing of it is left running afterwards.
 
@@ -91,7 +98,6 @@ def launch(
         timeout_s: seconds after which the ranks print their stacks and are killed; more on a busy machine.
         env: variables added to this process's environment.
         cwd: working folder; the repository root unless given.
-        while_running: called with the program once it is started (a launcher of its own process group).
 
     Raises:
         LaunchTimeout: the time is up.
@@ -113,8 +119,6 @@ def launch(
         )
         try:
             resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # stacks are had by SIGABRT, without cores
-            if while_running is not None:
-                while_running(process)
             returncode = waited(timeout_s, process.wait, subprocess.TimeoutExpired)
         except subprocess.TimeoutExpired as expired:
             stacks = _stacks(token, stderr)
@@ -127,19 +131,31 @@ def launch(
 
 
 def launch_ranks(
-    module: str, *argv: str | Path, nproc: int, timeout_s: float, env: Mapping[str, str] | None = None
+    module: str,
+    *argv: str | Path,
+    nproc: int,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    while_running: Callable[[psutil.Process], None] | None = None,
 ) -> LaunchResult:
     """As ``launch(["-m", module, *argv], ...)``, but the ranks are forked from a process that has the imports done.
 
-    For the tests' own workers. What is about starting a process (the command line, a launcher, the memory of a
-    process) is tested by ``launch``.
+    For the tests' own workers, and for commands where the imports are not what is tested. What is
+    about starting a process (its imports, its memory) is tested by ``launch``.
+
+    Args:
+        while_running: called with the first rank once all are started; each leads a process group of its own.
     """
     token, server = uuid.uuid4().hex, _PreforkServer.get()
     with tempfile.NamedTemporaryFile("w+b") as stdout, tempfile.NamedTemporaryFile("w+b") as stderr:
         start = time.monotonic()
         job = {"module": module, "argv": [*map(str, argv)], "nproc": nproc, "env": {**(env or {}), TOKEN: token}}
+        job["cwd"] = str(cwd or ROOT)
         pids = server.ask({**job, "stdout": stdout.name, "stderr": stderr.name})
         try:
+            if while_running is not None:
+                while_running(psutil.Process(pids[0]))
             returncode = waited(timeout_s, partial(server.answer, "returncode"), TimeoutError)
         except TimeoutError:
             server.process.suspend()  # it would end the other ranks as soon as one is gone
@@ -269,9 +285,6 @@ def _forks(server: psutil.Process | None) -> list[psutil.Process]:
     """The ranks that run, and what they have started."""
     found = []
     for process in server.children(recursive=True) if server is not None else []:
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
+        if runs(process):
+            found.append(process)
     return found

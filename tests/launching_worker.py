@@ -13,7 +13,9 @@ RANK = os.environ.get("RANK")
 
 def waits_for_ever() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    Path(sys.argv[2], str(RANK)).write_text(f"{os.getpid()} {child.pid}")
+    written = Path(sys.argv[2], f"{RANK}.new")
+    written.write_text(f"{os.getpid()} {child.pid}")
+    written.rename(written.with_suffix(""))
     time.sleep(600)
 
 

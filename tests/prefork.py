@@ -1,7 +1,7 @@
 """A process that has imported torch, Megatron and vLLM once, and forks the ranks of tests from itself.
 
 ``python -m tests.prefork`` reads jobs from stdin, one a line:
-``{"module", "argv", "nproc", "env", "stdout", "stderr"}``. It answers each by two lines: ``{"pids": [...]}`` when its
+``{"module", "argv", "nproc", "env", "cwd", "stdout", "stderr"}``. It answers each by two lines: ``{"pids": [...]}`` when its
 ranks run, ``{"returncode": n}`` when they have ended, and ends with its stdin. A rank is a process of its own, as if
 torchrun had started ``python -m module argv`` (rendezvous by the environment), but without the seconds of CPU that the
 imports take.
@@ -29,13 +29,9 @@ GRACE_S = 5.0
 
 def warm_up() -> None:
     """Import what ranks need; nothing here may start a thread or draw a random number that a rank would share."""
-    from tempo_megatron.parallel import cpu_shim
+    from tempo_megatron.loop import load_evaluation_libraries
 
-    cpu_shim.install()
-    import transformers  # noqa: F401
-    import vllm  # noqa: F401
-    from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt  # noqa: F401
-
+    load_evaluation_libraries()
     import tempo_megatron.loop.em
     import tempo_megatron.loop.sft  # noqa: F401
 
@@ -65,6 +61,7 @@ def be_rank(job: dict[str, Any], environment: dict[str, str]) -> int:
         file = os.open(path, os.O_RDWR | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    os.chdir(job["cwd"])
     os.environ.update({**job["env"], **environment})
     sys.argv = [job["module"], *job["argv"]]
     try:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.launching import LaunchTimeout, launch, launch_ranks
+from tests.launching import LaunchTimeout, launch, launch_ranks, patience, runs
 
 HANGING = """
 import os, pathlib, subprocess, sys, time
@@ -25,11 +26,7 @@ def hanging(tmp_path: Path) -> Path:
 
 
 def _alive(pid: int) -> bool:
-    """Whether it runs; a process that waits only for its parent (or init) to take note of its end does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return psutil.pid_exists(pid) and runs(psutil.Process(pid))
 
 
 def test_one_process_gives_output_status_and_environment(tmp_path: Path) -> None:
@@ -59,10 +56,16 @@ def test_a_failing_rank_fails_the_launch(tmp_path: Path) -> None:
     assert launch(script, 2, 60).returncode != 0
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs gets no more time for the machine's being busy."""
+    monkeypatch.setattr("tests.launching.MOST_PATIENCE", 1)
+
+
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_a_hang_names_the_line_of_every_rank_and_leaves_nothing(hanging: Path, nproc: int) -> None:
+def test_a_hang_names_the_line_of_every_rank_and_leaves_nothing(hanging: Path, impatient: None, nproc: int) -> None:
     with pytest.raises(LaunchTimeout) as caught:
-        launch([hanging, hanging.parent], nproc, 3 if nproc == 1 else 10)
+        launch([hanging, hanging.parent], nproc, patience(2 if nproc == 1 else 4))
     message = str(caught.value)
     pids = [[int(pid) for pid in (hanging.parent / str(rank)).read_text().split()] for rank in range(nproc)]
     for rank, (pid, _) in enumerate(pids):
@@ -85,9 +88,13 @@ def test_a_failing_forked_rank_ends_the_others_and_is_told() -> None:
     assert result.seconds < 30
 
 
-def test_a_hang_of_forked_ranks_names_the_lines_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_hang_of_forked_ranks_names_the_lines_and_leaves_nothing(tmp_path: Path, impatient: None) -> None:
+    def both_hang(_: object) -> None:
+        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+            time.sleep(0.01)
+
     with pytest.raises(LaunchTimeout) as caught:
-        launch_ranks("tests.launching_worker", "hang", tmp_path, nproc=2, timeout_s=5)
+        launch_ranks("tests.launching_worker", "hang", tmp_path, nproc=2, timeout_s=0.5, while_running=both_hang)
     for rank in range(2):
         pid, child = map(int, (tmp_path / str(rank)).read_text().split())
         after = str(caught.value).split(f"--- rank {rank}, process {pid}\n")[1].split("--- rank")[0]

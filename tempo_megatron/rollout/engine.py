@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.imports import uncollected
+from tempo_megatron.imports import absent, uncollected
 from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.rollout import patches
@@ -303,7 +303,9 @@ def load_vllm() -> None:
     """Import vLLM ahead of the first engine, where that does not touch a GPU; nothing else changes in the process."""
     if not use_cuda():
         patches.prepare_process()
-        with patches.shielded_import():
+        # env_override.py imports inductor's lowering, two thirds of a second, to patch it: nothing is compiled here;
+        # multimodal/audio.py imports scipy.signal, a third: nothing is heard
+        with patches.shielded_import(), absent("torch._inductor.lowering", "scipy.signal"):
             import vllm.v1.worker.cpu_worker  # noqa: F401  (the largest of what an engine imports as it is built)
             from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt  # noqa: F401
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch
+from tests.launching import launch_ranks
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,5 @@ class SavedRun:
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     folder = tmp_path_factory.mktemp("saved-run")
-    launch(["-m", "tests.checkpoint.saved_run_worker", folder], 2, 120).check()
+    launch_ranks("tests.checkpoint.saved_run_worker", folder, nproc=2, timeout_s=120).check()
     return SavedRun(folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)])

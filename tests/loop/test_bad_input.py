@@ -1,7 +1,7 @@
 """Whatever is wrong with a run: one clear line, an exit code, every rank gone soon, and nothing half-written.
 
-What needs no ranks of its own is met by several ``train`` commands in one process, one after the other: torch is
-then imported once, or for the first group not at all.
+What needs no ranks of its own is met by several ``train`` commands in one process, one after the other; for the first
+group torch is not imported at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,44 +21,10 @@ import psutil
 import pytest
 
 from tempo_megatron.checkpoint.manifest import FORMAT, find_whole
-from tests.launching import LaunchResult, launch, patience, rank_process
+from tests.launching import LaunchResult, launch, launch_ranks, patience, rank_process, runs
 from tests.loop.conftest import Bad
 
 DEADLINE_S = 10.0
-
-# Runs cli.main on each case of a JSON file; what file descriptors 1 and 2 got, and the run's files before and after.
-DRIVER = """
-import hashlib, json, os, resource, shutil, sys, time
-from pathlib import Path
-from tempo_megatron import cli
-
-def files(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
-
-def run(case):
-    if case["copy"]:
-        shutil.copytree(*case["copy"])
-    for path, text in case["write"].items():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text)
-    before = files(Path(case["output"]))
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    kept, captured = (os.dup(1), os.dup(2)), os.open("captured", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(captured, 1), os.dup2(captured, 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (case["largest_file"] or hard, hard))
-    began = time.monotonic()
-    code = cli.main(["train", *case["arguments"]])
-    seconds = time.monotonic() - began
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-    return {"code": code, "output": Path("captured").read_text(), "seconds": seconds, "before": before,
-            "after": files(Path(case["output"])), "torch": "torch" in sys.modules}
-
-if __name__ == "__main__":  # the processes that read data import this file, too
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps({name: run(case) for name, case in plan.items()}))
-"""
 
 
 @dataclass(frozen=True)
@@ -98,9 +63,13 @@ def _arguments(bad: Bad, stage: str, output: Path, changes: dict[str, Any]) -> l
 
 
 def _run_group(
-    bad: Bad, name: str, stages: dict[str, dict[str, Case]], timeout_s: float, *options: str
+    bad: Bad, name: str, stages: dict[str, dict[str, Case]], *options: str, imported: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Every case's result by name, met by one process in the given order; ``options`` are of every command."""
+    """Every case's result by name, met by one process in the given order; ``options`` are of every command.
+
+    Args:
+        imported: it has torch and the rest from its start.
+    """
     folder = bad.folder / name
     folder.mkdir()
     plan = {}
@@ -114,9 +83,12 @@ def _run_group(
                 "write": {str(output / path): text for path, text in case.write.items()},
                 "largest_file": case.largest_file,
             }
-    (folder / "driver.py").write_text(DRIVER)
     (folder / "plan.json").write_text(json.dumps(plan))
-    launch([folder / "driver.py", "plan.json", "results.json"], 1, timeout_s, cwd=folder).check()
+    worker, files = "tests.loop.refused_worker", ["plan.json", "results.json"]
+    if imported:
+        launch_ranks(worker, *files, nproc=1, timeout_s=150, cwd=folder).check()
+    else:
+        launch(["-m", worker, *files], 1, 60, cwd=folder).check()
     results: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
     return results
 
@@ -200,7 +172,7 @@ NO_EM_DATA = {
 
 @pytest.fixture(scope="module")
 def refused_early(bad: Bad) -> dict[str, dict[str, Any]]:
-    return _run_group(bad, "early", {"sft": CONFIG, "tempo": NO_EM_DATA}, 60)
+    return _run_group(bad, "early", {"sft": CONFIG, "tempo": NO_EM_DATA}, imported=False)
 
 
 @pytest.mark.parametrize("name", [*CONFIG, *NO_EM_DATA])
@@ -387,7 +359,7 @@ GO_ON = {
 
 @pytest.fixture(scope="module")
 def refused_late(bad: Bad) -> dict[str, dict[str, Any]]:
-    return _run_group(bad, "late", {"sft": {**RUNS, **GO_ON}, "tempo": {**DATA, **MODELS}}, 150)
+    return _run_group(bad, "late", {"sft": {**RUNS, **GO_ON}, "tempo": {**DATA, **MODELS}})
 
 
 @pytest.mark.parametrize("name", [*DATA, *MODELS])
@@ -399,7 +371,7 @@ def test_data_and_models(refused_late: dict[str, dict[str, Any]], name: str) -> 
 
 @pytest.fixture(scope="module")
 def refused_dry(bad: Bad) -> dict[str, dict[str, Any]]:
-    return _run_group(bad, "dry", {"tempo": {**DATA, **MODELS}}, 150, "--dry-run")
+    return _run_group(bad, "dry", {"tempo": {**DATA, **MODELS}}, "--dry-run")
 
 
 @pytest.mark.parametrize("name", [*DATA, *MODELS])
@@ -455,17 +427,17 @@ class Ended:
 
 
 def _two_ranks(
-    bad: Bad, stage: str, output: Path, changes: dict[str, Any], event: Callable[[subprocess.Popen], None] | None = None
+    bad: Bad, stage: str, output: Path, changes: dict[str, Any], event: Callable[[psutil.Process], None] | None = None
 ) -> Ended:
-    """``train`` with two ranks started by itself; ``event`` is called once the run has recorded a step."""
+    """``train`` with two ranks started by itself; ``event`` is called with it once the run has recorded a step."""
     happened = time.monotonic()
 
-    def once_recorded(launcher: subprocess.Popen) -> None:
+    def once_recorded(launcher: psutil.Process) -> None:
         nonlocal happened
         metrics = output / "metrics.jsonl"
         patience = time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert launcher.poll() is None, "the run ended before its second step"
+            assert runs(launcher), "the run ended before its second step"
             assert time.monotonic() < patience
             time.sleep(0.02)
         assert event is not None
@@ -473,18 +445,19 @@ def _two_ranks(
         happened = time.monotonic()
 
     arguments = _arguments(bad, stage, output, {"launch.nproc_per_node": 2, **changes})
-    result: LaunchResult = launch(
-        ["-m", "tempo_megatron", "train", *arguments],
-        1,
-        150,
-        env={"VLLM_LOGGING_LEVEL": "ERROR"},  # what a user has; tests/conftest.py lets more through
+    result: LaunchResult = launch_ranks(
+        "tempo_megatron",
+        "train",
+        *arguments,
+        nproc=1,
+        timeout_s=150,
         while_running=once_recorded if event else None,
     )
     shown = result.stdout + result.stderr
     return Ended(result.returncode, _messages(shown, f"{stage} {output.name}"), time.monotonic() - happened)
 
 
-def _rank(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+def _rank(launcher: psutil.Process, rank: int) -> psutil.Process:
     return rank_process(launcher.pid, rank)
 
 
@@ -530,10 +503,10 @@ def test_sigterm(bad: Bad, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
-    def kill(launcher: subprocess.Popen) -> None:
+    def kill(launcher: psutil.Process) -> None:
         rank = _rank(launcher, 1)
         while not list((tmp_path / "run" / "checkpoints").glob(".partial-*")):  # in the middle of a save
-            assert launcher.poll() is None
+            assert runs(launcher)
             time.sleep(0.001)
         rank.kill()
 
@@ -548,7 +521,7 @@ def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_for_one_rank(bad: Bad, tmp_path: Path) -> None:
-    def fill(launcher: subprocess.Popen) -> None:
+    def fill(launcher: psutil.Process) -> None:
         hard = resource.RLIM_INFINITY
         resource.prlimit(_rank(launcher, 1).pid, resource.RLIMIT_FSIZE, (300_000, hard))
 

@@ -125,20 +125,22 @@ def test_a_second_start_and_a_killed_launcher(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: Path, rank: int) -> None:
-    process = train("sft", "steps=100000", "launch.timeout_s=20")
-    _wait_for(lambda: len(_steps(tmp_path / "run")) >= 2 or process.poll() is not None, 100)
-    _rank(process, rank).send_signal(signal.SIGSTOP)
+def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """Of two runs at a time, for most of it is waiting; in each another rank."""
+    runs = [tmp_path / f"run-{rank}" for rank in (0, 1)]
+    started = [train("sft", "steps=100000", "launch.timeout_s=15", f"output_dir={run}") for run in runs]
+    _wait_for(lambda: all(len(_steps(run)) >= 2 for run in runs) or any(p.poll() is not None for p in started), 100)
+    for rank, process in enumerate(started):
+        _rank(process, rank).send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    (line,) = _told(process, 60)
-    assert process.returncode == 4
-    assert time.monotonic() - began < patience(40)
-    place = rf"rank {rank} \(host {socket.gethostname()}\), in phase .+ for \d+ s, stopped by a signal \(SIGSTOP\)"
-    assert re.fullmatch(
-        f"error: (no sign of life from {place}; launch.timeout_s: 20|the ranks waited longer than .* for {place})", line
-    )
-    assert list((tmp_path / "run").glob(".claim-*")) == []
+    for rank, process in enumerate(started):
+        (line,) = _told(process, 60)
+        assert process.returncode == 4
+        assert time.monotonic() - began < patience(40)
+        place = rf"rank {rank} \(host {socket.gethostname()}\), in phase .+ for \d+ s, stopped by a signal \(SIGSTOP\)"
+        waited = f"no sign of life from {place}; launch.timeout_s: 15|the ranks waited longer than .* for {place}"
+        assert re.fullmatch(f"error: ({waited})", line)
+        assert list(runs[rank].glob(".claim-*")) == []
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tempo_megatron.telemetry.metrics import deterministic_view, read_metrics
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch_ranks
 from tests.loop.cases import Case, make_inputs, run_cases, small_tempo
 
 STEPS = 2
@@ -95,7 +95,7 @@ def test_train_command_goes_on_by_itself(tmp_path: Path) -> None:
     for name, steps in (("whole", [6]), ("halves", [3, 6])):
         for n in steps:
             arguments = [*config, *overrides, f"output_dir={tmp_path / name}", f"steps={n}", "checkpoint.every=3"]
-            result = launch(["-m", "tempo_megatron", "train", *arguments], 1, 120).check()
+            result = launch_ranks("tempo_megatron", "train", *arguments, nproc=1, timeout_s=120).check()
         runs[name] = [deterministic_view(r) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
     assert "resume: goes on from" in result.stderr
     assert runs["whole"] == runs["halves"]
@@ -103,6 +103,6 @@ def test_train_command_goes_on_by_itself(tmp_path: Path) -> None:
     # the schedule goes on at its position; its rates are what the resumed run is told
     changed = ["steps=7", "actor.optimizer.lr=2e-4", "actor.optimizer.min_lr=0.0"]
     arguments = [*config, *overrides, f"output_dir={tmp_path / 'halves'}", *changed]
-    launch(["-m", "tempo_megatron", "train", *arguments], 1, 120)
+    launch_ranks("tempo_megatron", "train", *arguments, nproc=1, timeout_s=120)
     whole, more = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
     assert more[-1]["step"] == 7 and more[-1]["sft/lr"] < 3e-4 < whole[-1]["sft/lr"]

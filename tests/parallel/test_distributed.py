@@ -57,7 +57,7 @@ WATCHED = """
 import os, sys, time
 from pathlib import Path
 from tempo_megatron.parallel.distributed import enter_phase, finish, start
-start(1, 3)
+start(1, int(sys.argv[2]))
 enter_phase("rollout")
 time.sleep(1.5)  # the status is out
 Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
@@ -66,10 +66,11 @@ time.sleep(60)
 
 
 def test_ranks_of_torchrun_watch_each_other(tmp_path: Path) -> None:
+    limit = round(patience(4))
     (tmp_path / "program.py").write_text(WATCHED)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
-        [sys.executable, *torchrun, str(tmp_path / "program.py"), str(tmp_path)],
+        [sys.executable, *torchrun, str(tmp_path / "program.py"), str(tmp_path), str(limit)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     watch = threading.Timer(patience(60), process.kill)
@@ -80,6 +81,7 @@ def test_ranks_of_torchrun_watch_each_other(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "1").read_text()), signal.SIGSTOP)
         assert process.stderr is not None
         told = next(line for line in process.stderr if line.startswith("error: "))
+        os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)  # torchrun would wait for it
     finally:
         watch.cancel()
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, which the assertions tell better
@@ -88,7 +90,7 @@ def test_ranks_of_torchrun_watch_each_other(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     place = rf"rank 1 \(host {socket.gethostname()}\), in phase rollout for \d+ s, stopped by a signal \(SIGSTOP\)"
-    assert re.fullmatch(rf"error: no sign of life from {place}; launch.timeout_s: 3\n", told)
+    assert re.fullmatch(rf"error: no sign of life from {place}; launch.timeout_s: {limit}\n", told)
 
 
 HANGS = """
