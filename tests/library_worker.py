@@ -14,6 +14,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -26,8 +27,8 @@ from tempo_megatron.parallel import cpu_shim
 Target = tuple[Any, str]
 
 
-def build_models() -> None:
-    """A critic with its value head, a model of experts and one with YaRN, each with its optimizer."""
+def build_model(name: str) -> None:
+    """The model with its optimizer; of Qwen3 a critic with its value head."""
     from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, ParallelConfig, RoleConfig
     from tempo_megatron.parallel.groups import ModelParallelGroups
     from tempo_megatron.training.engine import MegatronEngine
@@ -37,11 +38,10 @@ def build_models() -> None:
     groups = ModelParallelGroups(layout, 60)
     settings = {"init": "-", "dtype": "bfloat16", "layer_spec": "torch", "parallel": layout}
     optimizer = OptimizerConfig(lr=1e-3, distributed=False)
+    role, kind = ("critic", CriticConfig) if name == "qwen3" else ("actor", RoleConfig)
     try:
-        for name in ("qwen3", "qwen3-moe", "olmo3"):
-            role, kind = ("critic", CriticConfig) if name == "qwen3" else ("actor", RoleConfig)
-            config = kind(**settings, optimizer=optimizer)
-            MegatronEngine(role, config, config_of(name), groups, seed=1).start_optimizer()
+        config = kind(**settings, optimizer=optimizer)
+        MegatronEngine(role, config, config_of(name), groups, seed=1).start_optimizer()
     finally:
         groups.close()
 
@@ -70,7 +70,9 @@ INSTALLERS: list[Callable[[], Any]] = [
     cpu_shim._patch_rng,
     cpu_shim._patch_tensor_type,
     cpu_shim._patch_megatron,
-    build_models,
+    partial(build_model, "qwen3"),
+    partial(build_model, "qwen3-moe"),
+    partial(build_model, "olmo3"),  # YaRN
     build_vllm,
     write_checkpoints,
 ]
@@ -163,9 +165,11 @@ def main() -> None:
 
     cpu_shim.install()
     start(threads=1, timeout_s=60)
-    told = {}
+    told: dict[str, str] = {}
     for install in INSTALLERS:
         for target, (owner, name) in applied(install).items():
+            if target in told:
+                continue
             with renamed(owner, name):
                 try:
                     install()
