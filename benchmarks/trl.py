@@ -1,8 +1,8 @@
 """A training step of TRL's nearest trainer, GRPOTrainer with colocated vLLM, against our stage ``grpo``.
 
-The same model, prompts, samples of a prompt, temperature, reward (the demo's answer is right) and optimizer; micro-batches
-of at most as many tokens, padding counted. A step is whole: sampling, reward, advantages, loss, AdamW, weights into vLLM.
-TRL needs packages of its own (requirements/bench.txt): ``make bench BENCH=trl`` installs them.
+The same model, prompts, samples of a prompt, temperature, reward (the demo's answer is right) and optimizer;
+micro-batches of at most as many tokens, padding counted. A step is whole: sampling, reward, advantages, loss, AdamW,
+weights into vLLM. TRL needs packages of its own (requirements/bench.txt): ``make bench BENCH=trl`` installs them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A process that has imported torch, Megatron and vLLM once, and forks the ranks of tests from itself.
 
 ``python -m tests.prefork`` reads jobs from stdin, one a line:
-``{"module", "argv", "nproc", "env", "cwd", "stdout", "stderr"}``. It answers each by two lines: ``{"pids": [...]}`` when its
-ranks run, ``{"returncode": n}`` when they have ended, and ends with its stdin. A rank is a process of its own, as if
-torchrun had started ``python -m module argv`` (rendezvous by the environment), but without the seconds of CPU that the
-imports take.
+``{"module", "argv", "nproc", "env", "cwd", "stdout", "stderr"}``. It answers each by two lines: ``{"pids": [...]}``
+when its ranks run, ``{"returncode": n}`` when they have ended, and ends with its stdin. A rank is a process of its own,
+as if torchrun had started ``python -m module argv`` (rendezvous by the environment), but without the seconds of CPU
+that the imports take.
 """
 
 from __future__ import annotations

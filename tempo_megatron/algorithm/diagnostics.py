@@ -79,7 +79,7 @@ def _auroc(values: Tensor, right: Tensor) -> float:
     ``values [M]`` float64; ``right [M]`` bool, some of either kind.
     """
     _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0) - (counts - 1) / 2  # from 1, the mean of those that are equal
+    ranks = counts.cumsum(0) - (counts.double() - 1) / 2  # from 1, the mean of those that are equal
     positives = int(right.sum())
     above = ranks[place[right]].sum() - positives * (positives + 1) / 2
     return float(above / (positives * (len(right) - positives)))

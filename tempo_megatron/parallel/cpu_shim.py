@@ -55,7 +55,9 @@ def _quieten_megatron() -> None:
 
 
 class _NoStream:
-    """Stands in for torch.cuda.Stream and Event: a CPU has one stream."""
+    """Stands in for torch.cuda.Stream and Event, the trainer's and vLLM's: a CPU has one stream."""
+
+    device = _CPU
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, *_: Any) -> None: ...

@@ -12,7 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,22 @@ def _preserved_threads() -> Iterator[None]:
 
 
 @contextmanager
+def _preserved_streams() -> Iterator[None]:
+    """Leave the trainer the streams that it has for the CPU (parallel/cpu_shim.py).
+
+    v1/worker/cpu/shm.py puts others in their place as it is imported, whose ``record_event`` gives no event: a model of
+    experts that is built later dies in Megatron's dispatcher.
+    """
+    with ExitStack() as stack:
+        for name in ("Stream", "Event", "stream", "current_stream"):
+            stack.enter_context(kept(torch.cuda, name))
+        yield
+
+
+@contextmanager
 def shielded_import() -> Iterator[None]:
     """Around an import of vLLM on the CPU: keep the trainer's process state."""
-    with preserved_rng(), _preserved_environment(), _preserved_threads():
+    with preserved_rng(), _preserved_environment(), _preserved_threads(), _preserved_streams():
         yield
 
 
@@ -122,7 +135,7 @@ def shielded(shm_token: str) -> Iterator[None]:
             _guard_process_group()
             yield
             return
-        with _preserved_environment(), _preserved_threads():
+        with _preserved_environment(), _preserved_threads(), _preserved_streams():
             _guard_process_group()
             _keep_memory_policy()
             _name_shared_memory(shm_token)

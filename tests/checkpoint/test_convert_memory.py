@@ -1,4 +1,4 @@
-"""A 1 GiB OLMo-3 is converted both ways within half a GiB of memory above what the imports take."""
+"""A 1 GiB OLMo-3 is converted both ways within 0.6 GiB of memory above what the imports take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tempo_megatron.checkpoint.hf_read import HFTensors
 from tempo_megatron.checkpoint.hf_write import HFWriter
 from tests.launching import launch
 
-LIMIT_GIB = 0.5
+LIMIT_GIB = 0.6
 
 
 def write_olmo3(folder: Path, side_files: Path) -> int:

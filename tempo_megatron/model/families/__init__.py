@@ -5,14 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tempo_megatron.config.architectures import ARCHITECTURES, policy_name
 from tempo_megatron.errors import TempoError
-from tempo_megatron.imports import absent
 from tempo_megatron.model.families.base import Family
-
-with absent("sklearn"):  # generation/candidate_generator.py imports it, a second, for assisted decoding
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FAMILIES: dict[str, Family] = {
     name: import_module(f"{__name__}.{listed.module}").FAMILY for name, listed in ARCHITECTURES.items()
