@@ -2,12 +2,13 @@
 
 The same model, prompts, samples of a prompt, temperature, reward (the demo's answer is right) and optimizer;
 micro-batches of at most as many tokens, padding counted. A step is whole: sampling, reward, advantages, loss, AdamW,
-weights into vLLM. TRL needs packages of its own (requirements/bench.txt): ``make bench BENCH=trl`` installs them.
+weights into vLLM. TRL needs packages of its own (requirements/trl.txt): ``make bench BENCH=trl`` installs them.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import threading
 from contextlib import ExitStack
@@ -106,6 +107,7 @@ def grpo_trainer(settings: dict[str, Any]) -> Prepare:
         "TORCHDYNAMO_DISABLE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
+    sys.path.append(str(Path(sys.prefix) / "trl"))  # where `make bench` puts it
     import pyarrow.parquet as pq
     import torch
     from datasets import Dataset

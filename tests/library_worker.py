@@ -58,6 +58,12 @@ def build_vllm() -> None:
     drop_packed(layer)
 
 
+def make_groups() -> None:
+    from tempo_megatron.parallel.gloo import share_devices
+
+    share_devices()
+
+
 def write_checkpoints() -> None:
     from tempo_megatron.checkpoint import inprocess_writer
 
@@ -75,6 +81,7 @@ INSTALLERS: list[Callable[[], Any]] = [
     partial(build_model, "olmo3"),  # YaRN
     build_vllm,
     write_checkpoints,
+    make_groups,
 ]
 
 

@@ -27,6 +27,7 @@ REPLACED = {
         "torch.Tensor.cuda",
         "torch.Tensor.type",
         "torch._dynamo.config.disable",
+        "torch.distributed.distributed_c10d.ProcessGroupGloo",
     },
     "megatron-core 0.16.1": {
         f"{MEGATRON}.tensor_parallel.random._get_cuda_rng_state",
@@ -111,6 +112,7 @@ READ = [
     (f"{MEGATRON}.pipeline_parallel.schedules:forward_backward_no_pipelining", "no_sync_func"),
     (f"{WRITER}:_get_write_results_queue", "_results_queue"),
     (f"{WRITER}:FileSystemWriterAsync.get_save_function_and_args", "write_preloaded_data_multiproc"),
+    ("torch.distributed.distributed_c10d:_new_process_group_helper", "ProcessGroupGloo"),
     # checkpoint/inprocess_writer.py: where digests are taken
     ("torch.distributed.checkpoint.filesystem:_write_item", "transform_save_stream"),
     ("vllm.v1.engine.core:EngineCore.shutdown", "cleanup_dist_env_and_memory"),

@@ -18,6 +18,7 @@ from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, is_spawned, leave
 from tempo_megatron.cluster.local import STORE_SOCKET
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel import device as dev
+from tempo_megatron.parallel.gloo import share_devices
 from tempo_megatron.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ def start(threads: int, timeout_s: int) -> None:
     torch.set_num_threads(threads)
     if dist.is_initialized():
         return
+    share_devices()
     if dev.use_cuda():
         torch.cuda.set_device(dev.device())
     timeout = datetime.timedelta(seconds=timeout_s)
