@@ -57,11 +57,11 @@ def gradients(case: Case, function: Callable[..., tuple[Tensor, Tensor]]) -> lis
     return [*(x.detach() for x in outputs), *grads]
 
 
-def assert_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
-    """Within 1e-6 of 1, or of the largest number of a tensor that has larger ones."""
+def assert_equal(got: list[Tensor], wanted: list[Tensor], within: float = 1e-6) -> None:
+    """Within so much of 1, or of the largest number of a tensor that has larger ones."""
     for x, y in zip(got, wanted, strict=True):
         largest = y.abs().max().item() if y.numel() else 0.0
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6 * max(1.0, largest))
+        torch.testing.assert_close(x, y, rtol=0, atol=within * max(1.0, largest))
 
 
 def check(case: Case, group: dist.ProcessGroup, chunk: int | None) -> None:
