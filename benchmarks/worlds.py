@@ -55,7 +55,7 @@ def write_random_model(folder: Path, *, vocab_size: int = 32_000, hidden: int = 
     return folder
 
 
-def write_demo(folder: Path, *, hidden: int = 64, layers: int = 2) -> None:
+def write_demo(folder: Path, *, hidden: int = 64, layers: int = 2, positions: int = 64) -> None:
     """The demo's prompts, tokenizer and untrained model, made larger: ``folder/data`` and ``folder/model``."""
     import torch
     from transformers import Qwen3ForCausalLM
@@ -67,6 +67,7 @@ def write_demo(folder: Path, *, hidden: int = 64, layers: int = 2) -> None:
     tokenizer = make_tokenizer()
     config = make_config(tokenizer)
     config.update({"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden})
+    config.max_position_embeddings = positions
     config.layer_types = ["full_attention"] * layers
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).float().save_pretrained(folder / "model")
