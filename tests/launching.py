@@ -21,6 +21,8 @@ from typing import IO, Any, TypeVar
 
 import psutil
 
+from tempo_megatron.cluster.launch import rank_environment
+
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,7 +183,7 @@ class _PreforkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(None, ""),
+            env=_environment(rank_environment(1), ""),  # read as torch is imported
             cwd=ROOT,
             start_new_session=True,
         )
