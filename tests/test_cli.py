@@ -166,6 +166,8 @@ def finish(config_file: Path, overrides: list[str]) -> Path:
     config = load_config(str(config_file), overrides)
     output = Path(config.output_dir)
     newest = output / "checkpoints" / "step_00000003"
+    newest.mkdir(parents=True)
+    (newest / "state.json").write_text("{}")
     seal(newest, step=3)
     (output / "config.yaml").write_text(dump_config(config))
     info = {"stage": "sft", "finished": {"step": 3, "policy_updates": 3}}
@@ -195,6 +197,7 @@ def test_a_run_that_has_ended_does_not_start(
         ("resume=never", None),
         ("seed=0", "config.yaml"),
         ("seed=0", "run.json"),
+        ("seed=0", "checkpoints/step_00000003/state.json"),
     ],
 )
 def test_a_run_that_is_asked_for_more_or_lacks_something_starts(
@@ -207,6 +210,16 @@ def test_a_run_that_is_asked_for_more_or_lacks_something_starts(
         (output / damage).unlink()
     assert cli.main(["train", "--config", str(config_file), override]) == 0
     assert len(started) == 1
+
+
+def test_a_last_checkpoint_that_is_cut_off_starts_a_run(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    started = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=started.append)
+    (finish(config_file, []) / "checkpoints" / "step_00000003" / "state.json").write_text("")
+    assert cli.main(["train", "--config", str(config_file)]) == 0
+    assert len(started) == 1 and "has ended" not in capsys.readouterr().err
 
 
 def test_hf_folders_that_are_asked_for_and_missing_start_a_run(

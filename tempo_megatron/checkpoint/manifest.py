@@ -191,6 +191,14 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, 
         return {name: what for name, what in zip(names, found, strict=True) if what is not None}
 
 
+def seems_whole(folder: Path) -> bool:
+    """Whether the manifest is what was written and every file has its size: what can be known without reading all."""
+    try:
+        return all((folder / name).stat().st_size == file.size for name, file in read_manifest(folder).files.items())
+    except (TempoError, OSError):
+        return False
+
+
 def unknown_shards(folder: Path, manifest: Manifest, parts: Collection[str] | None) -> dict[str, str]:
     """As ``faults``: shards that were not saved. Other files that are too many are nobody's business."""
     roles = [role for role in manifest.roles if parts is None or role in parts]

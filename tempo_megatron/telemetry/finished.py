@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tempo_megatron.checkpoint.manifest import seems_whole
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.locate import newest_checkpoint
@@ -19,7 +20,8 @@ BESIDE_THE_RUN = ("resume", "launch", "telemetry")
 def finished_message(config: Config) -> str | None:
     """What to tell of ``output_dir`` where the very same run has ended in it with all its files there, or None.
 
-    A run of other settings, or one whose folder was moved, is not judged here: to resume it is to check it first.
+    A run of other settings, one whose folder was moved, or one whose last checkpoint lacks something is not judged here:
+    to resume it is to check it first.
 
     Raises:
         TempoError: run.json is broken.
@@ -30,6 +32,8 @@ def finished_message(config: Config) -> str | None:
         return None
     finished = read_info(output / INFO_FILE).get("finished")
     if not finished or newest.name != f"step_{finished['step']:08d}" or not _same_settings(config, output):
+        return None
+    if not seems_whole(newest):
         return None
     roles = ["actor"] if config.critic is None else ["actor", "critic"]
     if config.checkpoint.export_hf and not all((output / "hf" / r / "config.json").is_file() for r in roles):
