@@ -20,8 +20,8 @@ BESIDE_THE_RUN = ("resume", "launch", "telemetry")
 def finished_message(config: Config) -> str | None:
     """What to tell of ``output_dir`` where the very same run has ended in it with all its files there, or None.
 
-    A run of other settings, one whose folder was moved, or one whose last checkpoint lacks something is not judged here:
-    to resume it is to check it first.
+    A run of other settings, one whose folder was moved, or one whose last checkpoint lacks something is not judged
+    here: to resume it is to check it first.
 
     Raises:
         TempoError: run.json is broken.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tempo_megatron.cluster.claim import claimed
 from tempo_megatron.evaluation.record import read_evaluation
 from tempo_megatron.evaluation.samples import Samples
 from tempo_megatron.telemetry.metrics import read_metrics
@@ -141,6 +143,19 @@ def test_a_runs_own_figures_come_out_again(launched: tuple[Path, LaunchResult]) 
     assert 0 < recorded[f"eval/D_U/mean@{N}"] < 1
     assert "held out" in result.stdout
     assert "trained on" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_folder_into_which_another_evaluation_writes_is_left_alone(launched: tuple[Path, LaunchResult]) -> None:
+    folder, _ = launched
+    written = folder / "run" / "evaluation"
+    before = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
+    with claimed(written):
+        again = launch_ranks("tempo_megatron", "evaluate", folder / "run", nproc=1, timeout_s=60)
+    assert again.returncode == 2
+    told = [line for line in again.stderr.splitlines() if line.startswith("error")]
+    assert len(told) == 1 and told[0].startswith(f"error: output_dir: {written} is in use by process {os.getpid()} on ")
+    assert {path: path.read_bytes() for path in written.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
