@@ -9,7 +9,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from tempo_megatron.config.methods import METHODS, describe_stages
 
@@ -207,9 +216,34 @@ class RolloutConfig(Section):
         "raise it on the CPU",
     )
     bucket_mib: int = Field(512, ge=1, description="largest piece of new weights in flight during a sync, MiB")
-    max_log_prob_diff: float | None = Field(
-        None, gt=0, description="first-step gate: mean |log p(vLLM) - log p(Megatron)| above this stops the run"
+    max_log_prob_diff: float | Literal["auto"] | None = Field(
+        "auto",
+        description="first-step gate: mean |log p(vLLM) - log p(Megatron)| above this stops the run; auto: 0.001 where "
+        "both compute in float32, else 0.1, and no gate with top_p or top_k, which vLLM's counts in; null: no gate",
     )
+
+    @field_validator("max_log_prob_diff", mode="wrap")
+    @classmethod
+    def _a_bound(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | Literal["auto"] | None:
+        """One message for all that it may be."""
+        try:
+            bound: float | Literal["auto"] | None = check(value)
+        except ValidationError:
+            bound = 0.0
+        if bound is not None and bound != "auto" and bound <= 0:
+            raise PydanticCustomError("bound", "must be a number above 0, auto or null")
+        return bound
+
+    def log_prob_bound(self, trainer_dtype: str) -> float | None:
+        """``max_log_prob_diff`` beside an actor of this dtype; None: no gate.
+
+        Kernels of one precision differ by about 1e-7 in float32 and 1e-2 in bfloat16, other weights by more than 1.
+        """
+        if self.max_log_prob_diff != "auto":
+            return self.max_log_prob_diff
+        if self.top_p < 1 or self.top_k > 0:
+            return None
+        return 1e-3 if self.dtype == trainer_dtype == "float32" else 0.1
 
 
 class EStepConfig(Section):

@@ -169,10 +169,10 @@ class EMLoop(Driver):
 
     def _check_mismatch(self, refined: RefinedPolicy) -> None:
         """Before the first update vLLM and Megatron had the same weights, whatever the rollout's precision."""
-        limit, mean_abs = self.config.rollout.max_log_prob_diff, refined.mismatch.mean_abs
+        limit, mean_abs = self.config.rollout.log_prob_bound(self.config.actor.dtype), refined.mismatch.mean_abs
         if limit is not None and self.policy_updates == 0 and mean_abs > limit:
             raise RunError(
-                f"rollout.max_log_prob_diff: {limit}, but the first rollouts' log-probabilities of vLLM and Megatron "
+                f"rollout.max_log_prob_diff: {limit:g}, but the first rollouts' log-probabilities of vLLM and Megatron "
                 f"differ by {mean_abs:.3g} on average: the rollout does not run the weights being trained"
             )
 

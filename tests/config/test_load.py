@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo_megatron.config.load import dump_config, load_config
-from tempo_megatron.config.schema import PRESETS, Config
+from tempo_megatron.config.schema import PRESETS, Config, RolloutConfig
 from tempo_megatron.errors import TempoError
 from tests.launching import patience
 
@@ -214,6 +214,11 @@ def test_ordinary_aliases_and_merges_are_read(write: Any) -> None:
         ("output_dir: null\n", "output_dir: null must be a valid string"),
         ("rollout: {top_p: 1.5}\n", "rollout.top_p: 1.5 must be less than or equal to 1"),
         ("rollout: {kv_cache_gib: .inf}\n", "rollout.kv_cache_gib: inf must be a finite number"),
+        (
+            "rollout: {max_log_prob_diff: off}\n",
+            "rollout.max_log_prob_diff: 'off' must be a number above 0, auto or null",
+        ),
+        ("rollout: {max_log_prob_diff: 0}\n", "rollout.max_log_prob_diff: 0 must be a number above 0, auto or null"),
         ("rollout: 3\n", "rollout: 3 must be a section with the keys samples_per_prompt, "),
         ("critic: yes\n", "critic: 'yes' must be a section with the keys init, "),
         ("critic: {dtype: float16}\n", "critic.init: missing (HF folder, one of our checkpoints"),
@@ -304,3 +309,19 @@ def test_mappings_of_the_users_own_keys(tmp_path: Path) -> None:
         with pytest.raises(TempoError, match=told) as refused:
             load_config(path, [f"data.{wrong}"])
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer", "bound"),
+    [
+        ({"dtype": "float32"}, "float32", 1e-3),
+        ({"dtype": "float32"}, "bfloat16", 0.1),
+        ({}, "bfloat16", 0.1),
+        ({"top_p": 0.9}, "bfloat16", None),
+        ({"top_k": 20}, "bfloat16", None),
+        ({"top_p": 0.9, "max_log_prob_diff": 0.5}, "bfloat16", 0.5),
+        ({"max_log_prob_diff": None}, "float32", None),
+    ],
+)
+def test_the_first_steps_bound_by_precision(settings: dict[str, Any], trainer: str, bound: float | None) -> None:
+    assert RolloutConfig(**settings).log_prob_bound(trainer) == bound
