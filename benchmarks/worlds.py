@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,11 @@ def join_world(threads: int) -> None:
     from tempo_megatron.parallel.distributed import start
 
     start(threads, 600)
+
+
+def beside(name: str) -> Path:
+    """Where ``make bench`` installs ``requirements/bench-NAME.txt``: for a contender's import path, and no other's."""
+    return Path(sys.prefix) / f"bench-{name}"
 
 
 def long_tail(count: int, mean: int, seed: int = 0) -> list[int]:
