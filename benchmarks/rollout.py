@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Contender, Prepare, Run, compare, started
+from benchmarks.harness import Contender, Prepare, Run, compare_afresh
 from benchmarks.report import Options, Report, ahead_of
 from benchmarks.worlds import join_world, token_ids, write_random_model
 
@@ -27,13 +27,12 @@ def run(options: Options) -> Report:
             Contender("vllm.LLM", "benchmarks.rollout:bare", model),
         ]
         what = f"{case['prompts']} prompts, {SAMPLES} samples of {case['tokens']} tokens each"
-        with started(contenders) as running:
-            comparison = compare(what, case, running, options.rounds)
+        comparison = compare_afresh(what, case, contenders, options.rounds)
     digests = {line.facts.get("digest") for line in comparison.lines}
     figures = ahead_of(comparison, "vllm.LLM", "sampling: against vllm.LLM with equal settings", ">= 0.97")
     about = (
         "Tokens per second, one thread, eager, float32; block size, prefix caching, batched tokens, log-probabilities "
-        "and seeds alike. Ours with decoding, gathering and the batch."
+        "and seeds alike; each round with new processes. Ours with decoding, gathering and the batch."
     )
     return Report("rollout", about, [comparison], figures, {"equal_tokens": len(digests) == 1})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness import Contender, compare, started
+from benchmarks.harness import Contender, compare, compare_afresh, started
 
 HERE = "tests.benchmarks.contenders"
 MIB = 2**20
@@ -42,3 +42,14 @@ def test_ranks_know_their_places_and_the_slowest_counts() -> None:
     with started([contender("sleeper", 0.01, ranks=2)]) as running:
         sample = running[0].measure({})
     assert sample.facts["rank"] == "0" and sample.seconds >= 0.01
+
+
+def test_every_round_has_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare_afresh("a case", {}, [contender("sleeper", 0.01), contender("sleeper slow", 0.2)], rounds=2)
+    first, second = found.lines
+    assert first.ahead is None and second.ahead is not None and second.ahead.low > 2
+    assert {line.contender for line in found.lines} == {"sleeper", "sleeper slow"}
+    # the one that dies in its third run does not come to it
+    found = compare_afresh("a case", {}, [contender("sleeper"), contender("dies_later"), contender("dies")], rounds=2)
+    assert [line.failed for line in found.lines] == [None, None, "dies: ValueError: as this"]
+    assert capsys.readouterr().err
