@@ -99,5 +99,6 @@ def test_a_long_tail_is_the_same_whoever_drew_it(results: Path, model: str, tens
         assert [rank["texts"] for rank in drawn] == [2 * len(FORCED), 0]  # the leader's
     for rank in drawn:
         assert max(rank["at"]) < MAX_NUM_SEQS
-        assert sum(unfinished > 0 for unfinished in rank["at"]) > len(rank["at"]) // 2, "a replica is kept filled"
+        # two prompts fit: one that is drawn into an empty replica is followed by another, whoever has drawn what
+        assert sum(unfinished > 0 for unfinished in rank["at"]) >= len(rank["at"]) // 2, "a replica is kept filled"
     assert [rank["counters"] for rank in ranks] == [0, 0]
