@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -258,16 +258,8 @@ def compare(
                 time.sleep(PAUSE_S)
                 kept = warm if number < warm_up else samples
                 _try(process, partial(_measure, process, settings, kept[process.contender.name]))
-    first = running[0].contender.name
-    lines = []
-    for process in running:
-        name = process.contender.name
-        if process.failed is not None:
-            lines.append(Line(name, failed=process.failed))
-        else:
-            compared = [] if name == first or running[0].failed is not None else samples[first]
-            lines.append(_line(name, warm[name], samples[name], compared))
-    return Comparison(case, unit, rounds, lines)
+    failed = {r.contender.name: r.failed for r in running if r.failed is not None}
+    return Comparison(case, unit, rounds, _lines(failed, warm, samples))
 
 
 def compare_afresh(
@@ -277,29 +269,34 @@ def compare_afresh(
 
     For ratios near 1: where a process's memory lies alone makes a fifth of the speed of a matrix product.
     """
-    samples: dict[str, list[tuple[Sample, Sample]]] = {c.name: [] for c in contenders}
+    warm: dict[str, list[Sample]] = {c.name: [] for c in contenders}
+    samples: dict[str, list[Sample]] = {c.name: [] for c in contenders}
     failed: dict[str, str] = {}
     for number in range(rounds):
         with started(contenders if number % 2 == 0 else contenders[::-1]) as running:
             for process in running:
-                measured: list[Sample] = []
-                for _ in range(2):
+                name = process.contender.name
+                for kept in (warm[name], samples[name]):
                     if process.failed is None:
                         time.sleep(PAUSE_S)
-                        _try(process, partial(_measure, process, settings, measured))
-                if process.failed is None:
-                    samples[process.contender.name].append((measured[0], measured[1]))
-                else:
-                    failed.setdefault(process.contender.name, process.failed)
-    lines = []
-    for contender in contenders:
-        name = contender.name
+                        _try(process, partial(_measure, process, settings, kept))
+                if process.failed is not None:
+                    failed.setdefault(name, process.failed)
+    return Comparison(case, unit, rounds, _lines(failed, warm, samples))
+
+
+def _lines(
+    failed: Mapping[str, str], warm: Mapping[str, list[Sample]], samples: Mapping[str, list[Sample]]
+) -> list[Line]:
+    """By contender; the first of ``samples`` is the one that the others are compared with."""
+    first, lines = next(iter(samples)), []
+    for name in samples:
         if name in failed:
             lines.append(Line(name, failed=failed[name]))
         else:
-            compared = [] if lines == [] or lines[0].failed is not None else [b for _, b in samples[contenders[0].name]]
-            lines.append(_line(name, [a for a, _ in samples[name]], [b for _, b in samples[name]], compared))
-    return Comparison(case, unit, rounds, lines)
+            compared = [] if name == first or first in failed else samples[first]
+            lines.append(_line(name, warm[name], samples[name], compared))
+    return lines
 
 
 def _measure(process: Running, settings: dict[str, Any], samples: list[Sample]) -> None:

@@ -219,10 +219,8 @@ def readme_table(folder: Path = RESULTS) -> str:
 def _shown(figure: dict[str, Any]) -> str:
     value, unit = figure["value"], figure["unit"]
     unit = unit if unit in ("x", "%") else f" {unit}"
-    text = f"{value['median']:.3g}{unit}"
-    if value["low"] != value["high"]:
-        text += f" ({value['low']:.3g} to {value['high']:.3g})"
-    return text
+    median, low, high = (f"{float(f'{value[key]:.3g}'):g}" for key in ("median", "low", "high"))
+    return f"{median}{unit}" + (f" ({low} to {high})" if low != high else "")
 
 
 def write_readme(readme: Path = README) -> None:

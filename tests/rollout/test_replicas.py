@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -100,5 +101,6 @@ def test_a_long_tail_is_the_same_whoever_drew_it(results: Path, model: str, tens
     for rank in drawn:
         assert max(rank["at"]) < MAX_NUM_SEQS
         # two prompts fit: one that is drawn into an empty replica is followed by another, whoever has drawn what
+        assert all(then > 0 for now, then in itertools.pairwise(rank["at"]) if now == 0)
         assert sum(unfinished > 0 for unfinished in rank["at"]) >= len(rank["at"]) // 2, "a replica is kept filled"
     assert [rank["counters"] for rank in ranks] == [0, 0]
