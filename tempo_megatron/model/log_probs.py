@@ -3,7 +3,8 @@
 Logits are made in chunks of tokens and made again in the backward, but for the last chunk's.  With n tokens, w columns
 of this rank (vocabulary / TP) and c = min(n, chunk) this holds, beside the outputs and what goes in:
 
-- in the forward 2 c w numbers of float32, between forward and backward c w and 3 n, in the backward 2 c w again;
+- in the forward 2 c w numbers of float32 (without gradients on the CPU c w), between forward and backward c w and 3 n,
+  in the backward 2 c w again;
 - with bfloat16 weights c w numbers of bfloat16 more while it computes;
 - in the backward the gradients that it gives back, the weight's in float32 until all chunks are in it.
 """
@@ -26,6 +27,8 @@ from torch.autograd.function import once_differentiable
 
 #: Logits of one chunk (c w above; 512 MiB): 883 tokens of a vocabulary of 152k on one rank, 4,096 of 32k.
 CHUNK_LOGITS = 2**27
+#: What follows a chunk's matrix product on the CPU is done in blocks of so many logits (1 MiB), which stay in its cache.
+BLOCK_LOGITS = 2**18
 
 
 class OutputWeight(ColumnParallelLinear):
@@ -97,6 +100,7 @@ def vocab_parallel_log_probs(
         temperature=temperature,
         chunk=chunk or max(1, CHUNK_LOGITS // max(width, 1)),
         dtype=torch.promote_types(weight.dtype, torch.float32),
+        keep=torch.is_grad_enabled(),
     )
     log_probs, entropy = _LogProbs.apply(hidden, weight, targets, part)
     return log_probs, entropy
@@ -104,7 +108,10 @@ def vocab_parallel_log_probs(
 
 @dataclass(frozen=True)
 class _Part:
-    """The columns of this rank: ``width`` from ``first`` on, without padding; and how they are computed."""
+    """The columns of this rank: ``width`` from ``first`` on, without padding; and how they are computed.
+
+    With ``keep`` the last chunk's w are kept for the backward.
+    """
 
     first: int
     width: int
@@ -112,15 +119,24 @@ class _Part:
     temperature: float
     chunk: int
     dtype: torch.dtype
+    keep: bool
 
     def chunks(self, n: int) -> list[slice]:
         """None where all columns of the rank are padding."""
         return [slice(i, min(i + self.chunk, n)) for i in range(0, n, self.chunk)] if self.width else []
 
-    def room(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """For a chunk, ``[c, width]`` each."""
-        size = min(self.chunk, len(hidden)), self.width
-        return hidden.new_empty(size, dtype=self.dtype), hidden.new_empty(size, dtype=self.dtype)
+    def room(self, hidden: Tensor, rows: int | None = None) -> Tensor:
+        """For a chunk, ``[c, width]``, or at most ``rows`` of it."""
+        size = min(self.chunk, len(hidden), self.chunk if rows is None else rows)
+        return hidden.new_empty((size, self.width), dtype=self.dtype)
+
+    def block_rows(self, device: torch.device) -> int:
+        """Rows of a chunk that are gone through at a time: on a GPU all of them."""
+        return self.chunk if device.type == "cuda" else max(1, BLOCK_LOGITS // max(self.width, 1))
+
+    def blocks(self, chunk: slice, device: torch.device) -> list[slice]:
+        size = self.block_rows(device)
+        return [slice(i, min(i + size, chunk.stop)) for i in range(chunk.start, chunk.stop, size)]
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """``[c, h]`` -> ``[c, width]``, in ``out``."""
@@ -145,20 +161,25 @@ class _LogProbs(torch.autograd.Function):
         peak = hidden.new_full((n,), torch.finfo(part.dtype).min / 2, dtype=part.dtype)
         # of z, the logits less their peak, and w = exp(z): the sums of w and of w z; the logit of the target
         sums = hidden.new_zeros(3, n, dtype=part.dtype)
-        logits, weights = part.room(hidden)
-        kept, last = weights[:0], slice(0, 0)
+        logits = part.room(hidden)
+        kept, last = logits[:0], slice(0, 0)
+        weights = part.room(hidden, None if part.keep else part.block_rows(hidden.device))
         for last in part.chunks(n):
-            z, kept = logits[: last.stop - last.start], weights[: last.stop - last.start]
-            part.logits(hidden[last], weight, z)
+            chunk = part.logits(hidden[last], weight, logits[: last.stop - last.start])
             column, inside = part.place(targets[last])
-            sums[2, last] = (z.gather(1, column) * inside).squeeze(1)
-            torch.amax(z, 1, out=peak[last])
-            torch.exp(z.sub_(peak[last].unsqueeze(1)), out=kept)
-            torch.sum(kept, 1, out=sums[0, last])
-            torch.sum(z.mul_(kept), 1, out=sums[1, last])
+            sums[2, last] = (chunk.gather(1, column) * inside).squeeze(1)
+            for block in part.blocks(last, hidden.device):
+                z = chunk[block.start - last.start : block.stop - last.start]
+                w = weights[block.start - last.start : block.stop - last.start] if part.keep else weights[: len(z)]
+                torch.amax(z, 1, out=peak[block])
+                torch.exp(z.sub_(peak[block].unsqueeze(1)), out=w)
+                torch.sum(w, 1, out=sums[0, block])
+                torch.sum(z.mul_(w), 1, out=sums[1, block])
+            kept = weights[: len(chunk)]
         if part.group is not None and n:
             peak, scale = _merge(peak, sums, part.group)
-            kept.mul_(scale[last].unsqueeze(1))
+            if part.keep:
+                kept.mul_(scale[last].unsqueeze(1))
         total, weighted, chosen = sums
         log_total = total.log()
         entropy = log_total - weighted / total
@@ -175,7 +196,7 @@ class _LogProbs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # changed below: another backward makes its own
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=part.dtype)
-        logits, weights = part.room(hidden)
+        logits, weights = part.room(hidden), part.room(hidden)
         if by_log_prob is None:
             by_log_prob = torch.zeros_like(total)
         for c in reversed(part.chunks(len(hidden))):
