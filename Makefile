@@ -29,7 +29,7 @@ OTHERS := $(if $(BENCH),$(filter startup trl,$(BENCH)),startup trl)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
-.PHONY: help demo demo-real study test test-slurm parity bench lint lock clean
+.PHONY: help demo demo-real study test test-slurm parity updates bench lint lock clean
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -54,6 +54,9 @@ test-slurm: $(STAMP) ## tests on a real two-node Slurm cluster on loopback; as r
 parity: $(STAMP) ## compare all models with transformers, write docs/parity.md [CHECK=1: don't] [FAMILY=qwen2 ROLE=critic LAYOUT="tp2 sp"]
 	$(BIN)/python -m tests.model.parity_table $(if $(FAMILY),--family $(FAMILY)) $(if $(ROLE),--role $(ROLE)) \
 		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(CHECK),--check)
+
+updates: $(STAMP) ## weights to vLLM between all pairs of layouts, against vLLM's own load [FAMILY=olmo3]
+	$(BIN)/python -m tests.rollout.update_table $(if $(FAMILY),--family $(FAMILY))
 
 bench: $(STAMP) $(OTHERS:%=$(VENV)/bench-%/.complete-$(KEY)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
 	$(BIN)/python -m benchmarks --rounds $(ROUNDS) $(BENCH)

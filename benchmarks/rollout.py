@@ -43,6 +43,7 @@ def ours(settings: dict[str, Any]) -> Prepare:
     from safetensors.torch import load_file
 
     from tempo_megatron.config.schema import RolloutConfig
+    from tempo_megatron.reshard.holdings import whole_tensors
     from tempo_megatron.rollout.collect import rollout
     from tempo_megatron.rollout.engine import RolloutEngine
     from tempo_megatron.rollout.prompts import PromptDraw
@@ -50,7 +51,7 @@ def ours(settings: dict[str, Any]) -> Prepare:
     model = Path(settings["model"])
     config = RolloutConfig(dtype="float32", kv_cache_gib=KV_GIB, max_num_seqs=SEQS, max_num_batched_tokens=BATCHED)
     engine = RolloutEngine(model, config, max_model_len=settings["length"], seed=0, stop_token_ids=[])
-    engine.update_weights(load_file(model / "model.safetensors").items(), 0)
+    engine.update_weights(whole_tensors(load_file(model / "model.safetensors"), 1), 0)
 
     def prepare(case: dict[str, Any]) -> Run:
         draws = [PromptDraw(str(i), ids, True, _seed(i)) for i, ids in enumerate(_prompts(case))]

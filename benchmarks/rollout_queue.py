@@ -76,6 +76,7 @@ def replica(settings: dict[str, Any]) -> Prepare:
 
     from tempo_megatron.config.schema import RolloutConfig
     from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks, sum_over_world
+    from tempo_megatron.reshard.holdings import whole_tensors
     from tempo_megatron.rollout.collect import Finished, sample
     from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
     from tempo_megatron.rollout.queue import PromptQueue, open_queue
@@ -83,7 +84,7 @@ def replica(settings: dict[str, Any]) -> Prepare:
     config = RolloutConfig(dtype="float32", kv_cache_gib=0.0625, max_num_seqs=SEQS, max_num_batched_tokens=512)
     model = Path(settings["model"])
     engine = RolloutEngine(model, config, max_model_len=PROMPT + 4 * MEAN, seed=0, stop_token_ids=[])
-    engine.update_weights(load_file(model / "model.safetensors").items(), 0)
+    engine.update_weights(whole_tensors(load_file(model / "model.safetensors"), dist.get_world_size()), 0)
 
     busy: list[float] = []  # CPU seconds of this replica, by rollout
     slowest: list[float] = []  # of all replicas, by run

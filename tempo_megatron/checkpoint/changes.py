@@ -29,6 +29,7 @@ LISTED = (
     "critic.init_head",
     "critic.initial_value",
     "rollout.tensor_parallel_size",
+    "rollout.expert_parallel",
     "rollout.kv_cache_gib",
     "rollout.max_num_seqs",
     "rollout.max_num_batched_tokens",

@@ -204,6 +204,10 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     top_k: int = Field(-1, ge=-1, description="sample among the k likeliest tokens; -1: off")
     tensor_parallel_size: int = Field(1, ge=1, description="ranks of one vLLM replica; must divide the world size")
+    expert_parallel: bool = Field(
+        False,
+        description="ranks of a replica have whole experts each (vLLM's expert parallelism), not a slice of every one",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of vLLM's weights and KV cache")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache per rank, GiB")
     max_num_seqs: int = Field(

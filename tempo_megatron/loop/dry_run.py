@@ -111,11 +111,11 @@ def _check_rollout(config: Config, hf_dir: str, hf_config: PretrainedConfig) -> 
     """What vLLM cannot run: refused; said only, where it is about the CPU of this machine and the job's may have GPUs
     or about stages that come after this one.
     """
-    size = config.rollout.tensor_parallel_size
+    size, experts = config.rollout.tensor_parallel_size, config.rollout.expert_parallel
     if config.stage != "sft":
-        check_model(hf_dir, hf_config, size, on_cpu=False)
+        check_model(hf_dir, hf_config, size, on_cpu=False, expert_parallel=experts)
     try:
-        check_model(hf_dir, hf_config, size, on_cpu=not use_cuda())
+        check_model(hf_dir, hf_config, size, on_cpu=not use_cuda(), expert_parallel=experts)
     except TempoError as error:
         return [f"vLLM: warning: {error}"]
     return ["vLLM: takes the sizes of this model"]

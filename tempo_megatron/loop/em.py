@@ -193,5 +193,5 @@ class EMLoop(Driver):
     def _send_weights(self) -> None:
         """Those of ``self.version``; also when vLLM has let go of them while it slept."""
         with self.session.ledger.phase("sync"):
-            stream = self.session.engines["actor"].weight_stream(self.config.rollout.bucket_mib)
+            stream = self.session.engines["actor"].weight_source()
             self.rollout.update_weights(stream, self.version)

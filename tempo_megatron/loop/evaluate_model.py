@@ -78,7 +78,7 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
 
         def send_weights() -> None:
             with runtime.ledger.phase("sync"):
-                engine.update_weights(runtime.engines["actor"].weight_stream(config.rollout.bucket_mib), _VERSION)
+                engine.update_weights(runtime.engines["actor"].weight_source(), _VERSION)
 
         runtime.residency.add_rollout(engine, send_weights)
         send_weights()

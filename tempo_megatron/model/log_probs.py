@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 #: Logits of one chunk (c w above; 512 MiB): 883 tokens of a vocabulary of 152k on one rank, 4,096 of 32k.
 CHUNK_LOGITS = 2**27
-#: What follows a chunk's matrix product on the CPU is done in blocks of so many logits (1 MiB), which stay in its cache.
+#: What follows a chunk's matrix product on the CPU is done in blocks of so many logits (1 MiB): they stay in its cache.
 BLOCK_LOGITS = 2**18
 
 

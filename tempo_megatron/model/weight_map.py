@@ -2,7 +2,8 @@
 
 A rule ties one Megatron parameter to the HF tensors that it is made of.  Its transform knows both ways:
 ``shard`` makes one tensor-parallel rank's part from the full HF tensors, ``unshard`` makes the HF tensors
-from all ranks' parts.  Both only move bytes, so a round trip is exact.
+from all ranks' parts.  Both only move bytes, so a round trip is exact.  ``pieces`` says by arithmetic which rectangles
+move where.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
 
 LAYER, EXPERT = "{layer}", "{expert}"
 
@@ -27,6 +30,10 @@ class ModelDims:
     vocab_size: int
 
 
+#: Of HF tensors, in the rule's order.
+Shapes = Sequence[Sequence[int]]
+
+
 class Transform(Protocol):
     tp_sharded: bool
 
@@ -36,6 +43,10 @@ class Transform(Protocol):
 
     def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
         """Full HF tensors in the rule's order, from the parts of all tensor-parallel ranks in rank order."""
+        ...
+
+    def pieces(self, shapes: Shapes, dims: ModelDims, rank: int, size: int) -> list[list[Mapped]]:
+        """Of each HF tensor, in the rule's order, what the part of this rank holds of it, and where."""
         ...
 
 
@@ -49,6 +60,9 @@ class Replicated:
 
     def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
         return [shards[0]]
+
+    def pieces(self, shapes: Shapes, dims: ModelDims, rank: int, size: int) -> list[list[Mapped]]:
+        return [[Mapped(Region(0, 0, *matrix_shape(shapes[0])), 0, 0)]]
 
 
 class Split:
@@ -65,6 +79,12 @@ class Split:
     def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
         return [torch.cat(list(shards), self.dim)]
 
+    def pieces(self, shapes: Shapes, dims: ModelDims, rank: int, size: int) -> list[list[Mapped]]:
+        rows, cols = matrix_shape(shapes[0])
+        if self.dim == 1:
+            return [[Mapped(Region(0, rank * cols // size, rows, cols // size), 0, 0)]]
+        return [[Mapped(Region(rank * rows // size, 0, rows // size, cols), 0, 0)]]
+
 
 class Vocab:
     """Embedding rows, padded with zeros to a multiple of the tensor-parallel size, then cut."""
@@ -80,6 +100,12 @@ class Vocab:
 
     def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
         return [torch.cat(list(shards), 0)[: dims.vocab_size]]
+
+    def pieces(self, shapes: Shapes, dims: ModelDims, rank: int, size: int) -> list[list[Mapped]]:
+        rows, cols = matrix_shape(shapes[0])
+        own = padded_vocab_size(rows, size) // size
+        held = Region(rank * own, 0, own, cols).meet(Region(0, 0, rows, cols))
+        return [[Mapped(held, 0, 0)] if held is not None else []]
 
 
 class QKV:
@@ -104,6 +130,23 @@ class QKV:
         queries = dims.num_heads // dims.num_kv_heads * dims.head_dim
         return [t.flatten(0, 1) for t in grouped.split([queries, dims.head_dim, dims.head_dim], 1)]
 
+    def pieces(self, shapes: Shapes, dims: ModelDims, rank: int, size: int) -> list[list[Mapped]]:
+        groups = dims.num_kv_heads
+        matrices = [matrix_shape(shape) for shape in shapes]
+        heights = [rows // groups for rows, _ in matrices]
+        own = groups * sum(heights) // size
+        first, found = rank * own, []
+        for n, ((_, cols), height) in enumerate(zip(matrices, heights, strict=True)):
+            pieces = []
+            for group in range(first // sum(heights), -(-(first + own) // sum(heights))):
+                start = group * sum(heights) + sum(heights[:n])  # in the interleaved rows of all groups
+                begin, end = max(start, first), min(start + height, first + own)
+                if begin < end:
+                    region = Region(group * height + begin - start, 0, end - begin, cols)
+                    pieces.append(Mapped(region, begin - first, 0))
+            found.append(pieces)
+        return found
+
 
 class GateUp:
     """gate and up projections; each tensor-parallel rank holds [its gate rows, its up rows]."""
@@ -116,6 +159,13 @@ class GateUp:
     def unshard(self, shards: Sequence[Tensor], dims: ModelDims) -> list[Tensor]:
         halves = [s.chunk(2, 0) for s in shards]
         return [torch.cat([h[i] for h in halves], 0) for i in (0, 1)]
+
+    def pieces(self, shapes: Shapes, dims: ModelDims, rank: int, size: int) -> list[list[Mapped]]:
+        found = []
+        for n, shape in enumerate(shapes):
+            rows, cols = matrix_shape(shape)
+            found.append([Mapped(Region(rank * rows // size, 0, rows // size, cols), n * rows // size, 0)])
+        return found
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

@@ -19,6 +19,7 @@ from tempo_megatron.model.families.base import VALUE_HEAD_RULES
 from tempo_megatron.model.hf_tensors import Role, rules_for, tensor_sizes
 from tempo_megatron.model.weight_map import WeightRule
 from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.reshard.holdings import PartName
 
 #: Reads one HF tensor by name; raises TempoError naming file and tensor.
 TensorReader = Callable[[str], Tensor]
@@ -38,10 +39,13 @@ class Entry:
 
     def hf_names(self, config: PretrainedConfig, groups: ModelParallelGroups) -> tuple[str, ...]:
         """The HF tensors that this rank's parameter is made of."""
-        expert = None
-        if self.expert is not None:
-            expert = groups.ep_rank * (config.num_experts // groups.ep_size) + self.expert
-        return self.rule.hf_names(self.layer, expert)
+        return self.rule.hf_names(self.layer, self.global_expert(config, groups))
+
+    def global_expert(self, config: PretrainedConfig, groups: ModelParallelGroups) -> int | None:
+        """The expert's number in the model."""
+        if self.expert is None:
+            return None
+        return groups.ep_rank * (int(config.num_experts) // groups.ep_size) + self.expert
 
 
 def local_entries(
@@ -76,6 +80,17 @@ def _chunk_entries(model: GPTModel, config: PretrainedConfig, role: Role, groups
     if parameters:
         raise TempoError(f"no weight-map rule for Megatron parameters: {', '.join(sorted(parameters))}")
     return entries
+
+
+def named_parameters(
+    models: Sequence[GPTModel], config: PretrainedConfig, role: Role, groups: ModelParallelGroups
+) -> dict[PartName, Tensor]:
+    """This rank's parameters under the names that ``held.megatron_holdings`` gives them."""
+    found = {}
+    for entry in (e for chunk in local_entries(models, config, role, groups) for e in chunk):
+        name = PartName(entry.rule.megatron, entry.layer, entry.global_expert(config, groups))
+        found[name] = entry.parameter.detach()
+    return found
 
 
 def _spellings(name: str) -> Iterator[str]:

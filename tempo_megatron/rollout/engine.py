@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.imports import absent, uncollected
 from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.reshard.holdings import WeightSource
 from tempo_megatron.rollout import patches
 from tempo_megatron.rollout.limits import check_model
 from tempo_megatron.rollout.sleep import RolloutParts
+from tempo_megatron.rollout.update import Update, WeightUpdater
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,8 +65,8 @@ class RolloutEngine:
     """This rank's part of a vLLM replica of ``config.tensor_parallel_size`` consecutive ranks.
 
     The weights start as dummies and arrive by ``update_weights`` only; ``generate`` refuses to run before the
-    first update, while an update is under way, after one that failed, for any version but the loaded one, and while
-    weights or KV cache are released (``parts``).
+    first update, while an update is under way, after one that failed or was not proved, for any version but the loaded
+    one, and while weights or KV cache are released (``parts``).
 
     Building is collective: every rank of the world builds its engine at the same point, after
     ``torch.distributed`` is initialised. The trainer's random states, thread count, environment, memory
@@ -78,6 +79,9 @@ class RolloutEngine:
         seed: of vLLM's own global generator; samples have their own seeds.
         stop_token_ids: ids that end a response.
         sleeps: whether ``parts`` will be put to sleep (a GPU engine allocates otherwise then).
+
+    Attributes:
+        last_update: what the last update moved and proved.
 
     Raises:
         TempoError: the model or the settings are ones that vLLM cannot run.
@@ -106,10 +110,10 @@ class RolloutEngine:
         self.replica_index, within = divmod(dist.get_rank(), size)
         self.is_replica_leader = within == 0
         hf_config = _read_hf_config(hf_dir)
-        self._tied = bool(hf_config.tie_word_embeddings)
-        self._expected = expected_tensors(hf_config, "actor")
         self._llm = _build_engine(str(hf_dir), hf_config, config, max_model_len, seed, sleeps=sleeps)
         self.parts = RolloutParts(self._llm, forget=self._forget)
+        self._updater = WeightUpdater(self._llm, expected_tensors(hf_config, "actor"), config)
+        self.last_update: Update | None = None
 
     @property
     def version(self) -> int | None:
@@ -121,32 +125,28 @@ class RolloutEngine:
     def _forget(self) -> None:
         self._version = None
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights by a stream of HF tensors, and forget everything computed with the old ones.
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Bring all weights up to date, prove that they have landed, and forget everything computed with old ones.
 
-        Collective over the world when the iterator is: it is consumed lazily and completely, in its own order,
-        so it may run collectives as long as it yields the same names on every rank.
+        Collective over the world. Each rank gets the rectangles that its part of the model takes, as vLLM's own loader
+        would slice them, from the nearest rank that has them (``reshard.plan``).
 
         Args:
-            weights: (name, whole tensor) pairs, each tensor of the model's HF checkpoint once, under its name there
-                (experts one by one); a tied output layer is not one. vLLM holds on to the tensors of a layer until
-                the layer is complete (all experts of a block are one): yield fresh tensors or the trainer's own, not
-                one staging buffer again and again. Nothing is kept after the return.
+            source: the weights as this rank has them; of all ranks together, each tensor of the model's HF checkpoint
+                under its name there (a tied output layer is not one). Nothing is kept after the return.
             version: what ``generate`` will have to ask for.
 
         Raises:
-            RunError: the weights' memory is released, or a tensor is missing, unknown, doubled or of another shape. As
-                after any exception of ``weights`` itself, the engine is unusable from then on.
+            RunError: the weights' memory is released, ranks have made different plans, or what has landed differs from
+                what the trainer holds. As after any other exception, the engine is unusable from then on.
+            TempoError: the source does not hold the model's tensors.
         """
         self._require_usable()
         self.parts.weights.emptied()
+        complete = self._version is None
         self._version, self._failure = None, f"the update to weights version {version} did not finish"
-        checked = _checked(weights, self._expected, version)
-        with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
-        if self._tied:
-            self._llm.apply_model(patches.repack_tied_lm_head)
-        if not self._llm.reset_prefix_cache():
+        self.last_update = self._updater.update(source, version, complete=complete)
+        if not self._llm.reset_prefix_cache() or _cached_blocks(self._llm):
             raise RunError(f"rollout: vLLM kept its prefix cache in the update to weights version {version}")
         self.parts.weights.filled()
         self._version, self._failure = version, None
@@ -234,6 +234,7 @@ class RolloutEngine:
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         self._version, self._failure = None, "it is closed"
+        del self._updater
         self._llm.engine_core.shutdown()
         del self._llm
         destroy_model_parallel()
@@ -334,32 +335,22 @@ def _read_hf_config(hf_dir: str | Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(str(hf_dir), local_files_only=True)
 
 
-def _checked(
-    weights: Iterable[tuple[str, Tensor]], expected: dict[str, tuple[int, ...]], version: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Pass the stream on; vLLM would ignore unknown names and keep old values for missing ones."""
-    missing = dict(expected)
-    for name, tensor in weights:
-        if name not in missing:
-            what = "twice" if name in expected else "which the model does not have"
-            raise RunError(f"rollout: the update to weights version {version} brings {name}, {what}")
-        if tensor.shape != missing.pop(name):
-            raise RunError(
-                f"rollout: the update to weights version {version} brings {name} as {list(tensor.shape)}, "
-                f"the model has {list(expected[name])}"
-            )
-        yield name, tensor
-    if missing:
-        raise RunError(
-            f"rollout: the update to weights version {version} lacks {len(missing)} of {len(expected)} tensors, "
-            f"the first is {next(iter(missing))}"
-        )
+def _cached_blocks(llm: LLMEngine) -> int:
+    """Blocks of keys and values that a prompt could still be found to share."""
+    pool: Any = llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return len(pool.cached_block_hash_to_block)
 
 
 def _build_engine(
     hf_dir: str, hf_config: PretrainedConfig, config: RolloutConfig, max_model_len: int, seed: int, *, sleeps: bool
 ) -> LLMEngine:
-    check_model(hf_dir, hf_config, config.tensor_parallel_size, on_cpu=not use_cuda())
+    check_model(
+        hf_dir,
+        hf_config,
+        config.tensor_parallel_size,
+        on_cpu=not use_cuda(),
+        expert_parallel=config.expert_parallel,
+    )
     patches.prepare_process()
     # under torchrun the external launcher tells vLLM this rank's device and tensor-parallel place; the plain
     # executor would put every replica of a node on GPU 0
@@ -379,6 +370,7 @@ def _build_engine(
                 dtype=config.dtype,
                 seed=seed,
                 tensor_parallel_size=config.tensor_parallel_size,
+                enable_expert_parallel=config.expert_parallel,
                 distributed_executor_backend="external_launcher" if external else None,
                 enforce_eager=not use_cuda(),
                 max_model_len=max_model_len,

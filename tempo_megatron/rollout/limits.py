@@ -11,7 +11,14 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_EXPERTS_ALIGNMENT = 32
 
 
-def check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size: int, *, on_cpu: bool) -> None:
+def check_model(
+    hf_dir: str,
+    hf_config: PretrainedConfig,
+    tensor_parallel_size: int,
+    *,
+    on_cpu: bool,
+    expert_parallel: bool = False,
+) -> None:
     """Refuse by name what vLLM would meet as a bare assertion, or only at its first step with the whole model loaded.
 
     Raises:
@@ -25,7 +32,11 @@ def check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size: 
             f"{split} does not divide num_key_value_heads {hf_config.num_key_value_heads} ({file}), as OLMo-3 needs it"
         )
     experts_width = getattr(hf_config, "moe_intermediate_size", None)
-    if experts_width is not None and experts_width % tensor_parallel_size:
+    if expert_parallel and experts_width is None:
+        raise TempoError(f"rollout.expert_parallel: true must be false: the model has no experts ({file})")
+    if expert_parallel and hf_config.num_experts % tensor_parallel_size:
+        raise TempoError(f"{split} does not divide num_experts {hf_config.num_experts} ({file})")
+    if experts_width is not None and not expert_parallel and experts_width % tensor_parallel_size:
         raise TempoError(f"{split} does not divide moe_intermediate_size {experts_width} ({file})")
     head_dim, heads = getattr(hf_config, "head_dim", None), hf_config.num_attention_heads
     if hf_config.model_type == "qwen2" and head_dim not in (None, hf_config.hidden_size // heads):
@@ -35,6 +46,8 @@ def check_model(hf_dir: str, hf_config: PretrainedConfig, tensor_parallel_size: 
         )
     if not on_cpu:
         return
+    if expert_parallel:
+        raise TempoError("rollout.expert_parallel: true must be false: vLLM's kernels for the CPU compute all experts")
     head_dim = head_dim or hf_config.hidden_size // heads
     if head_dim not in CPU_HEAD_SIZES:
         raise TempoError(f"{file}: head_dim {head_dim} is not one that vLLM runs on the CPU: {list(CPU_HEAD_SIZES)}")

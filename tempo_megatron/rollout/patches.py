@@ -260,20 +260,3 @@ def _rebind_kernels_by_identity() -> None:
 def _attributes(value: Any) -> Mapping[str, object]:
     """The object's own, without a look at its class, which might compute them."""
     return vars(value) if hasattr(value, "__dict__") else {}
-
-
-def repack_tied_lm_head(model: torch.nn.Module) -> None:
-    """Let a tied output layer see the embedding that a reload has just written (CPU only).
-
-    model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, gives each linear layer a packed copy of its
-    weight. A reload (model_executor/model_loader/reload/layerwise.py) repacks the layers whose tensors arrived;
-    a tied lm_head has none of its own and would go on with the old copy, silently.
-    """
-    if use_cuda():
-        return
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)

@@ -112,6 +112,11 @@ def drop_packed(layer: torch.nn.Module) -> None:
     replace_value(layer, "cpu_linear", _refuse, (FunctionType, BuiltinFunctionType), package="vllm")
 
 
+def is_dropped(layer: torch.nn.Module) -> bool:
+    """Whether it has been let go and not made anew."""
+    return getattr(layer, "cpu_linear", None) is _refuse
+
+
 def _refuse(*_: Any) -> Any:
     raise RunError("rollout: vLLM's weights were released; an update brings new ones")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import NoneType
 from typing import Any
 
@@ -31,13 +31,15 @@ from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConf
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.errors import RunError
 from tempo_megatron.model.build import DTYPES, build_model
+from tempo_megatron.model.held import megatron_holdings
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.log_probs import output_weight, vocab_parallel_log_probs
-from tempo_megatron.model.weights import HFWeightStream
+from tempo_megatron.model.weights import HFWeightStream, named_parameters
 from tempo_megatron.parallel.device import device
-from tempo_megatron.parallel.distributed import sum_dicts
+from tempo_megatron.parallel.distributed import sum_dicts, world_size
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.patching import replace_value
+from tempo_megatron.reshard.holdings import Holdings, WeightSource
 from tempo_megatron.training import mixed_dtypes
 from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
 from tempo_megatron.training.offload import EngineParts
@@ -198,6 +200,17 @@ class MegatronEngine:
         """The current weights as HF tensors, for every rank, bucket by bucket."""
         check = self.parts.weights.lease(f"a weight stream of the {self.role}")
         return HFWeightStream(self.models, self.hf_config, self.role, self.groups, bucket_mib << 20, check)
+
+    def weight_source(self) -> WeightSource:
+        """The current weights where they are, for whoever takes rectangles of them."""
+        check = self.parts.weights.lease(f"an update of the rollout's weights by the {self.role}")
+        return WeightSource(
+            self._holdings, named_parameters(self.models, self.hf_config, self.role, self.groups), check
+        )
+
+    @cached_property
+    def _holdings(self) -> Holdings:
+        return megatron_holdings(self.hf_config, self.role, self.config.parallel, world_size())
 
     def homes(self, sequences: Sequences) -> Tensor:
         """``[N]`` int64: the data-parallel shard that computes each row."""

@@ -122,7 +122,7 @@ def vllm_agreement(engine: MegatronEngine, folder: Path, sequences: Sequences) -
     config = RolloutConfig(dtype="float32", kv_cache_gib=0.25, max_num_seqs=32, max_num_batched_tokens=512)
     stop = engine.hf_config.eos_token_id
     rollout = RolloutEngine(folder, config, max_model_len=MAX_TOKENS, seed=0, stop_token_ids=[stop])
-    rollout.update_weights(engine.weight_stream(BUCKET_MIB), 1)
+    rollout.update_weights(engine.weight_source(), 1)
     requests = [GenerationRequest(list(p), 100 * i, SAMPLES, RESPONSE_TOKENS) for i, p in enumerate(sequences.prompts)]
     responses = rollout.generate(requests, 1)
     rollout.close()

@@ -28,6 +28,7 @@ from tempo_megatron.model.weight_map import (
     WeightRule,
     padded_vocab_size,
 )
+from tempo_megatron.reshard.regions import as_matrix, matrix_shape
 from tests.model.published import PUBLISHED, write_config
 
 TP = (1, 2, 4)
@@ -219,3 +220,32 @@ def test_names_of_a_layer_and_an_expert() -> None:
     assert rule.megatron_name(3, 1) == "l.3.e.1.w"
     assert rule.hf_names(11, 5) == ("m.11.x.5.a", "m.11.x.5.b")
     assert rule.hf_shapes({"a": 2, "b": 3, "c": 4}) == ((2,), (3, 2))
+
+
+@pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("transform", [Replicated(), Split(0), Split(1), Vocab(), QKV(), GateUp()], ids=repr)
+@given(data=st.data())
+def test_pieces_say_what_a_shard_is_made_of(transform: Transform, tp: int, data: st.DataObject) -> None:
+    head, hidden = data.draw(SIZE), 4 * data.draw(SIZE)
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    dims = ModelDims(groups * data.draw(st.sampled_from([1, 2])) * 4, groups, 4 * head, data.draw(st.integers(1, 9)))
+    q, kv = dims.num_heads * dims.head_dim, groups * dims.head_dim
+    shapes = {
+        QKV: [(q, hidden), (kv, hidden), (kv, hidden)],
+        GateUp: [(4 * head, hidden)] * 2,
+        Vocab: [(dims.vocab_size, hidden)],
+    }.get(type(transform), [(4 * head, hidden)])
+    if data.draw(st.booleans()) and not (isinstance(transform, Split) and transform.dim == 1):
+        shapes = [shape[:1] for shape in shapes]  # biases
+    tensors = [numbered(*shape) + 1e6 * n for n, shape in enumerate(shapes)]
+    for rank in range(tp):
+        shard = transform.shard(tensors, dims, rank, tp)
+        made = torch.zeros(matrix_shape(shard.shape), dtype=torch.float64)
+        times = torch.zeros_like(made)
+        for tensor, pieces in zip(tensors, transform.pieces(shapes, dims, rank, tp), strict=True):
+            for piece in pieces:
+                lands = piece.local(piece.region)
+                lands.of(made).copy_(piece.region.of(as_matrix(tensor)))
+                lands.of(times).add_(1)
+        assert torch.equal(made.view(shard.shape), shard)
+        assert times.max() <= 1 and (isinstance(transform, Vocab) or times.min() == 1)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.data.ragged import Ragged
@@ -25,6 +24,7 @@ from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError
 from tempo_megatron.parallel import distributed
 from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks
+from tempo_megatron.reshard.holdings import WeightSource, whole_tensors
 from tempo_megatron.rollout.collect import rollout, sample
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
 from tempo_megatron.rollout.prompts import PromptDraw
@@ -35,12 +35,8 @@ from tests.everywhere import everywhere
 FORCED_SAMPLES = 2
 
 
-def _broadcast(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Rank 0's tensors to every rank, one collective for each, while vLLM loads."""
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        received = tensor if dist.get_rank() == 0 else torch.full_like(tensor, float("nan"))
-        dist.broadcast(received, src=0)
-        yield name, received
+def _loaded(folder: Path) -> WeightSource:
+    return whole_tensors(load_file(folder / "model.safetensors"), dist.get_world_size())
 
 
 def _decode(responses: list[list[int]]) -> list[str]:
@@ -123,7 +119,7 @@ def main() -> None:
             seed=0,
             stop_token_ids=settings["stop_token_ids"],
         )
-        engine.update_weights(_broadcast(folder), 1)
+        engine.update_weights(_loaded(folder), 1)
         dist.barrier()
         keys = distributed._store.num_keys()
         ordinary, engine._sampling_params = engine._sampling_params, partial(_to_the_limit, engine._sampling_params)

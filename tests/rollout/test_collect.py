@@ -11,7 +11,7 @@ from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
 from tempo_megatron.rollout.prompts import PromptDraw
-from tests.rollout.tiny_models import MAX_MODEL_LEN, TinyModel, random_prompt, stream
+from tests.rollout.tiny_models import MAX_MODEL_LEN, TinyModel, random_prompt, source
 
 
 def _decode(responses: list[list[int]]) -> list[str]:
@@ -20,7 +20,7 @@ def _decode(responses: list[list[int]]) -> list[str]:
 
 @pytest.fixture
 def engine(qwen3_engine: RolloutEngine, qwen3: TinyModel) -> RolloutEngine:
-    qwen3_engine.update_weights(stream(qwen3.first), 3)
+    qwen3_engine.update_weights(source(qwen3.first), 3)
     return qwen3_engine
 
 

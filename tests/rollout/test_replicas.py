@@ -14,7 +14,7 @@ from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.rollout.collect import rollout
 from tempo_megatron.rollout.prompts import PromptDraw
 from tests.launching import launch_ranks
-from tests.rollout.tiny_models import MAX_MODEL_LEN, STOP_TOKEN_IDS, Engines, random_prompt, stream
+from tests.rollout.tiny_models import MAX_MODEL_LEN, STOP_TOKEN_IDS, Engines, random_prompt, source
 
 SIZES = {"samples_per_prompt": 3, "max_response_tokens": 12}
 DRAWS = [
@@ -67,7 +67,7 @@ def test_every_layout_samples_what_one_replica_samples(
     ] * 2
 
     engine = engines.of(model)
-    engine.update_weights(stream(request.getfixturevalue(model).first), 1)
+    engine.update_weights(source(request.getfixturevalue(model).first), 1)
     draws = [PromptDraw(**draw) for draw in DRAWS]
     alone = rollout(
         engine, draws, **SIZES, version=1, decode=lambda all_ids: [" ".join(map(str, ids)) for ids in all_ids]

@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import random
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,15 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.model.hf_tensors import expected_tensors
+from tempo_megatron.reshard.holdings import whole_tensors
 from tempo_megatron.rollout.engine import (
     GenerationRequest,
     RolloutEngine,
     SampledResponse,
-    _checked,
     _read_hf_config,
 )
 from tempo_megatron.rollout.limits import CPU_EXPERTS_ALIGNMENT, CPU_HEAD_SIZES, check_model
+from tempo_megatron.rollout.update import require_expected
 from tests.rollout.tiny_models import (
     MAX_MODEL_LEN,
     OLMO3_ORIGINAL_POSITIONS,
@@ -37,6 +38,7 @@ from tests.rollout.tiny_models import (
     build,
     random_prompt,
     reference_log_probs,
+    source,
     stream,
 )
 
@@ -47,7 +49,7 @@ def _tokens(responses: list[SampledResponse]) -> list[list[int]]:
 
 @pytest.fixture
 def loaded(qwen3_engine: RolloutEngine, qwen3: TinyModel) -> RolloutEngine:
-    qwen3_engine.update_weights(stream(qwen3.first), 7)
+    qwen3_engine.update_weights(source(qwen3.first), 7)
     return qwen3_engine
 
 
@@ -148,7 +150,7 @@ def test_log_probs_equal_hf_before_and_after_an_update(
 ) -> None:
     engine, tiny = engines.of(family), request.getfixturevalue(family)
     for version, (model, other) in enumerate([(tiny.first, tiny.second), (tiny.second, tiny.first)] * 2):
-        engine.update_weights(stream(model), version)
+        engine.update_weights(source(model), version)
         assert engine.version == version
         _assert_equals_hf(engine, version, model, other, *SAMPLING[family])
 
@@ -158,7 +160,7 @@ def test_an_update_forgets_the_cached_prompt(family: str, engines: Engines, requ
     engine, tiny = engines.of(family), request.getfixturevalue(family)
     long = random_prompt(3, MAX_MODEL_LEN - 20)
     for version, model in ((7, tiny.first), (8, tiny.second)):
-        engine.update_weights(stream(model), version)
+        engine.update_weights(source(model), version)
         for _ in range(2):  # the second round reads the prompt from the cache
             (response,) = engine.generate([GenerationRequest(long, 1, 1, 8)], version)
             expected = reference_log_probs(model, long, response.token_ids, *SAMPLING[family])
@@ -172,7 +174,7 @@ def test_a_sleeping_engine_samples_the_same_after_an_update(
     engine, tiny = engines.of(family), request.getfixturevalue(family)
     weights, kv_cache = engine.parts
     requests = [GenerationRequest(random_prompt(i, 40), 100 * i, 3, 12) for i in range(4)]
-    engine.update_weights(stream(tiny.first), 7)
+    engine.update_weights(source(tiny.first), 7)
     before = engine.generate(requests, 7)
     awake = {part.name: part.resident_bytes() for part in engine.parts}
     # every tensor, a tied one once; a separate output layer is kept beside its packed copy
@@ -184,9 +186,9 @@ def test_a_sleeping_engine_samples_the_same_after_an_update(
     with pytest.raises(RunError, match=r"sampling needs rollout\.weights, which is released, nothing of it was kept"):
         engine.generate(requests, 7)
     with pytest.raises(RunError, match=r"bringing its contents needs rollout\.weights, which is released"):
-        engine.update_weights(stream(tiny.first), 8)
+        engine.update_weights(source(tiny.first), 8)
     weights.wake()
-    engine.update_weights(stream(tiny.first), 8)
+    engine.update_weights(source(tiny.first), 8)
     with pytest.raises(RunError, match=r"sampling needs rollout\.kv_cache, which is released"):
         engine.generate(requests, 8)
     kv_cache.wake()
@@ -213,7 +215,7 @@ def _with_config(model: PreTrainedModel, **changes: object) -> PreTrainedModel:
 
 def test_olmo3_slides_its_window_and_stretches_its_positions(engines: Engines, olmo3: TinyModel) -> None:
     olmo3_engine = engines.of("olmo3")
-    olmo3_engine.update_weights(stream(olmo3.first), 1)
+    olmo3_engine.update_weights(source(olmo3.first), 1)
     prompts = [random_prompt(i, length) for i, length in enumerate((4, OLMO3_WINDOW, OLMO3_ORIGINAL_POSITIONS, 160))]
     responses = olmo3_engine.generate([GenerationRequest(p, i, 1, 32) for i, p in enumerate(prompts)], 1)
     lengths = [len(p) + len(r.token_ids) for p, r in zip(prompts, responses, strict=True)]
@@ -268,22 +270,21 @@ def test_an_engine_without_good_weights_does_not_sample(no_engine: None, qwen3: 
 
     broken = type(qwen3.first)(qwen3.first.config)
     torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
-    engine.update_weights(stream(broken), 0)
+    engine.update_weights(source(broken), 0)
     with pytest.raises(RunError, match="log-probability nan"):
         engine.generate([request], 0)
 
-    def breaks_off() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from list(stream(qwen3.first))[:5]
+    def breaks_off() -> None:
         assert engine.version is None
         raise OSError("the exporter failed")
 
     with pytest.raises(OSError, match="the exporter failed"):
-        engine.update_weights(breaks_off(), 1)
+        engine.update_weights(replace(source(qwen3.first), check=breaks_off), 1)
     assert engine.version is None
     with pytest.raises(RunError, match="unusable: the update to weights version 1 did not finish"):
         engine.generate([request], 1)
     with pytest.raises(RunError, match="unusable"):
-        engine.update_weights(stream(qwen3.first), 2)
+        engine.update_weights(source(qwen3.first), 2)
     engine.close()
     with pytest.raises(RunError, match="unusable: it is closed"):
         engine.generate([request], 1)
@@ -291,9 +292,9 @@ def test_an_engine_without_good_weights_does_not_sample(no_engine: None, qwen3: 
 
 def test_an_update_that_lacks_a_tensor_fails(no_engine: None, qwen3: TinyModel) -> None:
     engine = build(qwen3.folder)
-    without_last = list(stream(qwen3.first))[:-1]
-    with pytest.raises(RunError, match=r"lacks 1 of \d+ tensors, the first is lm_head.weight"):
-        engine.update_weights(without_last, 1)
+    without_last = dict(list(stream(qwen3.first))[:-1])
+    with pytest.raises(TempoError, match=r"lacks 1 of \d+ tensors of the model, such as lm_head.weight"):
+        engine.update_weights(whole_tensors(without_last, 1), 1)
     with pytest.raises(RunError, match="unusable"):
         engine.generate([GenerationRequest([5], 0, 1, 4)], 1)
     engine.close()
@@ -307,36 +308,25 @@ def test_an_update_speaks_the_names_of_the_checkpoint(family: str, request: pyte
     assert {name: tensor.shape for name, tensor in stream(tiny.first)} == saved
 
 
-def test_an_update_names_the_expert_that_is_wrong(qwen3_moe: TinyModel) -> None:
+def test_an_update_names_the_tensor_that_is_wrong(qwen3_moe: TinyModel) -> None:
     expected = expected_tensors(qwen3_moe.first.config, "actor")
     whole = dict(stream(qwen3_moe.first))
+    require_expected(whole_tensors(whole, 1).holdings, expected)
     down = "model.layers.2.mlp.experts.5.down_proj.weight"
-    fused = dict(qwen3_moe.first.named_parameters())
     for tensors, message in (
-        ({n: t for n, t in whole.items() if n != down}, rf"lacks 1 of {len(whole)} tensors, the first is {down}"),
+        (
+            {n: t for n, t in whole.items() if n != down},
+            rf"lacks 1 of {len(whole)} tensors of the model, such as {down}",
+        ),
         (
             whole | {down.replace("5", "6"): whole[down]},
             r"experts\.6\.down_proj\.weight, which the model does not have",
         ),
-        (whole | {down: whole[down].T}, r"as \[48, 64\], the model has \[64, 48\]"),
-        (fused, r"mlp\.experts\.gate_up_proj, which the model does not have"),
+        (whole | {down: whole[down].T}, r"as \[48, 64\], the model as \[64, 48\]"),
+        (whole | {"model.norm.weight": whole["model.norm.weight"][1:]}, r"norm\.weight as \[63\], the model as \[64\]"),
     ):
-        with pytest.raises(RunError, match=message):
-            list(_checked(tensors.items(), expected, 4))
-
-
-def test_an_update_names_the_tensor_that_is_wrong() -> None:
-    expected = {"a": (2,), "b": (3, 2)}
-    a, b = ("a", torch.zeros(2)), ("b", torch.zeros(3, 2))
-    assert [name for name, _ in _checked([a, b], expected, 4)] == ["a", "b"]
-    for stream_of, message in (
-        ([b], "version 4 lacks 1 of 2 tensors, the first is a"),
-        ([a, b, ("c", a[1])], "brings c, which the model does not have"),
-        ([a, b, a], "brings a, twice"),
-        ([a, ("b", torch.zeros(2, 3))], r"brings b as \[2, 3\], the model has \[3, 2\]"),
-    ):
-        with pytest.raises(RunError, match=message):
-            list(_checked(stream_of, expected, 4))
+        with pytest.raises(TempoError, match=message):
+            require_expected(whole_tensors(tensors, 1).holdings, expected)
 
 
 def test_a_head_size_that_vllm_takes_otherwise_is_named(qwen2: TinyModel) -> None:

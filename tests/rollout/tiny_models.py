@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.reshard.holdings import WeightSource, whole_tensors
 from tempo_megatron.rollout.engine import RolloutEngine
 
 VOCAB_SIZE = 96
@@ -76,6 +78,11 @@ def stream(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{expert}.down_proj.weight", down.clone()
         else:
             yield name, parameter.detach().clone()
+
+
+def source(model: PreTrainedModel) -> WeightSource:
+    """The same, as a trainer whose every rank has all of it."""
+    return whole_tensors(dict(stream(model)), dist.get_world_size())
 
 
 @torch.no_grad()

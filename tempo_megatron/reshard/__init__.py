@@ -1,0 +1,1 @@
+"""Weights from one layout of ranks into another: the plan as pure data, its execution, and the proof."""

@@ -1,0 +1,321 @@
+"""Where vLLM's own loader puts which slice of which HF tensor, recorded from a twin of the model without numbers.
+
+Loaders slice what they are given and copy the slices into slices of their parameters. On the ``meta`` device both are
+shapes, offsets and strides over storages that are known, so that nothing has to be guessed from shapes. What a loader
+computes instead of copying cannot be taken in parts: its module is loaded whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tempo_megatron.errors import TempoError
+from tempo_megatron.patching import kept, replace_function, replace_value
+from tempo_megatron.reshard.plan import Destination, Landing, Target
+from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_ATEN = torch.ops.aten
+_FILLS = (_ATEN.fill_.Scalar, _ATEN.fill_.Tensor, _ATEN.zero_.default)
+
+
+@contextmanager
+def _apart(config: VllmConfig) -> Iterator[VllmConfig]:
+    """A config for a second model in the process: attention layers register themselves by name in it.
+
+    Rotary embeddings are one for all models of a process (model_executor/layers/rotary_embedding/__init__.py): the
+    twin's, which have no numbers, must not be found by others.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    own = copy(config)
+    own.compilation_config = copy(config.compilation_config)
+    own.compilation_config.static_forward_context = {}
+    own.compilation_config.static_all_moe_layers = []
+    ropes = dict(rotary_embedding._ROPE_DICT)
+    try:
+        with set_current_vllm_config(own), _experts_known():
+            yield own
+    finally:
+        rotary_embedding._ROPE_DICT.clear()
+        rotary_embedding._ROPE_DICT.update(ropes)
+
+
+@contextmanager
+def _experts_known() -> Iterator[None]:
+    """Which experts are a rank's is read while a model is built and loaded: numbers, also on the ``meta`` device."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
+    def with_numbers(manager: ExpertMapManager, *args: Any, **kwargs: Any) -> None:
+        with torch.device("cpu"):
+            original(manager, *args, **kwargs)
+
+    parameters = tuple(inspect.signature(ExpertMapManager.__init__).parameters)
+    with kept(ExpertMapManager, "__init__"):
+        original = replace_function(ExpertMapManager, "__init__", with_numbers, parameters)
+        yield
+
+
+def build_twin(config: VllmConfig) -> torch.nn.Module:
+    """The model as it is before weights are loaded, of this rank's tensor-parallel place, on the ``meta`` device."""
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with _apart(config) as own, set_default_torch_dtype(own.model_config.dtype), torch.device("meta"):
+        return initialize_model(own, model_config=own.model_config)
+
+
+def foreseen_destinations(
+    hf_dir: str | Path, tensors: Mapping[str, tuple[int, ...]], size: int, *, expert_parallel: bool, dtype: str
+) -> Iterator[Destination]:
+    """Of each rank of a replica of ``size`` that does not exist, one after the other.
+
+    No engine is built and no process group: twins are told their place. Only ``config.json`` is read.
+
+    Raises:
+        TempoError: vLLM cannot cut the model so.
+    """
+    from vllm import EngineArgs
+
+    args = EngineArgs(
+        model=str(hf_dir),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=64,
+        kv_cache_memory_bytes=1 << 20,
+    )
+    try:
+        config = args.create_engine_config()
+        config.parallel_config.tensor_parallel_size = size
+        config.parallel_config.enable_expert_parallel = expert_parallel
+        for rank in range(size):
+            with _in_place_of(rank, size):
+                yield record_destination(build_twin(config), tensors, config.model_config.dtype, {})
+    except (ValueError, AssertionError) as error:
+        raise TempoError(f"vLLM cannot run {hf_dir} on {size} ranks a replica: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What of a process group a model asks while it is built."""
+
+    rank_in_group: int
+    world_size: int
+
+    def size(self) -> int:
+        return self.world_size
+
+    @property
+    def device_group(self) -> _Place:
+        return self
+
+    @property
+    def rank(self) -> int:
+        return self.rank_in_group
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(range(self.world_size))
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank_in_group == 0
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank_in_group == self.world_size - 1
+
+
+@contextmanager
+def _in_place_of(rank: int, size: int) -> Iterator[None]:
+    """vLLM's groups (distributed/parallel_state.py) are those of this rank of one replica, which is all the world."""
+    from vllm.distributed import parallel_state
+
+    alone, one = _Place(0, 1), _Place(rank, size)
+    places = {"_TP": one, "_EP": one, "_WORLD": one} | dict.fromkeys(("_PP", "_DP", "_PCP", "_DCP"), alone)
+    with ExitStack() as stack:
+        for name, place in places.items():
+            stack.enter_context(kept(parallel_state, name))
+            replace_value(parallel_state, name, place, object)
+        yield
+
+
+def record_destination(
+    twin: torch.nn.Module, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, units: Mapping[str, str]
+) -> Destination:
+    """Load the twin and see what goes where.
+
+    Args:
+        twin: from ``build_twin``.
+        tensors: names and shapes of all HF tensors of the model, in an order that its loader takes.
+        dtype: that the tensors come in.
+        units: parameter name -> module, of those that are finished as a whole after loading.
+    """
+    metas = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in tensors.items()}
+    parameters = {name: p.data for name, p in twin.named_parameters()}  # a tied one once
+    recorder = _Recorder(metas, parameters)
+    with torch.no_grad(), recorder:
+        twin.load_weights(iter(metas.items()))  # type: ignore[operator]
+    return recorder.destination(units)
+
+
+@dataclass
+class _Known:
+    """A storage that is a tensor's: its name and the columns of its matrix."""
+
+    name: str
+    columns: int
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every copy into a parameter and does none."""
+
+    def __init__(self, metas: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._metas, self._parameters = metas, parameters
+        self._sources = {_storage(t): _Known(name, matrix_shape(t.shape)[1]) for name, t in metas.items()}
+        self._targets = {_storage(t): _Known(name, matrix_shape(t.shape)[1]) for name, t in parameters.items()}
+        self._made_of: dict[int, set[str]] = {_storage(t): {name} for name, t in metas.items()}
+        self._kept: list[Tensor] = []  # storages are known by address: none may be used anew
+        self._landings: list[tuple[str, str, Mapped]] = []
+        self._fills: list[tuple[str, Region]] = []
+        self._computed: defaultdict[str, set[str]] = defaultdict(set)  # parameters that get more than copies, of what
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        into = self._targets.get(_storage(tensors[0])) if tensors else None
+        if func is _ATEN.copy_.default and into is not None:
+            self._copied(into, args[0], args[1])
+            return args[0]
+        if func in _FILLS and into is not None:
+            self._filled(into, args[0])
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        ]
+        made_of = set().union(*(self._made_of.get(_storage(t), set()) for t in tensors))
+        for value in written:
+            if (target := self._targets.get(_storage(value))) is not None:
+                self._computed[target.name] |= made_of
+        for value in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
+            if made_of and _storage(value) not in self._sources and _storage(value) not in self._targets:
+                self._made_of.setdefault(_storage(value), set()).update(made_of)
+                self._kept.append(value)
+        return result
+
+    def _copied(self, into: _Known, to: Tensor, of: Tensor) -> None:
+        source = self._sources.get(_storage(of))
+        if to.shape != of.shape:
+            of = of.expand_as(to)
+        read = region_of(of, source.columns) if source is not None else None
+        lands = region_of(to, into.columns)
+        if to.numel() == 0:
+            return
+        if source is None or read is None or lands is None or (read.rows, read.cols) != (lands.rows, lands.cols):
+            self._computed[into.name] |= self._made_of.get(_storage(of), set())
+        else:
+            self._landings.append((into.name, source.name, Mapped(read, lands.row, lands.col)))
+
+    def _filled(self, into: _Known, to: Tensor) -> None:
+        if to.numel() == 0:
+            return
+        region = region_of(to, into.columns)
+        if region is None:
+            self._computed[into.name] |= set()
+        else:
+            self._fills.append((into.name, region))
+
+    def destination(self, units: Mapping[str, str]) -> Destination:
+        """Targets in the order in which they were loaded; of modules that come whole the tensors themselves."""
+        modules = {name: units.get(name, name.rpartition(".")[0]) for name in self._parameters}
+        whole = {modules[name] for name in self._computed}
+        taken = _Taken()
+        for name, tensor, mapped in self._landings:
+            if modules[name] not in whole:
+                taken.land(_target(name, self._parameters[name], units.get(name)), tensor, mapped)
+            else:
+                self._computed[name].add(tensor)
+        for name, region in self._fills:
+            if modules[name] not in whole:
+                taken.fill(_target(name, self._parameters[name], units.get(name)), region)
+        for name, tensors in self._computed.items():
+            for tensor in sorted(tensors):
+                meta = self._metas[tensor]
+                everything = Mapped(Region(0, 0, *matrix_shape(meta.shape)), 0, 0)
+                taken.land(_target(tensor, meta, modules[name]), tensor, everything)
+        return taken.destination(tuple(sorted(whole)))
+
+
+class _Taken:
+    """Targets by (name, unit), with what lands in them; a rectangle that is loaded twice lands once."""
+
+    def __init__(self) -> None:
+        self._index: dict[Target, int] = {}
+        self._landings: dict[Landing, None] = {}
+        self._fills: dict[tuple[int, Region], None] = {}
+
+    def land(self, target: Target, tensor: str, mapped: Mapped) -> None:
+        self._landings[Landing(self._number(target), tensor, mapped)] = None
+
+    def fill(self, target: Target, region: Region) -> None:
+        self._fills[self._number(target), region] = None
+
+    def _number(self, target: Target) -> int:
+        return self._index.setdefault(target, len(self._index))
+
+    def destination(self, whole: tuple[str, ...]) -> Destination:
+        return Destination(tuple(self._index), tuple(self._landings), tuple(self._fills), whole)
+
+
+def _target(name: str, tensor: Tensor, unit: str | None) -> Target:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return Target(name, tuple(tensor.shape), kind, tensor.element_size(), unit)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def region_of(view: Tensor, columns: int) -> Region | None:
+    """The rectangle that a view covers, row by row, of a contiguous matrix of ``columns`` columns; None if none."""
+    row, col = divmod(int(view.storage_offset()), columns)
+    dims: list[tuple[int, int]] = []  # (size, stride), dimensions that follow each other without a gap as one
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = dims[-1][0] * size, stride
+        else:
+            dims.append((size, stride))
+    match dims:
+        case []:
+            return Region(row, col, 1, 1)
+        case [(size, 1)] if col == 0 and size % columns == 0:
+            return Region(row, 0, size // columns, columns)
+        case [(size, 1)] if col + size <= columns:
+            return Region(row, col, 1, size)
+        case [(rows, stride)] if stride == columns:
+            return Region(row, col, rows, 1)
+        case [(rows, stride), (size, 1)] if stride == columns and col + size <= columns:
+            return Region(row, col, rows, size)
+    return None

@@ -1,0 +1,168 @@
+"""Updates of a replica's weights: the plan, made once and agreed, carried out and proved each time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.errors import RunError, TempoError
+from tempo_megatron.parallel.device import device
+from tempo_megatron.reshard.holdings import Holdings, WeightSource
+from tempo_megatron.reshard.plan import Plan
+from tempo_megatron.reshard.proof import Proof
+from tempo_megatron.reshard.transfer import Moved, Transfer
+from tempo_megatron.rollout.weights import RolloutReceiver, RolloutWeights
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+
+#: An update that is not proved completely is proved in one tensor of so many, others each time.
+PROVED_IN_TURN = 16
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did on this rank.
+
+    Attributes:
+        version: of the weights.
+        moved: bytes; as many as planned.
+        proved: tensors whose digests were compared, of ``tensors``.
+        seconds: of all; ``proof_s`` of them for the proof.
+    """
+
+    version: int
+    moved: Moved
+    proved: int
+    tensors: int
+    seconds: float
+    proof_s: float
+
+
+class WeightUpdater:
+    """This rank's side of the updates of one engine.
+
+    Args:
+        expected: names and shapes of the HF tensors that make the model.
+        config: the ``rollout`` section.
+    """
+
+    def __init__(self, llm: LLMEngine, expected: Mapping[str, tuple[int, ...]], config: RolloutConfig) -> None:
+        ((model, vllm_config),) = llm.collective_rpc(lambda worker: (worker.get_model(), worker.vllm_config))
+        self._weights = RolloutWeights(model, vllm_config, expected)
+        self._expected, self._config = expected, config
+        self._planned_for: Holdings | None = None
+        self._transfer: Transfer | None = None
+        self._receiver: RolloutReceiver | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The current one."""
+        assert self._transfer is not None
+        return self._transfer.plan
+
+    def update(self, source: WeightSource, version: int, *, complete: bool) -> Update:
+        """Collective over the world.
+
+        Args:
+            complete: prove all tensors; else some, in turn.
+
+        Raises:
+            RunError: ranks have different plans, or what has landed is not what the trainer holds.
+            TempoError: the source does not hold the model's tensors.
+        """
+        began = time.perf_counter()
+        transfer, receiver = self._prepared(source.holdings)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        proof = Proof(transfer.plan, rank, device(), None if complete else self._in_turn(version))
+        proof_s = 0.0
+
+        def see(target: int, matrix: torch.Tensor) -> None:
+            nonlocal proof_s
+            start = time.perf_counter()
+            proof.see(target, matrix)
+            proof_s += time.perf_counter() - start
+
+        receiver.on_arrived = see
+        with torch.no_grad():
+            receiver.begin()
+            moved = transfer.run(source, receiver)
+            receiver.end()
+            start = time.perf_counter()
+            differing = proof.differing(source, dist.group.WORLD if world > 1 else None)
+            self._require_landed(differing, len(proof.index), version)
+        now = time.perf_counter()
+        proof_s += now - start
+        return Update(version, moved, len(proof.index), len(self._expected), now - began, proof_s)
+
+    def _prepared(self, holdings: Holdings) -> tuple[Transfer, RolloutReceiver]:
+        if holdings is not self._planned_for or self._transfer is None or self._receiver is None:
+            require_expected(holdings, self._expected)
+            rank = dist.get_rank()
+            plan = self._agreed_plan(holdings)
+            group = dist.group.WORLD if dist.get_world_size() > 1 else None
+            self._transfer = Transfer(plan, rank, group, device())
+            self._receiver = self._weights.receiver(plan, rank)
+            self._planned_for = holdings
+        return self._transfer, self._receiver
+
+    def _agreed_plan(self, holdings: Holdings) -> Plan:
+        size, rank = self._config.tensor_parallel_size, dist.get_rank()
+        world = dist.get_world_size()
+        destinations = [self._weights.destination]
+        if world > 1:
+            every: list[Any] = [None] * world
+            # those of the first replica are everybody's: that others load alike is part of what is agreed
+            dist.all_gather_object(every, self._weights.destination if rank < size else None)
+            destinations = every[:size]
+        near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        plan = Plan(holdings, destinations, self._config.bucket_mib << 20, near)
+        alike = destinations[rank % size] == self._weights.destination
+        mine = (plan.digest(), alike)
+        found: list[Any] = [mine]
+        if world > 1:
+            found = [None] * world
+            dist.all_gather_object(found, mine)
+        odd = [r for r, (digest, same) in enumerate(found) if digest != found[0][0] or not same]
+        if odd:
+            raise RunError(f"rollout: rank {odd[0]} has another plan for the rollout's weights than rank 0")
+        return plan
+
+    def _in_turn(self, version: int) -> set[str]:
+        return {name for n, name in enumerate(self._expected) if n % PROVED_IN_TURN == version % PROVED_IN_TURN}
+
+    def _require_landed(self, differing: list[str], checked: int, version: int) -> None:
+        found: list[Any] = [differing]
+        if dist.get_world_size() > 1:
+            wrong = torch.tensor(len(differing), device=device())
+            dist.all_reduce(wrong)
+            if int(wrong):
+                found = [None] * dist.get_world_size()
+                dist.all_gather_object(found, differing)
+        for rank, names in enumerate(found):
+            if names:
+                raise RunError(
+                    f"rollout: the weights of version {version} did not land: on rank {rank} {len(names)} of {checked} "
+                    f"tensors differ from the trainer's, such as {names[0]}"
+                )
+
+
+def require_expected(holdings: Holdings, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """TempoError unless a trainer has just the tensors that make the model."""
+    missing = [name for name in expected if name not in holdings.shapes]
+    if missing:
+        raise TempoError(
+            f"rollout: the trainer lacks {len(missing)} of {len(expected)} tensors of the model, such as {missing[0]}"
+        )
+    for name, shape in holdings.shapes.items():
+        if name not in expected:
+            raise TempoError(f"rollout: the trainer brings {name}, which the model does not have")
+        if expected[name] != shape:
+            raise TempoError(f"rollout: the trainer has {name} as {list(shape)}, the model as {list(expected[name])}")

@@ -1,0 +1,268 @@
+"""vLLM's parameters as what an update writes into: in place, or module by module where vLLM finishes them itself.
+
+A parameter that vLLM holds as its loader fills it is written where it lies. A module that is changed after loading
+(packed for the CPU's kernels, quantised, in a kernel's own layout) gets tensors as the loader wants them for the time
+of its bucket, in one scratch buffer, and vLLM's own step for that module then makes of them what it holds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tempo_megatron.errors import RunError
+from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.reshard.plan import Destination, Plan, Target
+from tempo_megatron.reshard.regions import as_matrix
+from tempo_megatron.rollout.landings import build_twin, record_destination
+from tempo_megatron.rollout.sleep import drop_packed, is_dropped
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: Tensors in the scratch buffer begin at multiples of it, as allocated ones do.
+_ALIGNMENT = 64
+
+
+class RolloutWeights:
+    """One rank's part of a vLLM model.
+
+    Args:
+        model: as vLLM samples from it.
+        config: the engine's.
+        tensors: names and shapes of the HF tensors that will come.
+
+    Attributes:
+        destination: what its loader takes of them.
+
+    Raises:
+        TempoError: the loader does not take all of them, or a parameter gets no values.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: VllmConfig, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())
+        twin = build_twin(config)
+        units = {
+            f"{name}.{parameter}" if name else parameter: name
+            for name, module in self._modules.items()
+            if _is_changed_after_loading(module)
+            for parameter, _ in twin.get_submodule(name).named_parameters(recurse=False)
+        }
+        self.destination = record_destination(twin, tensors, config.model_config.dtype, units)
+        self._packing = {name: module for name, module in self._modules.items() if hasattr(module, "cpu_linear")}
+        self._needed = {n: m for n, m in self._packing.items() if not _is_plain_embedding(m, model)}
+        self._heads = [m for m in self._needed.values() if m.get_parameter("weight").numel()]
+
+    def receiver(self, plan: Plan, rank: int) -> RolloutReceiver:
+        return RolloutReceiver(self, plan, rank)
+
+    def live(self, name: str) -> Tensor:
+        """A parameter as vLLM holds it."""
+        module, _, parameter = name.rpartition(".")
+        tensor: Tensor = self._modules[module].get_parameter(parameter).data
+        return tensor
+
+    def module(self, name: str) -> torch.nn.Module:
+        return self._modules[name]
+
+    def load_whole(self, tensors: list[tuple[str, Tensor]]) -> None:
+        """By vLLM's loader, of modules that are open."""
+        self._model.load_weights(iter(tensors))  # type: ignore[operator]
+
+    def drop_packed(self) -> None:
+        """Let go of all copies that vLLM packed for its kernels: none is there before its step has made it anew."""
+        for module in self._packing.values():
+            drop_packed(module)
+
+    def finish_heads(self) -> None:
+        """Let output layers, which keep their weight, see what was written in place.
+
+        model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, packs a copy of it on the CPU; of an embedding
+        that is no output layer nothing reads one.
+        """
+        for module in self._heads:
+            module.quant_method.process_weights_after_loading(module)
+
+    def require_packed(self) -> None:
+        """RunError where a packed copy that sampling needs was not made anew."""
+        for name, module in self._needed.items():
+            if is_dropped(module):
+                raise RunError(f"rollout: vLLM did not finish {name} in an update of the weights")
+
+
+class RolloutReceiver:
+    """The targets of a plan on this rank, for one update after the other (``reshard.transfer.Receiver``).
+
+    Attributes:
+        on_arrived: called with each target, as a matrix, when it holds everything that it gets.
+    """
+
+    def __init__(self, weights: RolloutWeights, plan: Plan, rank: int) -> None:
+        self._weights = weights
+        self._destination: Destination = plan.destination_of(rank)
+        within = rank % plan.replica_size
+        targets = self._destination.targets
+        self.on_arrived: Callable[[int, Tensor], None] = lambda target, matrix: None
+        self._in_place = [n for n, target in enumerate(targets) if target.unit is None]
+        self._staged: defaultdict[int, dict[str, list[int]]] = defaultdict(dict)  # bucket -> unit -> targets
+        self._last: dict[int, list[int]] = defaultdict(list)  # bucket -> targets in place that are complete after it
+        ends: dict[int, int] = {}
+        for piece in plan.pieces[within]:
+            unit = targets[piece.target].unit
+            ends[piece.target] = max(ends.get(piece.target, 0), piece.bucket)
+            if unit is not None:
+                staged = self._staged[piece.bucket].setdefault(unit, [])
+                if piece.target not in staged:
+                    staged.append(piece.target)
+        for target in self._in_place:
+            self._last[ends.get(target, 0)].append(target)
+        self._scratch_bytes = max((self._staged_bytes(bucket) for bucket in self._staged), default=0)
+        self._scratch: Tensor | None = None
+        self._matrices: dict[int, Tensor] = {}
+        self._open: dict[str, _OpenModule] = {}
+
+    def begin(self) -> None:
+        """Addresses are those of now."""
+        self._weights.drop_packed()
+        targets = self._destination.targets
+        self._matrices = {}
+        for n in self._in_place:
+            live = self._weights.live(targets[n].name)
+            _require_alike(live, targets[n])
+            self._matrices[n] = as_matrix(live)
+        device = next(iter(self._matrices.values())).device if self._matrices else torch.device("cpu")
+        self._scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=device)
+        for target, region in self._destination.fills:
+            if target in self._matrices:
+                region.of(self._matrices[target]).zero_()
+
+    def end(self) -> None:
+        self._matrices, self._scratch = {}, None
+        self._weights.finish_heads()
+        self._weights.require_packed()
+
+    def open(self, bucket: int) -> None:
+        assert self._scratch is not None
+        targets, start = self._destination.targets, 0
+        for unit, staged in self._staged.get(bucket, {}).items():
+            module = _OpenModule(self._weights.module(unit))
+            self._open[unit] = module
+            whole = unit in self._destination.whole
+            for n in staged:
+                target = targets[n]
+                size = torch.Size(target.shape).numel() * target.itemsize
+                room = self._scratch[start : start + size].view(getattr(torch, target.dtype)).view(target.shape)
+                start += _aligned(size)
+                self._matrices[n] = as_matrix(room if whole else module.place(target.name.rpartition(".")[2], room))
+            if whole:
+                module.place_others()
+            for n, region in self._destination.fills:
+                if n in staged:
+                    region.of(self._matrices[n]).zero_()
+
+    def matrix(self, target: int) -> Tensor:
+        return self._matrices[target]
+
+    def finish(self, bucket: int) -> None:
+        for unit, staged in self._staged.get(bucket, {}).items():
+            for n in staged:
+                self.on_arrived(n, self._matrices[n])
+            if unit in self._destination.whole:
+                targets = self._destination.targets
+                self._weights.load_whole([(targets[n].name, self._matrices[n].view(targets[n].shape)) for n in staged])
+            self._open.pop(unit).finish()
+            for n in staged:
+                del self._matrices[n]
+        for n in self._last.get(bucket, ()):
+            self.on_arrived(n, self._matrices[n])
+
+    def buffer_bytes(self, bucket: int) -> int:
+        return self._scratch_bytes
+
+    def _staged_bytes(self, bucket: int) -> int:
+        targets = [self._destination.targets[n] for staged in self._staged[bucket].values() for n in staged]
+        return sum(_aligned(torch.Size(t.shape).numel() * t.itemsize) for t in targets)
+
+
+class _OpenModule:
+    """A module with its parameters as its loader wants them, between its tensors' arrival and vLLM's step for it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+        from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+        from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+
+        self._module, self._info = module, get_layerwise_info(module)
+        self._info.kernel_tensors = get_layer_params_buffers(module)
+        self._info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
+        restore_layer_on_meta(module, self._info)
+
+    def place(self, name: str, room: Tensor) -> Tensor:
+        """Let a parameter lie in ``room``; biases are where they were (reload/meta.py, SKIP_TENSORS)."""
+        meta = getattr(self._module, name)
+        if not meta.is_meta:
+            there: Tensor = meta.data
+            return there
+        parameter = room.detach()
+        parameter.__class__, parameter.__dict__ = meta.__class__, meta.__dict__.copy()
+        setattr(self._module, name, parameter)
+        return room
+
+    def place_others(self) -> None:
+        """Tensors that are no targets."""
+        from vllm.model_executor.model_loader.reload.meta import materialize_layer
+
+        materialize_layer(self._module, self._info)
+
+    def finish(self) -> None:
+        """As reload/layerwise.py, _layerwise_process, does once a layer's tensors are loaded."""
+        from vllm.model_executor.model_loader.reload.layerwise import _copy_and_restore_kernel_tensors
+
+        module: Any = self._module
+        if hasattr(module, "_already_called_process_weights_after_loading"):
+            delattr(module, "_already_called_process_weights_after_loading")
+        self.place_others()
+        if getattr(module, "quant_method", None) is not None:
+            module.quant_method.process_weights_after_loading(module)
+        if hasattr(module, "update_param_tp_status"):
+            module.update_param_tp_status()
+        _copy_and_restore_kernel_tensors(module, self._info)
+        self._info.reset()
+
+
+def _is_changed_after_loading(module: torch.nn.Module) -> bool:
+    """Whether vLLM holds something else of a module than what its loader fills."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    method = getattr(module, "quant_method", None)
+    if not isinstance(method, QuantizeMethodBase) or isinstance(method, UnquantizedEmbeddingMethod):
+        return False
+    return not (use_cuda() and isinstance(method, UnquantizedLinearMethod))
+
+
+def _is_plain_embedding(module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether no logits are made with it: neither an output layer, nor the embedding in the place of one."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    output = isinstance(module, ParallelLMHead) or getattr(model, "lm_head", None) is module
+    return isinstance(module, VocabParallelEmbedding) and not output
+
+
+def _require_alike(live: Tensor, target: Target) -> None:
+    """What is written in place must lie as it was recorded."""
+    if tuple(live.shape) != target.shape or str(live.dtype) != f"torch.{target.dtype}" or not live.is_contiguous():
+        raise RunError(
+            f"rollout: vLLM holds {target.name} as {list(live.shape)} of {live.dtype}, its loader fills "
+            f"{list(target.shape)} of {target.dtype}"
+        )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
