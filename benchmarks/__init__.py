@@ -3,4 +3,16 @@
 from __future__ import annotations
 
 #: In the order in which they run; each is a module here with ``run(Options) -> Report``.
-NAMES = ("train", "rollout", "rollout_queue", "log_probs", "host", "residency", "step", "startup", "verifiers", "trl")
+NAMES = (
+    "train",
+    "rollout",
+    "rollout_queue",
+    "sync",
+    "log_probs",
+    "host",
+    "residency",
+    "step",
+    "startup",
+    "verifiers",
+    "trl",
+)

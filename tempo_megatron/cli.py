@@ -53,6 +53,7 @@ EXAMPLES = """examples:
   tempo-megatron evaluate runs/x                          the newest checkpoint of a run, on the run's sets
   tempo-megatron evaluate models/x --set aime=data/aime24.parquet --samples 32 rollout.temperature=0.6
   tempo-megatron convert hf-to-megatron --hf models/x --megatron models/x-megatron --verify
+  tempo-megatron sync-plan --hf models/x --ranks 32 --tp 8 --pp 4 --rollout-tp 4
   tempo-megatron data prepare aime2024 --input aime24.parquet --output d_u.parquet --unlabeled
   tempo-megatron report runs/a runs/b --output compare.html
 """
@@ -76,6 +77,20 @@ launch.nproc_per_node ranks are started here, unless torchrun or srun started th
 
 A checkpoint evaluated with its run's settings gives the figures that the run itself recorded at that step.
 """
+
+SYNC_HELP = (
+    """What an update of the rollout's weights moves in a job of any size, by plan alone: no weights, no ranks."""
+)
+
+SYNC_SIZES = {
+    "tp": "the actor's tensor-parallel ranks",
+    "pp": "its pipeline stages",
+    "vpp": "its chunks of layers per stage",
+    "cp": "its context-parallel ranks",
+    "ep": "its expert-parallel ranks",
+    "etp": "ranks that share each of its experts",
+    "rollout-tp": "ranks of a vLLM replica",
+}
 
 STUDY_HELP = """Every method on the toy task, in runs/study unless --output says otherwise; with --report-only, the
 report of the runs that are finished. Seeds 0 to 5 were used to choose the settings: they are no evidence."""
@@ -176,6 +191,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("direction", choices=("hf-to-megatron", "megatron-to-hf"))
     convert.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="--help lists those of a direction")
     convert.set_defaults(run=_convert)
+
+    sync = commands.add_parser(
+        "sync-plan", help="bytes that an update of the rollout's weights moves, by rank", description=SYNC_HELP
+    )
+    sync.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with the policy's config.json")
+    sync.add_argument("--ranks", type=int, required=True, metavar="N", help="of the job")
+    sync.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="default: 8")
+    for flag, what in SYNC_SIZES.items():
+        sync.add_argument(f"--{flag}", type=int, default=1, metavar="N", help=f"{what}; default: 1")
+    sync.add_argument("--rollout-ep", action="store_true", help="ranks of a vLLM replica have whole experts")
+    sync.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="vLLM's; default: bfloat16")
+    sync.add_argument("--bucket-mib", type=int, default=512, metavar="N", help="rollout.bucket_mib; default: 512")
+    sync.add_argument("--json", type=Path, metavar="FILE", help="every rank and every link")
+    sync.set_defaults(run=_sync_plan)
 
     data = commands.add_parser("data", help="public data sets to prompt parquet; overlap between sets; made tasks")
     data_arguments(data)
@@ -317,6 +346,38 @@ def _convert(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     if place is not None and place.world_size > 1:
         raise TempoError(f"convert: runs as one process, not as one of {place.world_size} ranks")
     return (hf_to_megatron if arguments.direction == "hf-to-megatron" else megatron_to_hf)(arguments.options)
+
+
+def _sync_plan(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    if place is not None and place.world_size > 1:
+        raise TempoError(f"sync-plan: runs as one process, not as one of {place.world_size} ranks")
+    for flag in ("ranks", "ranks_per_node", "bucket_mib", *(f.replace("-", "_") for f in SYNC_SIZES)):
+        if getattr(arguments, flag) < 1:
+            raise TempoError(f"command line: --{flag.replace('_', '-')} {getattr(arguments, flag)} must be at least 1")
+    from tempo_megatron.config.schema import ParallelConfig
+    from tempo_megatron.loop.sync_plan import SyncRequest, show_sync_plan
+
+    layout = ParallelConfig(
+        tensor_model_parallel_size=arguments.tp,
+        pipeline_model_parallel_size=arguments.pp,
+        virtual_pipeline_model_parallel_size=arguments.vpp,
+        context_parallel_size=arguments.cp,
+        expert_model_parallel_size=arguments.ep,
+        expert_tensor_parallel_size=arguments.etp,
+        sequence_parallel=arguments.tp > 1,
+    )
+    request = SyncRequest(
+        hf_dir=arguments.hf,
+        layout=layout,
+        ranks=arguments.ranks,
+        ranks_per_node=arguments.ranks_per_node,
+        rollout_size=arguments.rollout_tp,
+        expert_parallel=arguments.rollout_ep,
+        dtype=arguments.dtype,
+        bucket_mib=arguments.bucket_mib,
+    )
+    show_sync_plan(request, arguments.json)
+    return 0
 
 
 def _data(arguments: argparse.Namespace, place: RankInfo | None) -> int:

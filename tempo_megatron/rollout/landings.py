@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -199,21 +199,25 @@ class _Recorder(TorchDispatchMode):
         self._computed: defaultdict[str, set[str]] = defaultdict(set)  # parameters that get more than copies, of what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        into = self._targets.get(_storage(tensors[0])) if tensors else None
-        if func is _ATEN.copy_.default and into is not None:
-            self._copied(into, args[0], args[1])
-            return args[0]
-        if func in _FILLS and into is not None:
-            self._filled(into, args[0])
-            return args[0]
+        if func.is_view:  # of the same storage, which tells what it is of
+            return func(*args, **(kwargs or {}))
+        if func is _ATEN.copy_.default or func in _FILLS:
+            into = self._targets.get(_storage(args[0]))
+            if into is not None:
+                if func in _FILLS:
+                    self._filled(into, args[0])
+                else:
+                    self._copied(into, args[0], args[1])
+                return args[0]
         result = func(*args, **(kwargs or {}))
+        made_of = self._origin(args) | self._origin((kwargs or {}).values())
+        if not made_of and not func._schema.is_mutable:
+            return result
         written = [
             value
             for argument, value in zip(func._schema.arguments, args, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
         ]
-        made_of = set().union(*(self._made_of.get(_storage(t), set()) for t in tensors))
         for value in written:
             if (target := self._targets.get(_storage(value))) is not None:
                 self._computed[target.name] |= made_of
@@ -222,6 +226,16 @@ class _Recorder(TorchDispatchMode):
                 self._made_of.setdefault(_storage(value), set()).update(made_of)
                 self._kept.append(value)
         return result
+
+    def _origin(self, values: Iterable[Any]) -> set[str]:
+        """The HF tensors that arguments were made of."""
+        found: set[str] = set()
+        for value in values:
+            if isinstance(value, Tensor):
+                found |= self._made_of.get(_storage(value), set())
+            elif isinstance(value, (list, tuple)):
+                found |= self._origin(value)
+        return found
 
     def _copied(self, into: _Known, to: Tensor, of: Tensor) -> None:
         source = self._sources.get(_storage(of))
