@@ -44,7 +44,7 @@ def run(options: Options) -> Report:
                 found = compare(name, {}, running, options.rounds, unit="bytes", warm_up=2)
             comparisons.append(found)
             figures += ahead_of(found, OLD, f"{name}: the plan against {OLD}", target)
-            figures += _figures(found, ranks)
+            figures += _figures(found)
             details[name] = {line.contender: line.facts for line in found.lines if line.failed is None}
         layout, size, ranks, _ = LAYOUTS["TP2 x PP2 to TP2"]
         settings = {"model": model, "layout": layout, "size": size, "proved": False}
@@ -59,14 +59,14 @@ def run(options: Options) -> Report:
     return Report("sync", about, comparisons, figures, details)
 
 
-def _figures(found: Comparison, ranks: int) -> list[Figure]:
+def _figures(found: Comparison) -> list[Figure]:
     figures = []
     lines = {line.contender: line for line in found.lines if line.failed is None}
-    if ranks == 1 and COPY in lines and lines[COPY].ahead is not None:
-        what = f"1 rank: seconds of the plan over those of {COPY}"
-        figures.append(Figure(what, lines[COPY].ahead.inverse(), "x", "<= 3"))
-        if PACK in lines and lines[PACK].ahead is not None:
-            figures.append(Figure(f"1 rank: seconds of {PACK} over those of the plan", lines[PACK].ahead))
+    if COPY in lines and (copied := lines[COPY].ahead) is not None:
+        what = f"{found.case}: seconds of the plan over those of {COPY}"
+        figures.append(Figure(what, copied.inverse(), "x", "<= 3"))
+    if PACK in lines and (packed := lines[PACK].ahead) is not None:
+        figures.append(Figure(f"{found.case}: seconds of {PACK} over those of the plan", packed))
     if PROVED in lines:
         share = 100 * lines[PROVED].facts["proof_share"]
         figures.append(Figure(f"{found.case}: all digests, of their update", Spread(share, share, share), "%", "<= 30"))

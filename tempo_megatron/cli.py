@@ -52,6 +52,7 @@ EXAMPLES = """examples:
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
   tempo-megatron evaluate runs/x                          the newest checkpoint of a run, on the run's sets
   tempo-megatron evaluate models/x --set aime=data/aime24.parquet --samples 32 rollout.temperature=0.6
+  tempo-megatron doctor --mismatch runs/x                 why vLLM's log-probabilities are not Megatron's
   tempo-megatron convert hf-to-megatron --hf models/x --megatron models/x-megatron --verify
   tempo-megatron sync-plan --hf models/x --ranks 32 --tp 8 --pp 4 --rollout-tp 4
   tempo-megatron data prepare aime2024 --input aime24.parquet --output d_u.parquet --unlabeled
@@ -91,6 +92,20 @@ SYNC_SIZES = {
     "etp": "ranks that share each of its experts",
     "rollout-tp": "ranks of a vLLM replica",
 }
+
+DOCTOR_HELP = """Examine what a run rests on. One mode so far:
+
+--mismatch RUN says why vLLM's log-probabilities of its samples are not Megatron's, where mismatch/* or
+rollout.max_log_prob_diff told that they differ. RUN is a run folder (its newest checkpoint), a checkpoint or an HF
+folder. A few prompts are sampled and scored as the run does, then with one thing done otherwise: weights, kernel,
+temperature, position shift, tokenizer, top_p and top_k. Settings and launching are those of evaluate; prompts are the
+first of the evaluation sets, or else of the training files. Exit code 0: they agree; 3: they do not, and most likely
+why.
+
+  tempo-megatron doctor --mismatch runs/x
+  tempo-megatron doctor --mismatch runs/x/checkpoints/step_00000010 --tokens 2048 --output runs/x/doctor
+  tempo-megatron doctor --mismatch models/x --set aime=data/aime24.parquet actor.dtype=float32 rollout.dtype=float32
+"""
 
 STUDY_HELP = """Every method on the toy task, in runs/study unless --output says otherwise; with --report-only, the
 report of the runs that are finished. Seeds 0 to 5 were used to choose the settings: they are no evidence."""
@@ -171,6 +186,22 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file"
     )
     evaluate.set_defaults(run=_evaluate)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="why vLLM and Megatron do not agree on log-probabilities",
+        description=DOCTOR_HELP,
+        formatter_class=raw,
+    )
+    mode = doctor.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--mismatch", metavar="RUN", help="run folder, checkpoint or HF folder")
+    doctor.add_argument("--config", metavar="FILE", help="YAML file; default: config.yaml of RUN")
+    doctor.add_argument("--set", action="append", default=[], metavar="NAME=FILE[,FILE]", help="prompts, not its sets'")
+    doctor.add_argument("--prompts", type=int, default=8, metavar="N", help="to sample twice each; default: 8")
+    doctor.add_argument("--tokens", type=int, default=64, metavar="N", help="of a response at most; default: 64")
+    doctor.add_argument("--output", type=Path, metavar="DIR", help="for doctor-mismatch.json; default: only the table")
+    doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file")
+    doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="data, sft, rlvr and tempo on a toy task (or a small real model)")
     demo.add_argument("--seed", type=int, metavar="N", help="default: 0")
@@ -299,6 +330,42 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.loop import run_evaluation
 
     run_evaluation(config, arguments.compare)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.config.check import check_mismatch
+    from tempo_megatron.config.evaluation import NO_CRITIC, EvaluationRequest, evaluation_config
+
+    for option in ("prompts", "tokens"):
+        if (given := getattr(arguments, option)) < 1:
+            raise TempoError(f"command line: --{option} {given} must be at least 1")
+    config = evaluation_config(
+        EvaluationRequest(
+            model=arguments.mismatch,
+            config_file=arguments.config,
+            critic=NO_CRITIC,
+            sets=arguments.set,
+            output=None if arguments.output is None else str(arguments.output),
+            overrides=arguments.overrides,
+            name="--mismatch",
+        )
+    )
+    world_size = place.world_size if place else config.launch.nproc_per_node
+    check_mismatch(config, world_size)
+    check_limits()
+    os.environ.update(rank_environment(config.launch.threads_per_rank))
+    if place is None and world_size > 1:
+        if arguments.output is not None:
+            check_unclaimed(arguments.output)
+        from tempo_megatron.loop import load_doctor_libraries
+
+        return spawn_ranks(world_size, arguments.words, load_doctor_libraries)
+    if place is None:
+        _begin(place, "doctor")
+    from tempo_megatron.loop import run_mismatch
+
+    run_mismatch(config, arguments.prompts, arguments.tokens, arguments.output)
     return 0
 
 

@@ -74,7 +74,7 @@ def test_help_version_and_bad_usage(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert "torchrun --nnodes 2" in shown
-    assert all(command in shown for command in ("train", "evaluate", "demo", "report"))
+    assert all(command in shown for command in ("train", "evaluate", "doctor", "demo", "report"))
     assert cli.main(["train", "--help"]) == 0
     assert "evaluation.sets.0.limit=64" in capsys.readouterr().out
     assert cli.main([]) == 2
@@ -307,6 +307,67 @@ def test_evaluate_refuses_bad_arguments_in_one_line(
         assert shown.count("\n") == 1
     assert cli.main(["evaluate"]) == 2
     assert "MODEL" in capsys.readouterr().err
+    assert calls == []
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> tuple[list[str], list[Any]]:
+    """Arguments of ``doctor`` for the model of ``config_file``, and what the loop was called with."""
+    calls: list[Any] = []
+    stand_in(
+        monkeypatch,
+        "tempo_megatron.loop",
+        run_mismatch=lambda *arguments: calls.append(arguments),
+        load_doctor_libraries=None,
+    )
+    lengths = ["data.max_prompt_tokens=8", "data.max_response_tokens=8"]
+    model, data = config_file.parent / "model", config_file.parent / "train.parquet"
+    return ["doctor", "--mismatch", str(model), *lengths, "--set", f"x={data}"], calls
+
+
+def test_doctor_runs_here_on_one_rank(examined: tuple[list[str], list[Any]], tmp_path: Path) -> None:
+    arguments, calls = examined
+    assert cli.main([*arguments, "rollout.top_p=0.5", "launch.threads_per_rank=3"]) == 0
+    assert cli.main([*arguments, "--prompts", "3", "--tokens", "5", "--output", str(tmp_path / "o")]) == 0
+    ((config, *first), (_, *second)) = calls
+    assert (config.rollout.top_p, config.critic, [s.name for s in config.evaluation.sets]) == (0.5, None, ["x"])
+    assert (first, second) == ([8, 64, None], [3, 5, tmp_path / "o"])
+    assert os.environ["OMP_NUM_THREADS"] == "1"  # of the second one
+
+
+def test_doctor_starts_several_ranks_after_checking_for_them(
+    monkeypatch: pytest.MonkeyPatch, examined: tuple[list[str], list[Any]], capsys: pytest.CaptureFixture
+) -> None:
+    arguments, calls = examined
+    spawned = []
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: spawned.append((nproc, argv)) or 7)
+    arguments = [*arguments, "launch.nproc_per_node=2"]
+    assert cli.main(arguments) == 7
+    assert spawned == [(2, arguments)]
+    assert cli.main([*arguments, "rollout.tensor_parallel_size=4"]) == 2
+    assert "rollout.tensor_parallel_size: 4 must divide the world size 2" in capsys.readouterr().err
+    assert (len(spawned), calls) == (1, [])
+
+
+def test_doctor_refuses_bad_arguments_in_one_line(
+    examined: tuple[list[str], list[Any]], capsys: pytest.CaptureFixture
+) -> None:
+    arguments, calls = examined
+    cases = {
+        ("--set", "x"): "command line: --set 'x' must be NAME=FILE",
+        ("--prompts", "0"): "command line: --prompts 0 must be at least 1",
+        ("--tokens", "-1"): "command line: --tokens -1 must be at least 1",
+        ("--mismatch", "gone"): "--mismatch: 'gone' does not exist",
+        ("--config", "gone.yaml"): "gone.yaml: cannot be read",
+    }
+    for words, told in cases.items():
+        assert cli.main([*arguments, *words]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert told in shown
+        assert shown.count("\n") == 1
+    assert cli.main(["doctor"]) == 2
+    assert "one of the arguments --mismatch is required" in capsys.readouterr().err
     assert calls == []
 
 

@@ -52,6 +52,25 @@ def check_evaluation(config: Config, world_size: int) -> None:
     _check_rollout(config, _check_models(config, world_size, None, packs=True), world_size)
 
 
+def check_mismatch(config: Config, world_size: int) -> None:
+    """Refuse what ``doctor --mismatch`` cannot sample and score on ``world_size`` ranks.
+
+    Raises:
+        TempoError: as ``check_config``.
+    """
+    if not config.evaluation.sets:
+        if not config.data.train_files:
+            raise TempoError(
+                "evaluation.sets: [] and data.train_files: [] are empty; give --set NAME=FILE, or a configuration with "
+                "prompts"
+            )
+        _check_exist("data.train_files", config.data.train_files)
+    check_answer_types(config.data.answer_types)
+    _check_evaluation_sets(config)
+    _check_output(config)
+    _check_rollout(config, _check_models(config, world_size, None, packs=True), world_size)
+
+
 # ---------------------------------------------------------------- stages and files
 
 

@@ -30,6 +30,7 @@ class EvaluationRequest:
         samples: responses to each prompt, for all sets.
         output: folder of the results; without one ``RUN/evaluation``, or ``runs/evaluation/NAME`` outside a run.
         overrides: ``key=value`` each; they win over everything else.
+        name: what messages call ``model``.
     """
 
     model: str
@@ -40,6 +41,7 @@ class EvaluationRequest:
     samples: int | None = None
     output: str | None = None
     overrides: Sequence[str] = ()
+    name: str = "MODEL"
 
 
 def evaluation_config(request: EvaluationRequest) -> Config:
@@ -48,7 +50,7 @@ def evaluation_config(request: EvaluationRequest) -> Config:
     Raises:
         TempoError: as ``load_config``; a model or a critic that is not there; a set that is named wrongly.
     """
-    source = resolve_init(request.model, "MODEL")
+    source = resolve_init(request.model, request.name)
     run = _run_of(source)
     file = request.config_file or _config_of(run)
     # what a training run must say and an evaluation does not read

@@ -35,6 +35,13 @@ def load_evaluation_libraries() -> None:
         _load_with_vllm("tempo_megatron.loop.evaluate_model")
 
 
+def load_doctor_libraries() -> None:
+    """Import what a rank of ``doctor --mismatch`` needs, once in a process; changes nothing but that."""
+    with uncollected():
+        _load_megatron()
+        _load_with_vllm("tempo_megatron.loop.doctor")
+
+
 def _load_with_vllm(module: str) -> None:
     importlib.import_module(module)
     from tempo_megatron.rollout.engine import load_vllm
@@ -84,6 +91,25 @@ def run_evaluation(config: Config, compare_with: Path | None = None) -> None:
     from tempo_megatron.parallel.distributed import finish
 
     evaluate_model(config, compare_with)
+    finish()
+
+
+def run_mismatch(config: Config, prompts: int, max_tokens: int, output: Path | None = None) -> None:
+    """Say why vLLM's log-probabilities are not Megatron's; every rank of the job calls it.
+
+    Args:
+        prompts: to sample, at most.
+        max_tokens: of a response.
+        output: folder for ``doctor-mismatch.json``; None: nothing is written.
+
+    Raises:
+        TempoError: bad input; as a RunError the mismatch with its most likely cause.
+    """
+    load_doctor_libraries()
+    from tempo_megatron.loop.doctor import examine_mismatch
+    from tempo_megatron.parallel.distributed import finish
+
+    examine_mismatch(config, prompts, max_tokens, output)
     finish()
 
 

@@ -24,6 +24,7 @@ from tempo_megatron.loop.runtime import await_verifier, start_rollout, start_ver
 from tempo_megatron.loop.session import Session
 from tempo_megatron.loop.verification import RolloutVerifier
 from tempo_megatron.parallel.distributed import on_rank0
+from tempo_megatron.telemetry.run_folder import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ class EMLoop(Driver):
         if limit is not None and self.policy_updates == 0 and mean_abs > limit:
             raise RunError(
                 f"rollout.max_log_prob_diff: {limit:g}, but the first rollouts' log-probabilities of vLLM and Megatron "
-                f"differ by {mean_abs:.3g} on average: the rollout does not run the weights being trained"
+                f"differ by {mean_abs:.3g} on average: the rollout does not run the model being trained; why: "
+                f"tempo-megatron doctor --mismatch {self.config.actor.init} "
+                f"--config {self.session.output / CONFIG_FILE}"
             )
 
     def _go_back(self, go_back: GoBack) -> None:

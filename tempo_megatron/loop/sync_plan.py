@@ -1,4 +1,4 @@
-"""``tempo-megatron sync-plan``: what an update of the rollout's weights moves in a job of any size, without its ranks."""
+"""``tempo-megatron sync-plan``: what an update of the rollout's weights moves, in a job of any size."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def show_sync_plan(request: SyncRequest, output: Path | None) -> None:
     console.print(_links(traffic, request.ranks_per_node))
     pieces = sum(len(some) for some in plan.pieces)
     console.print(
-        f"{pieces:,} pieces of a replica in {plan.num_buckets} buckets with at most "
-        f"{max(plan.buffer_bytes) / 2**20:.0f} MiB of buffers each, two at a time; planned in {seconds:.0f} s; digest {plan.digest()[:16]}",
+        f"{pieces:,} pieces of a replica in {plan.num_buckets} buckets, buffers of at most "
+        f"{max(plan.buffer_bytes) / 2**20:.0f} MiB in each, two at a time; planned in {seconds:.0f} s; "
+        f"digest {plan.digest()[:16]}",
         highlight=False,
     )
     if output is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -223,6 +224,16 @@ class RolloutEngine:
         said = torch.tensor(number() if self.is_replica_leader else 0)
         dist.broadcast(said, src=group.first_rank, group=group.cpu_group)
         return int(said)
+
+    @contextmanager
+    def sampling(self, *, top_p: float, top_k: int) -> Iterator[None]:
+        """Sample with these instead of ``config``'s, for the block."""
+        kept = self._config
+        self._config = kept.model_copy(update={"top_p": top_p, "top_k": top_k})
+        try:
+            yield
+        finally:
+            self._config = kept
 
     @property
     def max_num_seqs(self) -> int:

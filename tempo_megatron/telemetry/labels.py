@@ -38,6 +38,7 @@ PHASES = {
     "m_step": "M-step (policy)",
     "sync": "weights to vLLM",
     "evaluate": "evaluating",
+    "reference": "log-probabilities (transformers)",
     "checkpoint": "writing a checkpoint",
     "rollback": "going back",
     "record": "writing the record before",

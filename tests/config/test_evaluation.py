@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tempo_megatron.config.check import check_evaluation
+from tempo_megatron.config.check import check_evaluation, check_mismatch
 from tempo_megatron.config.evaluation import EvaluationRequest, evaluation_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
@@ -174,6 +174,24 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_built(run: Path, 
     for message, config in cases.items():
         with pytest.raises(TempoError) as error:
             check_evaluation(config, 1)
+        assert message in str(error.value)
+
+
+def test_a_mismatch_is_examined_on_evaluation_sets_or_training_files(run: Path, hf: str, data: str) -> None:
+    check_mismatch(request(run, critic="none"), 1)
+    with pytest.raises(TempoError, match=r"evaluation.sets: \[\] and data.train_files: \[\] are empty; give --set"):
+        check_mismatch(request(hf), 1)
+    check_mismatch(request(hf, overrides=[f"data.train_files=[{data}]"]), 1)
+    cases = {
+        "data.train_files.0: 'gone.parquet' does not exist": request(
+            run, critic="none", overrides=["evaluation.sets=[]"]
+        ),
+        "evaluation.sets.0.files.0: 'gone.parquet' does not exist": request(run, sets=["x=gone.parquet"]),
+        "rollout.tensor_parallel_size: 3 must divide": request(run, overrides=["rollout.tensor_parallel_size=3"]),
+    }
+    for message, config in cases.items():
+        with pytest.raises(TempoError) as error:
+            check_mismatch(config, 1)
         assert message in str(error.value)
 
 
