@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         sync.add_argument(f"--{flag}", type=int, default=1, metavar="N", help=f"{what}; default: 1")
     sync.add_argument("--rollout-ep", action="store_true", help="ranks of a vLLM replica have whole experts")
     sync.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="vLLM's; default: bfloat16")
-    sync.add_argument("--bucket-mib", type=int, default=512, metavar="N", help="rollout.bucket_mib; default: 512")
+    sync.add_argument("--bucket-mib", type=int, default=64, metavar="N", help="rollout.bucket_mib; default: 64")
     sync.add_argument("--json", type=Path, metavar="FILE", help="every rank and every link")
     sync.set_defaults(run=_sync_plan)
 

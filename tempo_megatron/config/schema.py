@@ -219,7 +219,9 @@ class RolloutConfig(Section):
         description="tokens of one vLLM step, at least max_num_seqs; longer prompts are taken in parts on GPUs, and "
         "raise it on the CPU",
     )
-    bucket_mib: int = Field(512, ge=1, description="largest piece of new weights in flight during a sync, MiB")
+    bucket_mib: int = Field(
+        64, ge=1, description="buffers of one bucket of new weights, MiB; a sync holds two, an export sends by it"
+    )
     max_log_prob_diff: float | Literal["auto"] | None = Field(
         "auto",
         description="first-step gate: mean |log p(vLLM) - log p(Megatron)| above this stops the run; auto: 0.001 where "

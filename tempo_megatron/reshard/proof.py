@@ -31,16 +31,29 @@ class Proof:
         self.index = {name: number for number, name in enumerate(names)}
         self._weights = Weights(device)
         self._landed = torch.zeros(len(names), dtype=torch.int64, device=device)
+        self._read: dict[tuple[int, Region], Tensor] = {}
         self._wanted: dict[int, list[tuple[str, Mapped]]] = {}
         for target, tensor, mapped in plan.destination_of(rank).landings:
             if tensor in self.index:
                 self._wanted.setdefault(target, []).append((tensor, mapped))
 
-    def see(self, target: int, matrix: Tensor) -> None:
-        """Take the digests of what one target of this rank holds; each once."""
+    def see(self, target: int, matrix: Tensor, is_lent: bool) -> None:
+        """Take the digests of what one target of this rank holds; each once.
+
+        Args:
+            is_lent: it is the trainer's own memory, which is read for both sides at once.
+        """
         for tensor, mapped in self._wanted.pop(target, ()):
             own = mapped.local(mapped.region).of(matrix)
-            self._landed[self.index[tensor]] += digest(own, mapped.region, self._weights)
+            found = self._of_trainer(own, mapped.region) if is_lent else digest(own, mapped.region, self._weights)
+            self._landed[self.index[tensor]] += found
+
+    def _of_trainer(self, values: Tensor, region: Region) -> Tensor:
+        """Of memory that does not change during an update."""
+        key = values.data_ptr(), region
+        if key not in self._read:
+            self._read[key] = digest(values, region, self._weights)
+        return self._read[key]
 
     def differing(self, source: WeightSource, group: dist.ProcessGroup | None) -> list[str]:
         """Names of tensors that differ on this rank. Collective: the trainer's digests are summed over all ranks."""
@@ -73,8 +86,12 @@ class Proof:
                             continue
                         key = region, kinds[within][tensor]
                         if key not in known:
-                            values = held.local(region).of(matrix).to(getattr(torch, key[1]))
-                            known[key] = digest(values, region, self._weights)
+                            values = held.local(region).of(matrix)
+                            cast = values.to(getattr(torch, key[1]))
+                            own = cast.data_ptr() == values.data_ptr()
+                            known[key] = (
+                                self._of_trainer(values, region) if own else digest(cast, region, self._weights)
+                            )
                         found[within, self.index[tensor]] += known[key]
         return found
 

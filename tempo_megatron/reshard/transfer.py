@@ -14,14 +14,17 @@ from torch import Tensor
 from tempo_megatron.errors import RunError
 from tempo_megatron.reshard.holdings import PartName, WeightSource
 from tempo_megatron.reshard.plan import Piece, Plan
-from tempo_megatron.reshard.regions import as_matrix
+from tempo_megatron.reshard.regions import Region, as_matrix, matrix_shape
 
 
 class Receiver(Protocol):
     """What the targets of this rank lie in."""
 
-    def open(self, bucket: int) -> None:
-        """Make room for the units of a bucket."""
+    def borrows(self, target: int) -> bool:
+        """Whether a target may be the trainer's own memory for the time of its bucket, to be read only."""
+
+    def open(self, bucket: int, lent: Mapping[int, Tensor]) -> None:
+        """Make room for the units of a bucket; some of their targets are there already, as matrices."""
 
     def matrix(self, target: int) -> Tensor:
         """A target as a matrix, to be written; of a unit, between ``open`` and ``finish`` of its bucket."""
@@ -138,10 +141,12 @@ class Transfer:
             assert posted is not None
             if bucket + 1 < len(self.buckets):
                 ahead = self._post(bucket + 1, matrices, moved)
-            into.open(bucket)
+            lent = self._lent(self.buckets[bucket].local, matrices, into)
+            into.open(bucket, lent)
             held = posted.nbytes + (ahead.nbytes if ahead is not None else 0) + into.buffer_bytes(bucket)
             moved.buffer_bytes = max(moved.buffer_bytes, held)
-            self._copy(self.buckets[bucket].local, matrices, into, moved)
+            moved.local += sum(tensor.nbytes for tensor in lent.values())
+            self._copy([p for p in self.buckets[bucket].local if p.target not in lent], matrices, into, moved)
             for work in posted.works:
                 work.wait()
             for pieces, parts in posted.received:
@@ -159,6 +164,25 @@ class Transfer:
         landings = [self._landing(into, piece) for piece in pieces]
         _copy_all(landings, [self._leaving(matrices, piece) for piece in pieces])
         moved.local += sum(landing.nbytes for landing in landings)
+
+    def _lent(self, pieces: list[Piece], matrices: Mapping[PartName, Tensor], into: Receiver) -> dict[int, Tensor]:
+        """Targets of which this rank's trainer has all, as they are wanted: nothing has to be copied."""
+        by_target: defaultdict[int, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            if into.borrows(piece.target):
+                by_target[piece.target].append(piece)
+        found = {}
+        for number, some in by_target.items():
+            rows, cols = matrix_shape(self._targets[number].shape)
+            # of one part, at one distance: gate and up are two tensors, and one parameter on both sides
+            places = {(piece.part, piece.source.row - piece.row, piece.source.col - piece.col) for piece in some}
+            if len(places) > 1 or sum(piece.region.numel for piece in some) < rows * cols:
+                continue
+            ((_, row, col),) = places
+            tensor = self._leaving(matrices, some[0]._replace(source=Region(row, col, rows, cols)))
+            if tensor.is_contiguous() and str(tensor.dtype) == f"torch.{self._targets[number].dtype}":
+                found[number] = tensor
+        return found
 
     def _leaving(self, matrices: Mapping[PartName, Tensor], piece: Piece) -> Tensor:
         return piece.source.of(matrices[self.plan.holdings.parts[piece.part].name])

@@ -84,10 +84,10 @@ class WeightUpdater:
         proof = Proof(transfer.plan, rank, device(), None if complete else self._in_turn(version))
         proof_s = 0.0
 
-        def see(target: int, matrix: torch.Tensor) -> None:
+        def see(target: int, matrix: torch.Tensor, is_lent: bool) -> None:
             nonlocal proof_s
             start = time.perf_counter()
-            proof.see(target, matrix)
+            proof.see(target, matrix, is_lent)
             proof_s += time.perf_counter() - start
 
         receiver.on_arrived = see

@@ -67,6 +67,16 @@ class RolloutWeights:
         tensor: Tensor = self._modules[module].get_parameter(parameter).data
         return tensor
 
+    def only_packs(self, name: str) -> bool:
+        """Whether vLLM's step for a module reads its weights, and keeps nothing but a packed copy of its own."""
+        from vllm import _custom_ops
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+        from vllm.platforms import current_platform
+
+        method = getattr(self._modules[name], "quant_method", None)
+        packs = not use_cuda() and _custom_ops._supports_onednn and not current_platform.is_zen_cpu()
+        return packs and isinstance(method, UnquantizedLinearMethod)
+
     def module(self, name: str) -> torch.nn.Module:
         return self._modules[name]
 
@@ -99,7 +109,8 @@ class RolloutReceiver:
     """The targets of a plan on this rank, for one update after the other (``reshard.transfer.Receiver``).
 
     Attributes:
-        on_arrived: called with each target, as a matrix, when it holds everything that it gets.
+        on_arrived: called with each target, as a matrix, when it holds everything that it gets; the last argument says
+            whether it is the trainer's own memory.
     """
 
     def __init__(self, weights: RolloutWeights, plan: Plan, rank: int) -> None:
@@ -107,7 +118,11 @@ class RolloutReceiver:
         self._destination: Destination = plan.destination_of(rank)
         within = rank % plan.replica_size
         targets = self._destination.targets
-        self.on_arrived: Callable[[int, Tensor], None] = lambda target, matrix: None
+        self.on_arrived: Callable[[int, Tensor, bool], None] = lambda target, matrix, is_lent: None
+        units = {target.unit for target in targets} - {None, *self._destination.whole}
+        packing = {unit for unit in units if unit is not None and weights.only_packs(unit)}
+        self._borrowing = {n for n, target in enumerate(targets) if target.unit in packing}
+        self._lent: Mapping[int, Tensor] = {}
         self._in_place = [n for n, target in enumerate(targets) if target.unit is None]
         self._staged: defaultdict[int, dict[str, list[int]]] = defaultdict(dict)  # bucket -> unit -> targets
         self._last: dict[int, list[int]] = defaultdict(list)  # bucket -> targets in place that are complete after it
@@ -146,7 +161,11 @@ class RolloutReceiver:
         self._weights.finish_heads()
         self._weights.require_packed()
 
-    def open(self, bucket: int) -> None:
+    def borrows(self, target: int) -> bool:
+        return target in self._borrowing
+
+    def open(self, bucket: int, lent: Mapping[int, Tensor]) -> None:
+        self._lent = lent
         assert self._scratch is not None
         targets, start = self._destination.targets, 0
         for unit, staged in self._staged.get(bucket, {}).items():
@@ -155,9 +174,12 @@ class RolloutReceiver:
             whole = unit in self._destination.whole
             for n in staged:
                 target = targets[n]
-                size = torch.Size(target.shape).numel() * target.itemsize
-                room = self._scratch[start : start + size].view(getattr(torch, target.dtype)).view(target.shape)
-                start += _aligned(size)
+                if n in lent:
+                    room = lent[n].view(target.shape)
+                else:
+                    size = torch.Size(target.shape).numel() * target.itemsize
+                    room = self._scratch[start : start + size].view(getattr(torch, target.dtype)).view(target.shape)
+                    start += _aligned(size)
                 self._matrices[n] = as_matrix(room if whole else module.place(target.name.rpartition(".")[2], room))
             if whole:
                 module.place_others()
@@ -171,7 +193,7 @@ class RolloutReceiver:
     def finish(self, bucket: int) -> None:
         for unit, staged in self._staged.get(bucket, {}).items():
             for n in staged:
-                self.on_arrived(n, self._matrices[n])
+                self.on_arrived(n, self._matrices[n], n in self._lent)
             if unit in self._destination.whole:
                 targets = self._destination.targets
                 self._weights.load_whole([(targets[n].name, self._matrices[n].view(targets[n].shape)) for n in staged])
@@ -179,7 +201,7 @@ class RolloutReceiver:
             for n in staged:
                 del self._matrices[n]
         for n in self._last.get(bucket, ()):
-            self.on_arrived(n, self._matrices[n])
+            self.on_arrived(n, self._matrices[n], False)
 
     def buffer_bytes(self, bucket: int) -> int:
         return self._scratch_bytes
