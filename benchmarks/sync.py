@@ -15,7 +15,7 @@ from benchmarks.harness import Comparison, Contender, Prepare, Run, Spread, comp
 from benchmarks.report import Figure, Options, Report, ahead_of
 from benchmarks.worlds import join_world, write_random_model
 
-SIZES = {"hidden": 1024, "layers": 8, "vocab_size": 16384}
+SIZES = {"hidden": 1024, "layers": 8, "vocab_size": 16384, "queries": 4}
 SMALL = {"hidden": 64, "layers": 2, "vocab_size": 512}
 #: Trainer's layout, tensor-parallel size of the rollout, ranks, what the plan is to be ahead by.
 LAYOUTS = {
@@ -190,7 +190,7 @@ def packing(settings: dict[str, Any]) -> Prepare:
 
     def prepare(case: dict[str, Any]) -> Run:
         def measured() -> dict[str, Any]:
-            for n, matrix in enumerate(matrices[1:]):  # no logits are made with the embedding
+            for n, matrix in enumerate(matrices):  # the tied embedding among them, as the output layer
                 packed.pop(n, None)
                 packed[n] = ops.create_onednn_mm(matrix.t(), 32)
             return {"work": total}

@@ -36,8 +36,13 @@ def token_ids(lengths: list[int], vocab_size: int, seed: int = 0) -> list[list[i
     return [[rng.randrange(4, vocab_size) for _ in range(n)] for n in lengths]
 
 
-def write_random_model(folder: Path, *, vocab_size: int = 32_000, hidden: int = 384, layers: int = 8) -> Path:
-    """An HF folder of a Qwen3 with random float32 weights, by default about 29 million; no tokenizer."""
+def write_random_model(
+    folder: Path, *, vocab_size: int = 32_000, hidden: int = 384, layers: int = 8, queries: int = 1
+) -> Path:
+    """An HF folder of a Qwen3 with random float32 weights, by default about 29 million; no tokenizer.
+
+    ``queries``: query heads of each KV head.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -47,7 +52,7 @@ def write_random_model(folder: Path, *, vocab_size: int = 32_000, hidden: int = 
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        num_key_value_heads=hidden // 64 // queries,
         head_dim=64,
         intermediate_size=8 * hidden // 3 // 64 * 64,
         max_position_embeddings=4096,

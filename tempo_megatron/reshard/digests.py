@@ -7,6 +7,8 @@ each other's place all but surely. It is no defence against malice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,18 +41,27 @@ class Weights:
 
 
 def digest(values: Tensor, region: Region, weights: Weights) -> Tensor:
-    """Of a rectangle ``[rows, cols]`` that is ``region`` of its tensor: int64, on its device; to be added up."""
+    """Of a rectangle ``[rows, cols]`` that is ``region`` of its tensor: int32, on its device; to be added up."""
     bits = values.view(_BITS[values.element_size()])
     cols, rows = weights.cols(region.col, region.cols), weights.rows(region.row, region.rows)
     if region.cols == 1:
-        return (bits.squeeze(1) * rows).sum() * cols[0]
+        return (bits.squeeze(1) * rows).sum(dtype=torch.int32) * cols[0]
     if bits.device.type == "cuda":  # which has no products of integer matrices
-        return ((bits * cols).sum(1, dtype=torch.int32) * rows).sum()
+        return ((bits * cols).sum(1, dtype=torch.int32) * rows).sum(dtype=torch.int32)
     if bits.dtype == torch.int32:
-        return (torch.mv(bits, cols) * rows).sum()
+        return torch.dot(torch.mv(bits.t(), rows), cols)
     step = max(1, _BLOCK // region.cols)
-    blocks = [torch.mv(bits[i : i + step].to(torch.int32), cols) for i in range(0, region.rows, step)]
-    return (torch.cat(blocks) * rows).sum()
+    by_row = [torch.mv(bits[i : i + step].to(torch.int32), cols) for i in range(0, region.rows, step)]
+    return torch.dot(torch.cat(by_row), rows)
+
+
+def added_up(terms: Sequence[tuple[int, Tensor]], size: int, device: torch.device) -> Tensor:
+    """``[size]`` int64: at each place the sum of the digests that are for it."""
+    total = torch.zeros(size, dtype=torch.int64, device=device)
+    if terms:
+        places = torch.tensor([place for place, _ in terms], device=device)
+        total.index_add_(0, places, torch.stack([term for _, term in terms]).to(torch.int64))
+    return total
 
 
 def equal(one: Tensor, other: Tensor) -> Tensor:

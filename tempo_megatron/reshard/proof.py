@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tempo_megatron.reshard.digests import Weights, digest, equal
+from tempo_megatron.reshard.digests import Weights, added_up, digest, equal
 from tempo_megatron.reshard.holdings import WeightSource
 from tempo_megatron.reshard.plan import Plan
 from tempo_megatron.reshard.regions import Mapped, Region, as_matrix
@@ -30,7 +30,7 @@ class Proof:
         names = [name for name in plan.holdings.shapes if checked is None or name in checked]
         self.index = {name: number for number, name in enumerate(names)}
         self._weights = Weights(device)
-        self._landed = torch.zeros(len(names), dtype=torch.int64, device=device)
+        self._landed: list[tuple[int, Tensor]] = []
         self._read: dict[tuple[int, Region], Tensor] = {}
         self._wanted: dict[int, list[tuple[str, Mapped]]] = {}
         for target, tensor, mapped in plan.destination_of(rank).landings:
@@ -46,7 +46,7 @@ class Proof:
         for tensor, mapped in self._wanted.pop(target, ()):
             own = mapped.local(mapped.region).of(matrix)
             found = self._of_trainer(own, mapped.region) if is_lent else digest(own, mapped.region, self._weights)
-            self._landed[self.index[tensor]] += found
+            self._landed.append((self.index[tensor], found))
 
     def _of_trainer(self, values: Tensor, region: Region) -> Tensor:
         """Of memory that does not change during an update."""
@@ -57,17 +57,18 @@ class Proof:
 
     def differing(self, source: WeightSource, group: dist.ProcessGroup | None) -> list[str]:
         """Names of tensors that differ on this rank. Collective: the trainer's digests are summed over all ranks."""
+        landed = added_up(self._landed, len(self.index), self._device)
         expected = self._expected(source)
         if group is not None:
             dist.all_reduce(expected, group=group)
-        wrong = ~equal(expected[self._rank % self._plan.replica_size], self._landed)
+        wrong = ~equal(expected[self._rank % self._plan.replica_size], landed)
         unseen = {tensor for wanted in self._wanted.values() for tensor, _ in wanted}
         return [name for name, n in self.index.items() if wrong[n] or name in unseen]
 
     def _expected(self, source: WeightSource) -> Tensor:
         """``[replica size, tensors]``: of what each rank of a replica takes, as far as this rank answers for it."""
         plan = self._plan
-        found = torch.zeros(plan.replica_size, len(self.index), dtype=torch.int64, device=self._device)
+        found: list[tuple[int, Tensor]] = []
         takes = [_by_tensor(d.landings, self.index) for d in plan.destinations]
         kinds = [{t: d.targets[landing].dtype for landing, t, _ in d.landings} for d in plan.destinations]
         for part in plan.holdings.parts:
@@ -92,8 +93,8 @@ class Proof:
                             known[key] = (
                                 self._of_trainer(values, region) if own else digest(cast, region, self._weights)
                             )
-                        found[within, self.index[tensor]] += known[key]
-        return found
+                        found.append((within * len(self.index) + self.index[tensor], known[key]))
+        return added_up(found, plan.replica_size * len(self.index), self._device).view(plan.replica_size, -1)
 
 
 def _by_tensor(landings: Sequence[tuple[int, str, Mapped]], wanted: dict[str, int]) -> dict[str, list[Mapped]]:

@@ -56,6 +56,7 @@ class RolloutWeights:
         self.destination = record_destination(twin, tensors, config.model_config.dtype, units)
         self._packing = {name: module for name, module in self._modules.items() if hasattr(module, "cpu_linear")}
         self._needed = {n: m for n, m in self._packing.items() if not _is_plain_embedding(m, model)}
+        self._unfinished: set[str] = set()
         self._heads = [m for m in self._needed.values() if m.get_parameter("weight").numel()]
 
     def receiver(self, plan: Plan, rank: int) -> RolloutReceiver:
@@ -77,17 +78,27 @@ class RolloutWeights:
         packs = not use_cuda() and _custom_ops._supports_onednn and not current_platform.is_zen_cpu()
         return packs and isinstance(method, UnquantizedLinearMethod)
 
-    def module(self, name: str) -> torch.nn.Module:
-        return self._modules[name]
-
     def load_whole(self, tensors: list[tuple[str, Tensor]]) -> None:
         """By vLLM's loader, of modules that are open."""
         self._model.load_weights(iter(tensors))  # type: ignore[operator]
 
-    def drop_packed(self) -> None:
-        """Let go of all copies that vLLM packed for its kernels: none is there before its step has made it anew."""
+    def begin(self) -> None:
+        """From now on nothing of it is fit for sampling before it has been made anew.
+
+        Packed copies of modules go when these are opened, one at a time, so that the next takes their memory.
+        """
+        self._unfinished = {target.unit for target in self.destination.targets if target.unit is not None}
         for module in self._packing.values():
-            drop_packed(module)
+            if module.get_parameter("weight").numel():  # an embedding or an output layer
+                drop_packed(module)
+
+    def open(self, unit: str) -> _OpenModule:
+        """A module whose tensors are about to come."""
+        return _OpenModule(self._modules[unit])
+
+    def finish(self, unit: str, module: _OpenModule) -> None:
+        module.finish()
+        self._unfinished.discard(unit)
 
     def finish_heads(self) -> None:
         """Let output layers, which keep their weight, see what was written in place.
@@ -98,11 +109,12 @@ class RolloutWeights:
         for module in self._heads:
             module.quant_method.process_weights_after_loading(module)
 
-    def require_packed(self) -> None:
-        """RunError where a packed copy that sampling needs was not made anew."""
-        for name, module in self._needed.items():
-            if is_dropped(module):
-                raise RunError(f"rollout: vLLM did not finish {name} in an update of the weights")
+    def require_finished(self) -> None:
+        """RunError where vLLM's step for a module was not done."""
+        dropped = {name for name, module in self._needed.items() if is_dropped(module)}
+        if self._unfinished | dropped:
+            name = min(self._unfinished | dropped)
+            raise RunError(f"rollout: vLLM did not finish {name} in an update of the weights")
 
 
 class RolloutReceiver:
@@ -143,7 +155,7 @@ class RolloutReceiver:
 
     def begin(self) -> None:
         """Addresses are those of now."""
-        self._weights.drop_packed()
+        self._weights.begin()
         targets = self._destination.targets
         self._matrices = {}
         for n in self._in_place:
@@ -159,7 +171,7 @@ class RolloutReceiver:
     def end(self) -> None:
         self._matrices, self._scratch = {}, None
         self._weights.finish_heads()
-        self._weights.require_packed()
+        self._weights.require_finished()
 
     def borrows(self, target: int) -> bool:
         return target in self._borrowing
@@ -169,7 +181,7 @@ class RolloutReceiver:
         assert self._scratch is not None
         targets, start = self._destination.targets, 0
         for unit, staged in self._staged.get(bucket, {}).items():
-            module = _OpenModule(self._weights.module(unit))
+            module = self._weights.open(unit)
             self._open[unit] = module
             whole = unit in self._destination.whole
             for n in staged:
@@ -197,7 +209,7 @@ class RolloutReceiver:
             if unit in self._destination.whole:
                 targets = self._destination.targets
                 self._weights.load_whole([(targets[n].name, self._matrices[n].view(targets[n].shape)) for n in staged])
-            self._open.pop(unit).finish()
+            self._weights.finish(unit, self._open.pop(unit))
             for n in staged:
                 del self._matrices[n]
         for n in self._last.get(bucket, ()):
@@ -220,6 +232,8 @@ class _OpenModule:
         from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
 
         self._module, self._info = module, get_layerwise_info(module)
+        if hasattr(module, "cpu_linear"):
+            drop_packed(module)
         self._info.kernel_tensors = get_layer_params_buffers(module)
         self._info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
         restore_layer_on_meta(module, self._info)

@@ -171,7 +171,7 @@ FAULTS: list[tuple[str, Callable[[RolloutEngine, Patch], None], str]] = [
     ("qwen3", _see_nothing, DIFFER.format("25", "25", "model.embed_tokens")),
     ("qwen3", _flip_a_bit, DIFFER.format("1", "25", "model")),
     ("qwen3", _keep_prefix_cache, "vLLM kept its prefix cache in the update to weights version 2"),
-    ("qwen3", _leave_a_module_unfinished, r"vLLM did not finish model\.layers\.0\.self_attn\.o_proj"),
+    ("qwen3", _leave_a_module_unfinished, r"vLLM did not finish model\.layers\.0\.mlp\.down_proj"),
     ("tied_llama", _leave_head_packed_as_it_was, "vLLM did not finish lm_head"),
     (
         "qwen3",
