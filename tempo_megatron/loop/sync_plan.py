@@ -88,6 +88,9 @@ def show_sync_plan(request: SyncRequest, output: Path | None) -> None:
         f"digest {plan.digest()[:16]}",
         highlight=False,
     )
+    if whole := plan.destinations[0].whole:
+        size = plan.destinations[0].whole_bytes / 2**20
+        console.print(f"{size:.1f} MiB cannot be taken in parts and come whole: {', '.join(whole)}", highlight=False)
     if output is not None:
         output.write_text(json.dumps(_record(request, plan, traffic), indent=1) + "\n")
 

@@ -9,6 +9,7 @@ A piece is where the two meet.  Replicas are consecutive ranks: rank r is number
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ class Target:
     itemsize: int
     unit: str | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def room(self) -> int:
+        """``nbytes`` in a buffer in which each tensor begins at a multiple of 64, as allocated ones do."""
+        return -(-self.nbytes // 64) * 64
+
 
 class Landing(NamedTuple):
     """What of a whole tensor lands where in a target, seen as a matrix."""
@@ -61,6 +71,11 @@ class Destination:
     landings: tuple[Landing, ...]
     fills: tuple[tuple[int, Region], ...] = ()
     whole: tuple[str, ...] = ()
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of tensors that come whole."""
+        return sum(target.nbytes for target in self.targets if target.unit in self.whole)
 
 
 class Piece(NamedTuple):
@@ -330,7 +345,7 @@ class _Need:
                 self._taken[within] += size
                 self._sent[plan.holdings.parts[piece.part].group] += size
             staged = {piece.target for piece in pieces if targets[piece.target].unit is not None}
-            self._taken[within] += sum(int(np.prod(targets[t].shape)) * targets[t].itemsize for t in staged)
+            self._taken[within] += sum(targets[t].room for t in staged)
 
     def with_unit(self, unit: list[list[Piece]]) -> int:
         other = _Need(self._plan)

@@ -32,7 +32,7 @@ class Receiver(Protocol):
     def finish(self, bucket: int) -> None:
         """All pieces of the bucket are there."""
 
-    def buffer_bytes(self, bucket: int) -> int:
+    def buffer_bytes(self) -> int:
         """Of what ``open`` has made."""
 
 
@@ -143,7 +143,7 @@ class Transfer:
                 ahead = self._post(bucket + 1, matrices, moved)
             lent = self._lent(self.buckets[bucket].local, matrices, into)
             into.open(bucket, lent)
-            held = posted.nbytes + (ahead.nbytes if ahead is not None else 0) + into.buffer_bytes(bucket)
+            held = posted.nbytes + (ahead.nbytes if ahead is not None else 0) + into.buffer_bytes()
             moved.buffer_bytes = max(moved.buffer_bytes, held)
             moved.local += sum(tensor.nbytes for tensor in lent.values())
             self._copy([p for p in self.buckets[bucket].local if p.target not in lent], matrices, into, moved)
@@ -158,6 +158,8 @@ class Transfer:
             raise RunError(
                 f"rank {self.rank} moved {moved} in an update of the rollout's weights, {self.planned} planned"
             )
+        if moved.buffer_bytes > 2 * max(self.plan.buffer_bytes, default=0):
+            raise RunError(f"rank {self.rank} held {moved.buffer_bytes} bytes of buffers, more than two buckets")
         return moved
 
     def _copy(self, pieces: list[Piece], matrices: Mapping[PartName, Tensor], into: Receiver, moved: Moved) -> None:

@@ -35,6 +35,7 @@ class Update:
         version: of the weights.
         moved: bytes; as many as planned.
         proved: tensors whose digests were compared, of ``tensors``.
+        whole_bytes: of tensors that could not be taken in parts (``Destination.whole`` names their modules).
         seconds: of all; ``proof_s`` of them for the proof.
     """
 
@@ -42,6 +43,7 @@ class Update:
     moved: Moved
     proved: int
     tensors: int
+    whole_bytes: int
     seconds: float
     proof_s: float
 
@@ -100,7 +102,15 @@ class WeightUpdater:
             self._require_landed(differing, len(proof.index), version)
         now = time.perf_counter()
         proof_s += now - start
-        return Update(version, moved, len(proof.index), len(self._expected), now - began, proof_s)
+        return Update(
+            version=version,
+            moved=moved,
+            proved=len(proof.index),
+            tensors=len(self._expected),
+            whole_bytes=self._weights.destination.whole_bytes,
+            seconds=now - began,
+            proof_s=proof_s,
+        )
 
     def _prepared(self, holdings: Holdings) -> tuple[Transfer, RolloutReceiver]:
         if holdings is not self._planned_for or self._transfer is None or self._receiver is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.errors import RunError
-from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.parallel.device import device, use_cuda
 from tempo_megatron.reshard.plan import Destination, Plan, Target
 from tempo_megatron.reshard.regions import as_matrix
 from tempo_megatron.rollout.landings import build_twin, record_destination
@@ -23,9 +23,6 @@ from tempo_megatron.rollout.sleep import drop_packed, is_dropped
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-#: Tensors in the scratch buffer begin at multiples of it, as allocated ones do.
-_ALIGNMENT = 64
 
 
 class RolloutWeights:
@@ -148,7 +145,6 @@ class RolloutReceiver:
                     staged.append(piece.target)
         for target in self._in_place:
             self._last[ends.get(target, 0)].append(target)
-        self._scratch_bytes = max((self._staged_bytes(bucket) for bucket in self._staged), default=0)
         self._scratch: Tensor | None = None
         self._matrices: dict[int, Tensor] = {}
         self._open: dict[str, _OpenModule] = {}
@@ -162,14 +158,12 @@ class RolloutReceiver:
             live = self._weights.live(targets[n].name)
             _require_alike(live, targets[n])
             self._matrices[n] = as_matrix(live)
-        device = next(iter(self._matrices.values())).device if self._matrices else torch.device("cpu")
-        self._scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=device)
         for target, region in self._destination.fills:
             if target in self._matrices:
                 region.of(self._matrices[target]).zero_()
 
     def end(self) -> None:
-        self._matrices, self._scratch = {}, None
+        self._matrices = {}
         self._weights.finish_heads()
         self._weights.require_finished()
 
@@ -178,8 +172,10 @@ class RolloutReceiver:
 
     def open(self, bucket: int, lent: Mapping[int, Tensor]) -> None:
         self._lent = lent
-        assert self._scratch is not None
         targets, start = self._destination.targets, 0
+        to_come = [n for staged in self._staged.get(bucket, {}).values() for n in staged if n not in lent]
+        size = sum(targets[n].room for n in to_come)
+        self._scratch = torch.empty(size, dtype=torch.uint8, device=device())
         for unit, staged in self._staged.get(bucket, {}).items():
             module = self._weights.open(unit)
             self._open[unit] = module
@@ -189,9 +185,12 @@ class RolloutReceiver:
                 if n in lent:
                     room = lent[n].view(target.shape)
                 else:
-                    size = torch.Size(target.shape).numel() * target.itemsize
-                    room = self._scratch[start : start + size].view(getattr(torch, target.dtype)).view(target.shape)
-                    start += _aligned(size)
+                    room = (
+                        self._scratch[start : start + target.nbytes]
+                        .view(getattr(torch, target.dtype))
+                        .view(target.shape)
+                    )
+                    start += target.room
                 self._matrices[n] = as_matrix(room if whole else module.place(target.name.rpartition(".")[2], room))
             if whole:
                 module.place_others()
@@ -212,15 +211,12 @@ class RolloutReceiver:
             self._weights.finish(unit, self._open.pop(unit))
             for n in staged:
                 del self._matrices[n]
+        self._scratch = None
         for n in self._last.get(bucket, ()):
             self.on_arrived(n, self._matrices[n], False)
 
-    def buffer_bytes(self, bucket: int) -> int:
-        return self._scratch_bytes
-
-    def _staged_bytes(self, bucket: int) -> int:
-        targets = [self._destination.targets[n] for staged in self._staged[bucket].values() for n in staged]
-        return sum(_aligned(torch.Size(t.shape).numel() * t.itemsize) for t in targets)
+    def buffer_bytes(self) -> int:
+        return 0 if self._scratch is None else self._scratch.nbytes
 
 
 class _OpenModule:
@@ -298,7 +294,3 @@ def _require_alike(live: Tensor, target: Target) -> None:
             f"rollout: vLLM holds {target.name} as {list(live.shape)} of {live.dtype}, its loader fills "
             f"{list(target.shape)} of {target.dtype}"
         )
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
