@@ -223,7 +223,11 @@ def test_names_of_a_layer_and_an_expert() -> None:
 
 
 @pytest.mark.parametrize("tp", TP)
-@pytest.mark.parametrize("transform", [Replicated(), Split(0), Split(1), Vocab(), QKV(), GateUp()], ids=repr)
+@pytest.mark.parametrize(
+    "transform",
+    [Replicated(), Split(0), Split(1), Vocab(), QKV(), GateUp()],
+    ids=str.split("whole rows cols vocab qkv gate_up"),
+)
 @given(data=st.data())
 def test_pieces_say_what_a_shard_is_made_of(transform: Transform, tp: int, data: st.DataObject) -> None:
     head, hidden = data.draw(SIZE), 4 * data.draw(SIZE)
