@@ -130,7 +130,8 @@ class RolloutReceiver:
         self.on_arrived: Callable[[int, Tensor, bool], None] = lambda target, matrix, is_lent: None
         units = {target.unit for target in targets} - {None, *self._destination.whole}
         packing = {unit for unit in units if unit is not None and weights.only_packs(unit)}
-        self._borrowing = {n for n, target in enumerate(targets) if target.unit in packing}
+        # biases are not packed: they stay where they are
+        self._borrowing = {n for n, t in enumerate(targets) if t.unit in packing and len(t.shape) > 1}
         self._lent: Mapping[int, Tensor] = {}
         self._in_place = [n for n, target in enumerate(targets) if target.unit is None]
         self._staged: defaultdict[int, dict[str, list[int]]] = defaultdict(dict)  # bucket -> unit -> targets
