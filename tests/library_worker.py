@@ -58,6 +58,17 @@ def build_vllm() -> None:
     drop_packed(layer)
 
 
+def build_fp8_twin() -> None:
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    from tempo_megatron.rollout.landings import _without_kernels
+
+    with _without_kernels(SimpleNamespace(quant_config=Fp8Config(weight_block_size=[128, 128]))):
+        pass
+
+
 def make_groups() -> None:
     from tempo_megatron.parallel.gloo import share_devices
 
@@ -80,6 +91,7 @@ INSTALLERS: list[Callable[[], Any]] = [
     partial(build_model, "qwen3-moe"),
     partial(build_model, "olmo3"),  # YaRN
     build_vllm,
+    build_fp8_twin,
     write_checkpoints,
     make_groups,
 ]

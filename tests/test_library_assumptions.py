@@ -66,6 +66,7 @@ REPLACED = {
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod._setup_kernel",
         "vllm.model_executor.models.transformers.base.Base._decorate_cls_for_torch_compile",
         "vllm.triton_utils.dispatcher._rebind_kernels",
+        "vllm.model_executor.layers.quantization.fp8.init_fp8_linear_kernel",
     },
 }
 
@@ -129,6 +130,7 @@ READ = [
         "vllm.model_executor.models.transformers.base:Base._decorate_for_torch_compile",
         "_decorate_cls_for_torch_compile",
     ),
+    ("vllm.model_executor.layers.quantization.fp8:Fp8LinearMethod.create_weights", "init_fp8_linear_kernel"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "cpu_linear"),
     ("vllm.model_executor.layers.utils:cpu_unquantized_gemm", "cpu_linear"),
     # rollout/sleep.py: sizes of packed weights

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
+from tempo_megatron.reshard.regions import Mapped, Region, as_matrix, matrix_shape
 
 
 class PartName(NamedTuple):
@@ -83,6 +83,14 @@ class WeightSource:
     holdings: Holdings
     tensors: Mapping[PartName, Tensor]
     check: Callable[[], None]
+
+    def read(self, name: PartName, tensor: str, held: Region, region: Region) -> Tensor:
+        """``region`` of ``tensor``, which lies at ``held`` in a parameter."""
+        return held.of(as_matrix(self.tensors[name]))
+
+    def is_derived(self, tensor: str) -> bool:
+        """Whether ``read`` makes this tensor of parameters, instead of showing where it lies in one."""
+        return False
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], world_size: int) -> WeightSource:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tempo_megatron.reshard.digests import Weights, added_up, digest, equal
 from tempo_megatron.reshard.holdings import WeightSource
 from tempo_megatron.reshard.plan import Plan
-from tempo_megatron.reshard.regions import Mapped, Region, as_matrix
+from tempo_megatron.reshard.regions import Mapped, Region
 
 
 class Proof:
@@ -75,7 +75,6 @@ class Proof:
             holders = plan.holdings.groups[part.group]
             if holders[(part.turn + 1) % len(holders)] != self._rank:
                 continue
-            matrix = as_matrix(source.tensors[part.name])
             for tensor, held in part.held:
                 if tensor not in self.index:
                     continue
@@ -87,9 +86,9 @@ class Proof:
                             continue
                         key = region, kinds[within][tensor]
                         if key not in known:
-                            values = held.local(region).of(matrix)
+                            values = source.read(part.name, tensor, held.local(region), region)
                             cast = values.to(getattr(torch, key[1]))
-                            own = cast.data_ptr() == values.data_ptr()
+                            own = not source.is_derived(tensor) and cast.data_ptr() == values.data_ptr()
                             known[key] = (
                                 self._of_trainer(values, region) if own else digest(cast, region, self._weights)
                             )

@@ -1,6 +1,7 @@
 """Rectangles of tensors that are seen as matrices, and what of a tensor lies where.
 
-A tensor of two or more dimensions is a matrix of its last dimension; one of a single dimension is a column.
+A tensor of two or more dimensions is a matrix of its last dimension; one of a single dimension is a column, a number
+one by one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import Tensor
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor of this shape: ``[e, i, h]`` is (e i, h), ``[n]`` is (n, 1)."""
-    if len(shape) == 1:
-        return shape[0], 1
+    """Rows and columns of a tensor of this shape: ``[e, i, h]`` is (e i, h), ``[n]`` is (n, 1), ``[]`` is (1, 1)."""
+    if len(shape) < 2:
+        return torch.Size(shape).numel(), 1
     return torch.Size(shape[:-1]).numel(), shape[-1]
 
 

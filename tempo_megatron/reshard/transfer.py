@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tempo_megatron.errors import RunError
-from tempo_megatron.reshard.holdings import PartName, WeightSource
+from tempo_megatron.reshard.holdings import WeightSource
 from tempo_megatron.reshard.plan import Piece, Plan
-from tempo_megatron.reshard.regions import Region, as_matrix, matrix_shape
+from tempo_megatron.reshard.regions import Region, matrix_shape
 
 
 class Receiver(Protocol):
@@ -133,20 +133,19 @@ class Transfer:
                 nor new.
         """
         moved = Moved()
-        matrices = {name: as_matrix(tensor) for name, tensor in source.tensors.items()}
-        ahead = self._post(0, matrices, moved) if self.buckets else None
+        ahead = self._post(0, source, moved) if self.buckets else None
         for bucket in range(len(self.buckets)):
             source.check()
             posted, ahead = ahead, None
             assert posted is not None
             if bucket + 1 < len(self.buckets):
-                ahead = self._post(bucket + 1, matrices, moved)
-            lent = self._lent(self.buckets[bucket].local, matrices, into)
+                ahead = self._post(bucket + 1, source, moved)
+            lent = self._lent(self.buckets[bucket].local, source, into)
             into.open(bucket, lent)
             held = posted.nbytes + (ahead.nbytes if ahead is not None else 0) + into.buffer_bytes()
             moved.buffer_bytes = max(moved.buffer_bytes, held)
             moved.local += sum(tensor.nbytes for tensor in lent.values())
-            self._copy([p for p in self.buckets[bucket].local if p.target not in lent], matrices, into, moved)
+            self._copy([p for p in self.buckets[bucket].local if p.target not in lent], source, into, moved)
             for work in posted.works:
                 work.wait()
             for pieces, parts in posted.received:
@@ -162,16 +161,16 @@ class Transfer:
             raise RunError(f"rank {self.rank} held {moved.buffer_bytes} bytes of buffers, more than two buckets")
         return moved
 
-    def _copy(self, pieces: list[Piece], matrices: Mapping[PartName, Tensor], into: Receiver, moved: Moved) -> None:
+    def _copy(self, pieces: list[Piece], source: WeightSource, into: Receiver, moved: Moved) -> None:
         landings = [self._landing(into, piece) for piece in pieces]
-        _copy_all(landings, [self._leaving(matrices, piece) for piece in pieces])
+        _copy_all(landings, [self._leaving(source, piece) for piece in pieces])
         moved.local += sum(landing.nbytes for landing in landings)
 
-    def _lent(self, pieces: list[Piece], matrices: Mapping[PartName, Tensor], into: Receiver) -> dict[int, Tensor]:
+    def _lent(self, pieces: list[Piece], source: WeightSource, into: Receiver) -> dict[int, Tensor]:
         """Targets of which this rank's trainer has all, as they are wanted: nothing has to be copied."""
         by_target: defaultdict[int, list[Piece]] = defaultdict(list)
         for piece in pieces:
-            if into.borrows(piece.target):
+            if into.borrows(piece.target) and not source.is_derived(piece.tensor):
                 by_target[piece.target].append(piece)
         found = {}
         for number, some in by_target.items():
@@ -181,18 +180,18 @@ class Transfer:
             if len(places) > 1 or sum(piece.region.numel for piece in some) < rows * cols:
                 continue
             ((_, row, col),) = places
-            tensor = self._leaving(matrices, some[0]._replace(source=Region(row, col, rows, cols)))
+            tensor = self._leaving(source, some[0]._replace(source=Region(row, col, rows, cols)))
             if tensor.is_contiguous() and str(tensor.dtype) == f"torch.{self._targets[number].dtype}":
                 found[number] = tensor
         return found
 
-    def _leaving(self, matrices: Mapping[PartName, Tensor], piece: Piece) -> Tensor:
-        return piece.source.of(matrices[self.plan.holdings.parts[piece.part].name])
+    def _leaving(self, source: WeightSource, piece: Piece) -> Tensor:
+        return source.read(self.plan.holdings.parts[piece.part].name, piece.tensor, piece.source, piece.region)
 
     def _landing(self, into: Receiver, piece: Piece) -> Tensor:
         return piece.lands.of(into.matrix(piece.target))
 
-    def _post(self, bucket: int, matrices: Mapping[PartName, Tensor], moved: Moved) -> _Posted:
+    def _post(self, bucket: int, source: WeightSource, moved: Moved) -> _Posted:
         """Pack what goes out, make room for what comes in, and let both go their way."""
         posted = _Posted([], [], 0, [])
         operations = []
@@ -203,7 +202,7 @@ class Transfer:
             operations.append(dist.P2POp(dist.irecv, buffer, message.peers[0], self.group, tag=bucket))
         for message in self.buckets[bucket].sends:
             buffer, parts = self._buffer(message, message.peers[0] % self.plan.replica_size)
-            _copy_all(parts, [self._leaving(matrices, piece) for piece in message.pieces])
+            _copy_all(parts, [self._leaving(source, piece) for piece in message.pieces])
             posted.nbytes += message.nbytes
             posted.kept.append(buffer)
             for peer in message.peers:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tempo_megatron.errors import TempoError
 from tempo_megatron.patching import kept, replace_function, replace_value
+from tempo_megatron.reshard.fp8 import BLOCK, CODES, scale_name, scale_shape
 from tempo_megatron.reshard.plan import Destination, Landing, Target
 from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
 
@@ -71,12 +72,27 @@ def _experts_known() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_kernels(config: VllmConfig) -> Iterator[None]:
+    """FP8 layers look for a kernel when they are made, and refuse a machine that has none; a twin needs none."""
+    if config.quant_config is None or config.quant_config.get_name() != "fp8":
+        yield
+        return
+    from vllm.model_executor.layers.quantization import fp8
+
+    parameters = "activation_quant_key weight_quant_key input_dtype out_dtype weight_shape force_kernel module_name"
+    with kept(fp8, "init_fp8_linear_kernel"):
+        replace_function(fp8, "init_fp8_linear_kernel", lambda **_: None, tuple(parameters.split()))
+        yield
+
+
 def build_twin(config: VllmConfig) -> torch.nn.Module:
     """The model as it is before weights are loaded, of this rank's tensor-parallel place, on the ``meta`` device."""
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    with _apart(config) as own, set_default_torch_dtype(own.model_config.dtype), torch.device("meta"):
+    dtype = config.model_config.dtype
+    with _apart(config) as own, _without_kernels(config), set_default_torch_dtype(dtype), torch.device("meta"):
         return initialize_model(own, model_config=own.model_config)
 
 
@@ -162,18 +178,50 @@ def record_destination(
 ) -> Destination:
     """Load the twin and see what goes where.
 
+    Tensors that the twin holds in FP8 come quantised by blocks, float8_e4m3fn, each with its scales behind it, float32
+    (``reshard.fp8``); the destination takes both.
+
     Args:
         twin: from ``build_twin``.
-        tensors: names and shapes of all HF tensors of the model, in an order that its loader takes.
-        dtype: that the tensors come in.
+        tensors: names and shapes of all HF tensors of the model, without scales, in an order that its loader takes.
+        dtype: that the others come in.
         units: parameter name -> module, of those that are finished as a whole after loading.
+
+    Raises:
+        TempoError: the twin holds FP8 otherwise than by blocks of 128.
     """
-    metas = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in tensors.items()}
+    recorder = _loaded(twin, {name: _meta(shape, dtype) for name, shape in tensors.items()})
+    quantised = recorder.quantised()
+    if quantised:
+        _require_blocks(twin)
+        metas = {}
+        for name, shape in tensors.items():
+            metas[name] = _meta(shape, CODES if name in quantised else dtype)
+            if name in quantised:
+                metas[scale_name(name)] = _meta(scale_shape(shape), torch.float32)
+        recorder = _loaded(twin, metas)
+    return recorder.destination(units)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _loaded(twin: torch.nn.Module, metas: Mapping[str, Tensor]) -> _Recorder:
     parameters = {name: p.data for name, p in twin.named_parameters()}  # a tied one once
     recorder = _Recorder(metas, parameters)
     with torch.no_grad(), recorder:
         twin.load_weights(iter(metas.items()))  # type: ignore[operator]
-    return recorder.destination(units)
+    return recorder
+
+
+def _require_blocks(twin: torch.nn.Module) -> None:
+    """TempoError unless the blocks of all layers in FP8 are those of ``reshard.fp8``."""
+    for name, module in twin.named_modules():
+        if any(p.dtype == CODES for p in module.parameters(recurse=False)):
+            size = getattr(module, "weight_block_size", None)
+            if size is None or list(size) != [BLOCK, BLOCK]:
+                raise TempoError(f"{name} of the rollout engine is in FP8 with blocks of {size}, not {[BLOCK, BLOCK]}")
 
 
 @dataclass
@@ -258,6 +306,12 @@ class _Recorder(TorchDispatchMode):
             self._computed[into.name] |= set()
         else:
             self._fills.append((into.name, region))
+
+    def quantised(self) -> set[str]:
+        """The HF tensors that parameters in FP8 get."""
+        into = {name for name, parameter in self._parameters.items() if parameter.dtype == CODES}
+        copied = {tensor for name, tensor, _ in self._landings if name in into}
+        return copied.union(*(made_of for name, made_of in self._computed.items() if name in into))
 
     def destination(self, units: Mapping[str, str]) -> Destination:
         """Targets in the order in which they were loaded; of modules that come whole the tensors themselves."""

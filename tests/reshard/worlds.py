@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache, reduce
 
 import torch
 import transformers as hf
@@ -11,7 +13,8 @@ from torch import Tensor
 from tempo_megatron.config.layout import divisors
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.model.hf_tensors import expected_tensors
-from tempo_megatron.reshard.holdings import Holdings
+from tempo_megatron.reshard.fp8 import Blocks, QuantisedSource, Quantiser, blocks_of, scale_name
+from tempo_megatron.reshard.holdings import Holdings, WeightSource
 from tempo_megatron.reshard.plan import Destination, Landing, Plan, Target
 from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
 
@@ -169,12 +172,78 @@ def held_by(holdings: Holdings, rank: int, tensors: dict[str, Tensor]) -> dict[o
 
 def taken_by(destination: Destination, tensors: dict[str, Tensor]) -> list[Tensor]:
     """The targets as matrices, loaded from whole tensors."""
-    found = [torch.full(matrix_shape(t.shape), torch.nan) for t in destination.targets]
+    found = [torch.full(matrix_shape(t.shape), torch.nan).to(getattr(torch, t.dtype)) for t in destination.targets]
     for number, region in destination.fills:
         region.of(found[number]).zero_()
     for number, name, mapped in destination.landings:
         tensor = tensors[name].view(matrix_shape(tensors[name].shape))
         mapped.local(mapped.region).of(found[number]).copy_(mapped.region.of(tensor))
+    return found
+
+
+def quantised_names(shapes: Iterable[str]) -> set[str]:
+    """Linear layers, as FP8 checkpoints have them."""
+    return {name for name in shapes if name.endswith("_proj.weight")}
+
+
+def in_fp8(destination: Destination, block: int) -> Destination:
+    """The same with linear layers in FP8, and with the scales of all blocks of which it takes elements."""
+    quantised = quantised_names(landing.tensor for landing in destination.landings)
+    of_codes = {landing.target for landing in destination.landings if landing.tensor in quantised}
+    targets = [
+        replace(target, dtype="float8_e4m3fn", itemsize=1) if number in of_codes else target
+        for number, target in enumerate(destination.targets)
+    ]
+    landings = list(destination.landings)
+    for landing in destination.landings:
+        if landing.tensor in quantised:
+            blocks, target = blocks_of(landing.mapped.region, block), targets[landing.target]
+            shape = blocks.rows, blocks.cols
+            targets.append(Target(f"{target.name}_scale_inv.{len(targets)}", shape, "float32", 4, target.unit))
+            landings.append(Landing(len(targets) - 1, scale_name(landing.tensor), Mapped(blocks, 0, 0)))
+    return replace(destination, targets=tuple(targets), landings=tuple(landings))
+
+
+def by_definition(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a whole matrix, block by block."""
+    codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(-(-values.shape[0] // block), -(-values.shape[1] // block))
+    for row in range(scales.shape[0]):
+        for col in range(scales.shape[1]):
+            at = slice(row * block, (row + 1) * block), slice(col * block, (col + 1) * block)
+            scale = values[at].abs().max().float().clamp(min=1e-4) / 448
+            codes[at] = (values[at].float() * (1 / scale)).to(torch.float8_e4m3fn)
+            scales[row, col] = scale
+    return codes, scales
+
+
+def quantised_model(tensors: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+    """A checkpoint of it in FP8."""
+    found = dict(tensors)
+    for name in quantised_names(tensors):
+        found[name], found[scale_name(name)] = by_definition(tensors[name], block)
+    return found
+
+
+def quantised_sources(blocks: Blocks, trainer: Holdings, tensors: dict[str, Tensor]) -> list[QuantisedSource]:
+    """Of all ranks, after they have told each other what they must."""
+    ranks = range(trainer.world_size)
+    sources = [WeightSource(trainer, held_by(trainer, rank, tensors), lambda: None) for rank in ranks]
+    quantisers = [Quantiser(blocks, rank, None, torch.device("cpu")) for rank in ranks]
+    measured = [quantiser.measure(source) for quantiser, source in zip(quantisers, sources, strict=True)]
+    told = reduce(torch.maximum, [one.told for one in measured])
+    for one in measured:
+        one.told.copy_(told)
+    return [q.finish(source, one) for q, source, one in zip(quantisers, sources, measured, strict=True)]
+
+
+def arrived(plan: Plan, sources: Sequence[WeightSource], rank: int) -> list[Tensor]:
+    """The targets of a rank as matrices, after an update."""
+    destination = plan.destination_of(rank)
+    found = [torch.zeros(matrix_shape(t.shape), dtype=getattr(torch, t.dtype)) for t in destination.targets]
+    for piece, sender in plan.received_by(rank):
+        name = plan.holdings.parts[piece.part].name
+        piece.lands.of(found[piece.target]).copy_(sources[sender].read(name, piece.tensor, piece.source, piece.region))
     return found
 
 
