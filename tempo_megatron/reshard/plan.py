@@ -141,13 +141,13 @@ class Plan:
             )
         self.holdings, self.destinations = holdings, tuple(destinations)
         self.bucket_bytes, self.ranks_per_node = bucket_bytes, ranks_per_node
+        for destination in self.destinations:
+            _require_covered_once(destination)
+        pieces = [self._meet(destination) for destination in self.destinations]
         taken = {landing.tensor for destination in self.destinations for landing in destination.landings}
         unread = [name for name in holdings.shapes if name not in taken]
         if unread:
             raise TempoError(f"the rollout engine takes nothing of {', '.join(unread[:3])}")
-        for destination in self.destinations:
-            _require_covered_once(destination)
-        pieces = [self._meet(destination) for destination in self.destinations]
         self.pieces, self.buffer_bytes = self._in_buckets(pieces)
         self.num_buckets = len(self.buffer_bytes)
 

@@ -154,6 +154,13 @@ def test_destinations_that_are_not_covered_once_are_refused(fault: str) -> None:
         Plan(holdings, [replace(destination, landings=tuple(landings))], 2**20, 2)
 
 
+def test_a_tensor_that_nobody_takes_is_told() -> None:
+    tied, untied = (model(experts=False, tied=t, layers=1, heads=8, kv=2, vocab=37) for t in (True, False))
+    holdings = megatron_holdings(untied, "actor", layouts(untied, 1)[0], 1)
+    with pytest.raises(TempoError, match="the rollout engine takes nothing of lm_head.weight"):
+        Plan(holdings, destinations(tied, 1), 2**20, 1)
+
+
 def test_replicas_must_divide_the_world() -> None:
     config = model(experts=False, tied=False, layers=1, heads=8, kv=2, vocab=37)
     with pytest.raises(TempoError, match="3 ranks cannot be replicas of 2"):
