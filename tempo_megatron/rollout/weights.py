@@ -135,17 +135,12 @@ class RolloutReceiver:
         self._lent: Mapping[int, Tensor] = {}
         self._in_place = [n for n, target in enumerate(targets) if target.unit is None]
         self._staged: defaultdict[int, dict[str, list[int]]] = defaultdict(dict)  # bucket -> unit -> targets
-        self._last: dict[int, list[int]] = defaultdict(list)  # bucket -> targets in place that are complete after it
-        ends: dict[int, int] = {}
         for piece in plan.pieces[within]:
             unit = targets[piece.target].unit
-            ends[piece.target] = max(ends.get(piece.target, 0), piece.bucket)
             if unit is not None:
                 staged = self._staged[piece.bucket].setdefault(unit, [])
                 if piece.target not in staged:
                     staged.append(piece.target)
-        for target in self._in_place:
-            self._last[ends.get(target, 0)].append(target)
         self._scratch: Tensor | None = None
         self._matrices: dict[int, Tensor] = {}
         self._open: dict[str, _OpenModule] = {}
@@ -164,6 +159,9 @@ class RolloutReceiver:
                 region.of(self._matrices[target]).zero_()
 
     def end(self) -> None:
+        """Everything is there; what was written in place is read only now, when nothing more is written."""
+        for n in self._in_place:
+            self.on_arrived(n, self._matrices[n], False)
         self._matrices = {}
         self._weights.finish_heads()
         self._weights.require_finished()
@@ -213,8 +211,6 @@ class RolloutReceiver:
             for n in staged:
                 del self._matrices[n]
         self._scratch = None
-        for n in self._last.get(bucket, ()):
-            self.on_arrived(n, self._matrices[n], False)
 
     def buffer_bytes(self) -> int:
         return 0 if self._scratch is None else self._scratch.nbytes

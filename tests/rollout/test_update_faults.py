@@ -114,9 +114,8 @@ def _write_twice(engine: RolloutEngine, patch: Patch) -> None:
     arrived = RolloutReceiver.finish
 
     def again(self: RolloutReceiver, bucket: int) -> None:
-        if norm in self._last.get(bucket, ()):
-            self.matrix(norm).add_(1)
         arrived(self, bucket)
+        self.matrix(norm).add_(1)
 
     patch.setattr(RolloutReceiver, "finish", again)
 
