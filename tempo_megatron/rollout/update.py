@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import device
+from tempo_megatron.parallel.distributed import gather_objects
 from tempo_megatron.reshard.holdings import Holdings, WeightSource
 from tempo_megatron.reshard.plan import Plan
 from tempo_megatron.reshard.proof import Proof
@@ -125,21 +126,13 @@ class WeightUpdater:
 
     def _agreed_plan(self, holdings: Holdings) -> Plan:
         size, rank = self._config.tensor_parallel_size, dist.get_rank()
-        world = dist.get_world_size()
-        destinations = [self._weights.destination]
-        if world > 1:
-            every: list[Any] = [None] * world
-            # those of the first replica are everybody's: that others load alike is part of what is agreed
-            dist.all_gather_object(every, self._weights.destination if rank < size else None)
-            destinations = every[:size]
-        near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        # those of the first replica are everybody's: that others load alike is part of what is agreed
+        sent = gather_objects(self._weights.destination if rank < size else None)
+        destinations = [destination for destination in sent if destination is not None]
+        near = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         plan = Plan(holdings, destinations, self._config.bucket_mib << 20, near)
         alike = destinations[rank % size] == self._weights.destination
-        mine = (plan.digest(), alike)
-        found: list[Any] = [mine]
-        if world > 1:
-            found = [None] * world
-            dist.all_gather_object(found, mine)
+        found = gather_objects((plan.digest(), alike))
         odd = [r for r, (digest, same) in enumerate(found) if digest != found[0][0] or not same]
         if odd:
             raise RunError(f"rollout: rank {odd[0]} has another plan for the rollout's weights than rank 0")
@@ -149,14 +142,7 @@ class WeightUpdater:
         return {name for n, name in enumerate(self._expected) if n % PROVED_IN_TURN == version % PROVED_IN_TURN}
 
     def _require_landed(self, differing: list[str], checked: int, version: int) -> None:
-        found: list[Any] = [differing]
-        if dist.get_world_size() > 1:
-            wrong = torch.tensor(len(differing), device=device())
-            dist.all_reduce(wrong)
-            if int(wrong):
-                found = [None] * dist.get_world_size()
-                dist.all_gather_object(found, differing)
-        for rank, names in enumerate(found):
+        for rank, names in enumerate(gather_objects(differing)):
             if names:
                 raise RunError(
                     f"rollout: the weights of version {version} did not land: on rank {rank} {len(names)} of {checked} "
