@@ -1,8 +1,8 @@
 """Where weights come from and where checkpoints lie; reads names only, loads nothing (no torch).
 
-Layout of a run: ``RUN/checkpoints/step_00000010/``.  A checkpoint is complete iff it holds
-``manifest.json`` (written last); its ``hf/`` holds the actor's ``config.json`` and tokenizer, ``hf-critic/`` those of
-the critic.
+Layout of a run: ``RUN/checkpoints/step_00000010/``, or ``step_00000010+estep/`` for one within the step after it.  A
+checkpoint is complete iff it holds ``manifest.json`` (written last); its ``hf/`` holds the actor's ``config.json`` and
+tokenizer, ``hf-critic/`` those of the critic.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, cast, get_args
 
 from tempo_megatron.errors import TempoError
 
@@ -18,7 +18,37 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 HF = "hf"
 
-_STEP = re.compile(r"step_([0-9]+)")
+#: Phases of a step after which a run can be saved, in their order.
+Phase = Literal["rollout", "estep", "mstep"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+_NAME = re.compile(rf"step_([0-9]+)(?:\+({'|'.join(PHASES)}))?")
+
+
+class Position(NamedTuple):
+    """How far a run is; positions compare in their order.
+
+    Attributes:
+        step: steps that are complete.
+        phases: of the next step, how many of ``PHASES`` are done.
+    """
+
+    step: int
+    phases: int = 0
+
+    @classmethod
+    def after(cls, step: int, phase: Phase | None) -> Position:
+        """``step`` steps are complete, and the next one up to and with its ``phase``."""
+        return cls(step, 0 if phase is None else PHASES.index(phase) + 1)
+
+    @property
+    def phase(self) -> Phase | None:
+        """The last phase that is done of a step that is not complete."""
+        return PHASES[self.phases - 1] if self.phases else None
+
+    def __str__(self) -> str:
+        """The name of its checkpoint's folder."""
+        return f"step_{self.step:08d}" + (f"+{self.phase}" if self.phases else "")
 
 
 @dataclass(frozen=True)
@@ -37,24 +67,28 @@ class InitSource:
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step below ``run_dir``, or None."""
+    """The complete checkpoint of the latest position below ``run_dir``, or None."""
     complete = [folder for folder in step_folders(run_dir) if is_complete(folder)]
     return complete[-1] if complete else None
 
 
 def step_folders(run_dir: str | Path) -> list[Path]:
-    """``RUN/checkpoints/step_*``, complete or not, by their step."""
+    """``RUN/checkpoints/step_*``, complete or not, by their position."""
+    return [path for _, path in positions(run_dir)]
+
+
+def positions(run_dir: str | Path) -> list[tuple[Position, Path]]:
+    """As ``step_folders``, with their positions."""
     folder = Path(run_dir) / CHECKPOINTS
     if not folder.is_dir():
         return []
-    steps = [(step, path) for path in folder.iterdir() if (step := step_of(path)) is not None]
-    return [path for _, path in sorted(steps)]
+    return sorted((position, path) for path in folder.iterdir() if (position := position_of(path)) is not None)
 
 
-def step_of(checkpoint_dir: Path) -> int | None:
-    """The step that a checkpoint folder's name says; None for other names."""
-    match = _STEP.fullmatch(checkpoint_dir.name)
-    return int(match[1]) if match else None
+def position_of(checkpoint_dir: Path) -> Position | None:
+    """The position that a checkpoint folder's name says; None for other names."""
+    match = _NAME.fullmatch(checkpoint_dir.name)
+    return Position.after(int(match[1]), cast("Phase | None", match[2])) if match else None
 
 
 def is_complete(checkpoint_dir: Path) -> bool:
@@ -70,7 +104,7 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     folder = _existing_folder(path, key)
     if is_complete(folder):
         return folder
-    if _STEP.fullmatch(folder.name):
+    if position_of(folder) is not None:
         raise TempoError(f"{key}: {path!r} is not a complete checkpoint: it has no {MANIFEST}")
     if (folder / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(folder)
@@ -91,7 +125,7 @@ def resolve_init(path: str, key: str) -> InitSource:
         if not any(folder.glob("*.safetensors")):
             raise TempoError(f"{key}: {path!r} has a config.json but {no_weights_reason(folder)}")
         return InitSource("hf", folder, folder)
-    if not (is_complete(folder) or (folder / CHECKPOINTS).is_dir() or _STEP.fullmatch(folder.name)):
+    if not (is_complete(folder) or (folder / CHECKPOINTS).is_dir() or position_of(folder) is not None):
         raise TempoError(
             f"{key}: {path!r} has no config.json; give an HF folder (config.json, *.safetensors), "
             f"a checkpoint ({MANIFEST}) or a run folder ({CHECKPOINTS}/)"

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tempo_megatron.checkpoint.critic_format import ACTIVATION, check_activation
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.manifest import STATE, Manifest, WholeCheckpoint
 from tempo_megatron.checkpoint.megatron_state import load_role
-from tempo_megatron.checkpoint.save import optimizer_kind, random_state_name
+from tempo_megatron.checkpoint.save import optimizer_kind, random_state_name, rows_name
 from tempo_megatron.config.schema import CriticConfig, RoleConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import hf_name
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.device import use_cuda
-from tempo_megatron.parallel.distributed import rank
+from tempo_megatron.parallel.distributed import rank, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
 
@@ -100,6 +101,18 @@ def resume_checkpoint(checkpoint: WholeCheckpoint, engines: Mapping[str, Megatro
         torch.cuda.set_rng_state(random_state["cuda"])
     trainer: dict[str, Any] = state["trainer"]
     return trainer
+
+
+def rows_of(checkpoint: WholeCheckpoint) -> list[tuple[int, dict[str, Tensor]]]:
+    """The ranks' own tensors that this rank takes: those of the old ranks that are this one modulo the world's size.
+
+    Returns:
+        (old rank, its tensors), in the order of ranks; none where the checkpoint was saved without.
+    """
+    mine = range(rank(), checkpoint.manifest.world_size, world_size())
+    names = {old: rows_name(old) for old in mine if rows_name(old) in checkpoint.manifest.files}
+    with one_line(TempoError, f"{checkpoint.folder}: {UNREADABLE}"):
+        return [(old, load_file(checkpoint.folder / name)) for old, name in names.items()]
 
 
 def load_weights(checkpoint: WholeCheckpoint, engine: MegatronEngine, *, init_head: bool) -> bool:

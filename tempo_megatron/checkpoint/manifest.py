@@ -1,7 +1,7 @@
 """``manifest.json``: what a checkpoint is of, and a digest of every file in it. Loads no torch.
 
-The manifest ties the folder's name, the run, the step and the files together, and holds a digest of itself: what was
-flipped, cut off, lost, renamed or brought in from another checkpoint is found before anything is loaded.
+The manifest ties the folder's name, the run, the position and the files together, and holds a digest of itself: what
+was flipped, cut off, lost, renamed or brought in from another checkpoint is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tempo_megatron.checkpoint.digests import FileDigest, difference, digest_file
 from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import CHECKPOINTS, MANIFEST, hf_name, step_of
+from tempo_megatron.locate import CHECKPOINTS, MANIFEST, Phase, Position, hf_name, position_of
 
 FORMAT = 4
 STATE = "state.json"
@@ -52,6 +52,8 @@ class Manifest(BaseModel):
     """What a checkpoint folder says of itself.
 
     Attributes:
+        step: steps that were complete.
+        phase: of the next step, the last phase that was done; None where none was.
         run: random id of the run that saved it; a resumed run keeps it.
         weights_only: converted: no run can go on from it.
         head_format: of a converted critic, see ``critic_format``.
@@ -66,6 +68,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     step: int
+    phase: Phase | None = None
     run: str
     version: str
     roles: list[str]
@@ -79,6 +82,10 @@ class Manifest(BaseModel):
     config: dict[str, Any] = {}
     data: dict[str, dict[str, FileDigest]] = {}
     files: dict[str, FileDigest] = {}
+
+    @property
+    def position(self) -> Position:
+        return Position.after(self.step, self.phase)
 
     def files_of(self, parts: Collection[str] | None) -> list[str]:
         """Paths below the top-level names ``parts`` (None: all), largest files first."""
@@ -99,9 +106,9 @@ def parts_of(role: str) -> set[str]:
     return {role, hf_name(role)}
 
 
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of ``step``."""
-    return run_dir / CHECKPOINTS / f"step_{step:08d}"
+def checkpoint_folder(run_dir: Path, position: Position) -> Path:
+    """Where a run keeps the checkpoint of a position."""
+    return run_dir / CHECKPOINTS / str(position)
 
 
 def sync_write(path: Path, text: str) -> None:
@@ -127,8 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: it is missing or cut off, its content is not what its digest says, or it is of another step
-            than the folder's name.
+        DamagedCheckpoint: it is missing or cut off, its content is not what its digest says, or it is of another
+            position than the folder's name.
         TempoError: it is of a format that this version does not read.
     """
     content = _read_json(folder)
@@ -144,9 +151,9 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise DamagedCheckpoint(folder, f"{MANIFEST}: {key}: {error.errors()[0]['msg']}") from None
-    named = None if manifest.weights_only else step_of(folder)
-    if named is not None and named != manifest.step:
-        raise DamagedCheckpoint(folder, f"{MANIFEST} is of step {manifest.step}, the folder's name says {named}")
+    named = None if manifest.weights_only else position_of(folder)
+    if named is not None and named != manifest.position:
+        raise DamagedCheckpoint(folder, f"{MANIFEST} is of {manifest.position}, the folder's name says {named}")
     return manifest
 
 

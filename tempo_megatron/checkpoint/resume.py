@@ -16,7 +16,7 @@ from tempo_megatron.checkpoint.save import put_back_replaced
 from tempo_megatron.checkpoint.verify import verify
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.errors import TempoError
-from tempo_megatron.locate import resolve_checkpoint, step_folders, step_of
+from tempo_megatron.locate import Position, position_of, resolve_checkpoint, step_folders
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import on_rank0, world_size
 
@@ -41,16 +41,24 @@ class Resumption:
         folder = self.checkpoint.folder
         notes = []
         if self.damaged:
-            repeated = (step_of(self.damaged[0].folder) or 0) - self.checkpoint.manifest.step
             told = "; ".join(f"{error} (becomes {_aside(error.folder).name})" for error in self.damaged)
-            steps = "1 step is" if repeated == 1 else f"{repeated} steps are"
-            notes.append(f"resume: {told}; {steps} made again")
+            newest = position_of(self.damaged[0].folder)
+            assert newest is not None  # ``_candidates`` found it by its name
+            repeated = _repeated(self.checkpoint.manifest.position, newest)
+            notes.append(f"resume: {told}; {repeated} made again")
         return [*notes, goes_on(folder, self.changes)]
 
     def set_damaged_aside(self) -> None:
         """Rename them to ``step_X.damaged``, out of the way of what the run saves; nothing is deleted."""
         for error in self.damaged:
             os.replace(error.folder, _aside(error.folder))
+
+
+def _repeated(since: Position, until: Position) -> str:
+    """What lies between the two, with its verb."""
+    steps = until.step - since.step + (until.phases > since.phases)
+    exactly = not (since.phases or until.phases)
+    return f"{'' if exactly else 'at most '}{steps} {'step is' if steps == 1 else 'steps are'}"
 
 
 def _aside(folder: Path) -> Path:
@@ -114,8 +122,9 @@ def _candidates(config: Config) -> list[Path]:
 
 
 def _check_is_last(named: Path, folders: list[Path]) -> None:
-    """A run must not mix its checkpoints with later ones of another: which are newest is told by their steps."""
-    if folders and (step_of(folders[0]) or 0) > (step_of(named) or 0):
+    """A run must not mix its checkpoints with later ones of another: which are newest is told by their names."""
+    nowhere = Position(0)
+    if folders and (position_of(folders[0]) or nowhere) > (position_of(named) or nowhere):
         raise TempoError(
             f"resume: {named}, but {folders[0]} is later; choose another output_dir, or move the later ones away"
         )

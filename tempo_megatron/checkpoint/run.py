@@ -6,12 +6,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tempo_megatron.checkpoint.load import resume_checkpoint
+from torch import Tensor
+
+from tempo_megatron.checkpoint.load import resume_checkpoint, rows_of
 from tempo_megatron.checkpoint.manifest import WholeCheckpoint, checkpoint_folder, read_manifest
 from tempo_megatron.checkpoint.save import RunRecord, save_checkpoint
 from tempo_megatron.checkpoint.verify import verify
 from tempo_megatron.errors import RunError, TempoError
-from tempo_megatron.locate import hf_name
+from tempo_megatron.locate import Phase, Position, hf_name
 from tempo_megatron.training.engine import MegatronEngine
 
 
@@ -39,12 +41,22 @@ class RunCheckpoints:
         self.unchanged: list[str] = []
         self._weights: Mapping[str, str] = {}  # digests, of the last checkpoint
 
-    def save(self, state: Mapping[str, Any], protected: Collection[int] = ()) -> Path:
+    def save(
+        self,
+        state: Mapping[str, Any],
+        protected: Collection[int] = (),
+        *,
+        phase: Phase | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Save everything. Collective; see ``save_checkpoint``.
 
         Args:
-            state: the trainer's; ``step`` names the checkpoint, ``moved`` the roles whose weights should differ from
-                those of the last checkpoint that was saved or restored.
+            state: the trainer's; ``step`` (steps that are complete) and ``phase`` name the checkpoint, ``moved`` the
+                roles whose weights should differ from those of the last checkpoint that was saved or restored.
+            protected: complete steps whose checkpoints stay.
+            phase: the last one that is done of the next step.
+            rows: this rank's own tensors, for ``rows`` of a resumed run.
         """
         before = {role: digest for role, digest in self._weights.items() if role in state["moved"]}
         saved = save_checkpoint(
@@ -57,6 +69,8 @@ class RunCheckpoints:
             protected,
             record=self._record,
             before=before,
+            phase=phase,
+            rows=rows,
         )
         self._at(saved.folder, saved.weights, saved.unchanged)
         return saved.folder
@@ -67,21 +81,28 @@ class RunCheckpoints:
         self._at(checkpoint.folder, checkpoint.manifest.weights, checkpoint.manifest.unchanged)
         return state
 
+    def rows(self, checkpoint: WholeCheckpoint) -> list[tuple[int, dict[str, Tensor]]]:
+        """What ``save`` was given as ``rows``, for this rank to go on with: (rank that saved them, tensors), by rank.
+
+        On another number of ranks they are dealt: those of the old rank r go to rank r modulo the number of ranks.
+        """
+        return rows_of(checkpoint)
+
     def go_back(self, step: int) -> dict[str, Any]:
-        """Restore an earlier checkpoint of this run; returns the trainer's state of then. Collective.
+        """Restore the checkpoint of an earlier complete step; returns the trainer's state of then. Collective.
 
         Raises:
             RunError: it is damaged.
         """
         try:
-            return self.resume(verify(checkpoint_folder(self._run_dir, step)))
+            return self.resume(verify(checkpoint_folder(self._run_dir, Position(step))))
         except TempoError as error:
             raise RunError(f"the run cannot go back to step {step}: {error}") from error
 
     def is_there(self, step: int) -> bool:
         """Whether this run's checkpoint of ``step`` is in its folder, and not another run's. For one rank."""
         try:
-            return read_manifest(checkpoint_folder(self._run_dir, step)).run == self._record.run
+            return read_manifest(checkpoint_folder(self._run_dir, Position(step))).run == self._record.run
         except TempoError:
             return False
 

@@ -2,10 +2,11 @@
 
 One checkpoint folder::
 
-    step_00000010/
-      manifest.json     written last inside the folder; step, run, settings, digests of all other files
+    step_00000010/      or step_00000010+rollout/, +estep/, +mstep/: 10 steps, and so much of the 11th
+      manifest.json     written last inside the folder; position, run, settings, digests of all other files
       state.json        trainer state: samplers with carried-over prompts, gate, schedules, counters
       rng/rank_0.safetensors
+      rows/rank_00000000.safetensors   within a step: what each rank has of the step's tokens
       actor/  critic/   Megatron distributed checkpoints: weights, fp32 masters, Adam moments, any layout
       hf/  hf-critic/   config and tokenizer of the actor and of the critic (see critic_format for its lm_head)
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tempo_megatron import __version__
 from tempo_megatron.checkpoint.critic_format import activation_change, carry_lm_head
@@ -37,13 +39,15 @@ from tempo_megatron.checkpoint.manifest import STATE, Manifest, checkpoint_folde
 from tempo_megatron.checkpoint.megatron_state import save_role
 from tempo_megatron.config.schema import CriticConfig, RoleConfig
 from tempo_megatron.errors import RunError
-from tempo_megatron.locate import CHECKPOINTS, hf_name, is_complete, step_folders
+from tempo_megatron.locate import CHECKPOINTS, Phase, Position, hf_name, is_complete, positions
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks, on_rank0, rank, world_size
 from tempo_megatron.training.engine import MegatronEngine
 
 #: Folder of torch's random states, one file a rank.
 RANDOM_STATES = "rng"
+#: Folder of the ranks' own tensors within a step, one file a rank.
+ROWS = "rows"
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,12 @@ def save_checkpoint(
     *,
     record: RunRecord = RunRecord(),
     before: Mapping[str, str] | None = None,
+    phase: Phase | None = None,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> SavedCheckpoint:
     """Write ``run_dir/checkpoints/step_...`` with everything; older ones beyond ``keep`` go. Collective.
+
+    One within a step is not counted by ``keep``: it stays until there is a later one of any kind.
 
     Args:
         engines: by role, "actor" and perhaps "critic".
@@ -90,11 +98,14 @@ def save_checkpoint(
         hf_dirs: by role, the folders whose config and tokenizer are carried along.
         protected: steps whose checkpoints stay whatever their age.
         before: by role that has been updated since, ``Manifest.weights`` of the run's checkpoint before.
+        phase: of the step after ``step``, the last phase that is done.
+        rows: this rank's own tensors, any shapes and dtypes; None on all ranks, or on none.
 
     Raises:
         RunError: it cannot be written; earlier checkpoints are as they were.
     """
-    final = checkpoint_folder(run_dir, step)
+    position = Position.after(step, phase)
+    final = checkpoint_folder(run_dir, position)
     partial = final.with_name(f".partial-{final.name}")
 
     def guarded(fn: Callable[[], Any]) -> Any:
@@ -104,18 +115,18 @@ def save_checkpoint(
     try:
         on_rank0(lambda: guarded(lambda: _begin(partial)))
         shards = guarded(lambda: {role: _save_awake(engine, partial / role) for role, engine in engines.items()})
-        random_state = on_all_ranks(lambda: guarded(lambda: _save_random_state(partial)))
+        own = on_all_ranks(lambda: guarded(lambda: _save_own(partial, rows)))
         known, weights = _gather(shards)
-        known |= dict(gather_objects(random_state))
+        known |= {name: digest for of_rank in gather_objects(own) for name, digest in of_rank.items()}
         unchanged = sorted(role for role, digest in (before or {}).items() if weights[role] == digest)
 
         def finish() -> None:
             _write_state(partial, engines, state)
             _copy_hf_folders(partial, engines, hf_dirs)
             found = {"weights": weights, "unchanged": unchanged, "files": digest_folder(partial, known)}
-            write_manifest(partial, _manifest(step, engines, record, **found))
+            write_manifest(partial, _manifest(position, engines, record, **found))
             _take_place(partial, final)
-            _remove_old(run_dir, keep, {checkpoint_folder(run_dir, s) for s in protected})
+            _remove_old(run_dir, keep, protected)
 
         on_rank0(lambda: guarded(finish))
     except RunError:
@@ -131,9 +142,10 @@ def _save_awake(engine: MegatronEngine, folder: Path) -> list[WrittenShard]:
         return save_role(engine, folder)
 
 
-def _manifest(step: int, engines: Mapping[str, MegatronEngine], record: RunRecord, **found: Any) -> Manifest:
+def _manifest(position: Position, engines: Mapping[str, MegatronEngine], record: RunRecord, **found: Any) -> Manifest:
     return Manifest(
-        step=step,
+        step=position.step,
+        phase=position.phase,
         run=record.run,
         version=__version__,
         roles=sorted(engines),
@@ -155,20 +167,29 @@ def _begin(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     for left in partial.parent.glob(".partial-step_*"):  # of a run that was killed while it saved
         shutil.rmtree(left, ignore_errors=True)
-    (partial / RANDOM_STATES).mkdir(parents=True)
+    partial.mkdir(parents=True)
 
 
 def random_state_name(of_rank: int) -> str:
     return f"{RANDOM_STATES}/rank_{of_rank}.safetensors"
 
 
-def _save_random_state(partial: Path) -> tuple[str, FileDigest]:
+def rows_name(of_rank: int) -> str:
+    return f"{ROWS}/rank_{of_rank:08d}.safetensors"
+
+
+def _save_own(partial: Path, rows: Mapping[str, Tensor] | None) -> dict[str, FileDigest]:
+    """This rank's files beside the roles': name -> what they hold."""
     random_state = {"cpu": torch.get_rng_state()}
     if use_cuda():
         random_state["cuda"] = torch.cuda.get_rng_state()
-    name = random_state_name(rank())
-    save_file(random_state, partial / name)
-    return name, digest_file(partial / name, sync=True)
+    files = {random_state_name(rank()): random_state}
+    if rows is not None:  # a file holds no two tensors of one storage
+        files[rows_name(rank())] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in rows.items()}
+    for name, tensors in files.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        save_file(tensors, partial / name)
+    return {name: digest_file(partial / name, sync=True) for name in files}
 
 
 def _gather(shards: Mapping[str, Iterable[WrittenShard]]) -> tuple[dict[str, FileDigest], dict[str, str]]:
@@ -204,7 +225,7 @@ def _note_activation(path: Path, config: RoleConfig) -> None:
 
 
 def _take_place(partial: Path, final: Path) -> None:
-    """Rename; a checkpoint of the same step, which a run may make anew where it begins, goes only then."""
+    """Rename; a checkpoint of the same position, which a run may make anew where it begins, goes only then."""
     replaced = final.with_name(f".replaced-{final.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -214,10 +235,14 @@ def _take_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_old(run_dir: Path, keep: int, protected: set[Path]) -> None:
-    folders = step_folders(run_dir)
-    kept = {*[folder for folder in folders if is_complete(folder)][-keep:], *protected}
-    for old in folders:
+def _remove_old(run_dir: Path, keep: int, protected: Collection[int]) -> None:
+    folders = positions(run_dir)
+    whole = [(position, folder) for position, folder in folders if is_complete(folder)]
+    newest = [folder for _, folder in whole[-1:]]
+    between_steps = [folder for position, folder in whole if position.phase is None]
+    # one within a step is for going on from, and superseded by any later one
+    kept = {*newest, *between_steps[-keep:], *(checkpoint_folder(run_dir, Position(step)) for step in protected)}
+    for _, old in folders:
         if old not in kept:
             # the manifest goes first: a folder half removed must not look complete
             (old / "manifest.json").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import yaml
 from tempo_megatron.checkpoint.manifest import seems_whole
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
-from tempo_megatron.locate import newest_checkpoint
+from tempo_megatron.locate import Position, newest_checkpoint
 from tempo_megatron.telemetry.run_folder import CONFIG_FILE, INFO_FILE, read_info
 
 #: Settings that do not change what a finished run has left.
@@ -31,7 +31,7 @@ def finished_message(config: Config) -> str | None:
     if config.resume != "auto" or newest is None:
         return None
     finished = read_info(output / INFO_FILE).get("finished")
-    if not finished or newest.name != f"step_{finished['step']:08d}" or not _same_settings(config, output):
+    if not finished or newest.name != str(Position(finished["step"])) or not _same_settings(config, output):
         return None
     if not seems_whole(newest):
         return None

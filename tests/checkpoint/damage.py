@@ -119,9 +119,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a manifest of another step": (
         lambda c: _from_before(c, "manifest.json"),
-        r"manifest\.json is of step 11, the folder's name says 12",
+        r"manifest\.json is of step_00000011, the folder's name says step_00000012",
     ),
-    "a renamed folder": (_renamed, r"manifest\.json is of step 11, the folder's name says 12"),
+    "a renamed folder": (_renamed, r"manifest\.json is of step_00000011, the folder's name says step_00000012"),
     "no state": (lambda c: (c / "state.json").unlink(), r"state\.json is missing"),
     "half a state": (lambda c: _halve(c / "state.json"), r"state\.json has \d+ of the \d+ bytes .*"),
     "a state of another step": (

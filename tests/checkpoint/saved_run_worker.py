@@ -24,12 +24,13 @@ cpu_shim.install()
 
 from tempo_megatron.checkpoint.hf_engine import load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
+from tempo_megatron.checkpoint.load import read_trainer_state  # noqa: E402
 from tempo_megatron.checkpoint.resume import find_resumption  # noqa: E402
 from tempo_megatron.checkpoint.run import RunCheckpoints  # noqa: E402
 from tempo_megatron.checkpoint.save import RunRecord  # noqa: E402
 from tempo_megatron.config.schema import Config  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
-from tempo_megatron.locate import resolve_init  # noqa: E402
+from tempo_megatron.locate import Phase, resolve_init  # noqa: E402
 from tempo_megatron.loop.runtime import roles_of  # noqa: E402
 from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
@@ -72,10 +73,10 @@ def step(engine: MegatronEngine) -> None:
     engine.step(Sequences.of(prompts, responses), loss)
 
 
-def checkpoints_of(config: Config, engines: Mapping[str, MegatronEngine]) -> RunCheckpoints:
+def checkpoints_of(config: Config, engines: Mapping[str, MegatronEngine], keep: int = 99) -> RunCheckpoints:
     dirs = {role: Path(settings.init) for role, settings in roles_of(config).items()}
     record = RunRecord("0123", config.model_dump(mode="json"), {})
-    return RunCheckpoints(Path(config.output_dir), engines, dirs, 99, record)
+    return RunCheckpoints(Path(config.output_dir), engines, dirs, keep, record)
 
 
 def unchanged(root: Path, groups: ModelParallelGroups) -> dict[str, list[str]]:
@@ -105,6 +106,41 @@ def unchanged(root: Path, groups: ModelParallelGroups) -> dict[str, list[str]]:
     save(7, "went back")
     checkpoints.go_back(4)
     save(8, "went back and was to learn", "actor")
+    return found
+
+
+def within_a_step(root: Path, groups: ModelParallelGroups) -> list[dict[str, Any]]:
+    """After each save, what is in the folder, and what this rank would go on with."""
+    config = config_of(root, "within", checkpoint={"keep": 1})
+    checkpoints = checkpoints_of(config, engines_of(config, groups), keep=1)
+    rank = dist.get_rank()
+    table = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    found = []
+
+    def save(
+        step: int, phase: Phase | None = None, rows: Mapping[str, Tensor] | None = None, protected: Any = ()
+    ) -> None:
+        folder = checkpoints.save({"step": step, "moved": [], "at": phase}, protected, phase=phase, rows=rows)
+        whole = find_resumption(config, roles_of(config), {"data.train_files": {}, "data.oracle_files": {}})
+        assert whole is not None
+        found.append(
+            {
+                "saved": folder.name,
+                "there": sorted(path.name for path in folder.parent.iterdir()),
+                "goes on from": whole.checkpoint.folder.name,
+                "state": read_trainer_state(folder)["at"],
+                "init": resolve_init(config.output_dir, "actor.init").path.name,
+                "rows": [[r, {k: v.tolist() for k, v in t.items()}] for r, t in checkpoints.rows(whole.checkpoint)],
+            }
+        )
+
+    save(1)
+    save(1, "rollout", {"tokens": table + rank, "view of it": (table + rank)[:, 1]})
+    save(1, "rollout", {"tokens": table[:rank] + 7})
+    save(1, "mstep", {} if rank else {"x": torch.tensor([True])}, protected={1})
+    save(2, protected={1})
+    save(2, "estep")
+    save(3)
     return found
 
 
@@ -179,7 +215,12 @@ def main() -> None:
         for engine in engines.values():
             step(engine)
         checkpoints.save({"step": at, "moved": [*engines], "collector": {"at": at}})
-    result = {"unchanged": unchanged(root, groups), "told": damaged(root, groups), "clean": checkpoints.unchanged}
+    result = {
+        "unchanged": unchanged(root, groups),
+        "told": damaged(root, groups),
+        "clean": checkpoints.unchanged,
+        "within": within_a_step(root, groups),
+    }
     (root / f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
