@@ -1,7 +1,8 @@
 """The command line: argument parsing, and the one place that ends the process.
 
 Exit codes: 0 done; 1 a fault of the program (with its traceback); 2 bad input or configuration; 3 the run
-failed; 4 another rank has ended or does not answer; 128 + n a signal (130 Ctrl-C, 143 SIGTERM, 137 a killed rank).
+failed; 4 another rank has ended or does not answer; 75 saved and ended, as it was asked to: it goes on when it is
+started again; 128 + n a signal (130 Ctrl-C, 143 SIGTERM, 137 a killed rank).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from tempo_megatron import __version__
+from tempo_megatron.cluster import stop_request
 from tempo_megatron.cluster.claim import check_unclaimed
 from tempo_megatron.cluster.launch import RankInfo, rank_environment, rank_from_environment
 from tempo_megatron.cluster.lifetime import (
+    EXIT_STOPPED,
     end_on_signals,
     follow_launcher,
     is_spawned,
@@ -268,19 +271,20 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         return 0
     check_limits()
     os.environ.update(rank_environment(config.launch.threads_per_rank))
+    save_signal = stop_request.signal_of(config.launch.save_signal)
     if place is None and world_size > 1:
         check_unclaimed(Path(config.output_dir))  # told before ranks are started; rank 0 claims it
         say(f"{run_title(config.stage, config.output_dir)} starting {world_size} ranks on this node")
         from tempo_megatron.loop import load_libraries
 
         words = ["train", "--config", arguments.config, *arguments.overrides]
-        return spawn_ranks(world_size, words, partial(load_libraries, config))
+        return spawn_ranks(world_size, words, partial(load_libraries, config), save_signal)
     if place is None:
         _begin(place, "train")
+    stop_request.save_and_end_on(save_signal, say if _tells_of_signals(place) else lambda _: None)
     from tempo_megatron.loop import run
 
-    run(config)
-    return 0
+    return EXIT_STOPPED if run(config) else 0
 
 
 def _dry_run(config: Config, place: RankInfo | None, world_size: int) -> int:
@@ -466,7 +470,10 @@ def _report(arguments: argparse.Namespace, place: RankInfo | None) -> int:
 def _begin(place: RankInfo | None, command: str | None) -> None:
     """What a process does that trains or evaluates, before anything heavy is imported."""
     use_own_temporary_folder()
-    print_stacks_on_signal()
+    if command == "train":
+        stop_request.remember_early()
+    else:
+        print_stacks_on_signal()
     end_on_signals(lambda number: stop_message(number, command) if _tells_of_signals(place) else None)
 
 

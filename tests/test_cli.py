@@ -110,9 +110,14 @@ def test_demo_and_report_pass_their_arguments_on(monkeypatch: pytest.MonkeyPatch
 
 def test_train_runs_here_on_one_rank(monkeypatch: pytest.MonkeyPatch, config_file: Path) -> None:
     seen = []
-    stand_in(monkeypatch, "tempo_megatron.loop", run=lambda config: seen.append((config.steps, config.seed)))
+    stand_in(
+        monkeypatch,
+        "tempo_megatron.loop",
+        run=lambda config: seen.append((config.steps, config.seed)) or len(seen) == 2,
+    )
     assert cli.main(["train", "--config", str(config_file), "steps=4", "seed=2"]) == 0
-    assert seen == [(4, 2)]
+    assert cli.main(["train", "--config", str(config_file), "steps=4", "seed=2"]) == 75  # stopped
+    assert seen == [(4, 2)] * 2
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
@@ -120,7 +125,7 @@ def test_train_starts_several_ranks_after_checking_for_them(
     monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     spawned = []
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: spawned.append((nproc, argv)) or 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load, save=None: spawned.append((nproc, argv)) or 7)
     arguments = ["train", "--config", str(config_file), "launch.nproc_per_node=2"]
     assert cli.main(arguments) == 7
     assert spawned == [(2, arguments)]
@@ -133,7 +138,7 @@ def test_train_starts_several_ranks_after_checking_for_them(
 def test_a_folder_in_use_is_told_before_ranks_are_started(
     monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load, save=None: 7)
     run = tmp_path / "a-run"
     arguments = ["train", "--config", str(config_file), "launch.nproc_per_node=2", f"output_dir={run}"]
     with claimed(run):
@@ -279,7 +284,7 @@ def test_evaluate_starts_several_ranks_after_checking_for_them(
 ) -> None:
     arguments, calls = evaluated
     spawned = []
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: spawned.append((nproc, argv)) or 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load, save=None: spawned.append((nproc, argv)) or 7)
     arguments = [*arguments, "launch.nproc_per_node=2"]
     assert cli.main(arguments) == 7
     assert spawned == [(2, arguments)]
@@ -340,7 +345,7 @@ def test_doctor_starts_several_ranks_after_checking_for_them(
 ) -> None:
     arguments, calls = examined
     spawned = []
-    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load: spawned.append((nproc, argv)) or 7)
+    monkeypatch.setattr(cli, "spawn_ranks", lambda nproc, argv, load, save=None: spawned.append((nproc, argv)) or 7)
     arguments = [*arguments, "launch.nproc_per_node=2"]
     assert cli.main(arguments) == 7
     assert spawned == [(2, arguments)]

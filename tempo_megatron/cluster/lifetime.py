@@ -14,15 +14,19 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NoReturn
 
 #: A rank ends with this when a peer is gone or does not answer: never the cause, only the consequence.
 EXIT_LOST_PEER = 4
 
+#: A run that was asked to end, has saved, and goes on when it is started again (sysexits.h: EX_TEMPFAIL).
+EXIT_STOPPED = 75
+
 #: Ends a run; SIGINT is Python's own.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-#: Makes a rank print the stack of each of its threads.
+#: Make a rank print the stack of each of its threads, but for the one by which it is asked to save and end.
 STACK_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 #: What is true of a command that was stopped, and can be done about it.
@@ -39,7 +43,8 @@ LAUNCHER = "TEMPO_MEGATRON_LAUNCHER"
 
 _farewells: list[Callable[[], None]] = []
 _reapers: list[subprocess.Popen[bytes]] = []  # kept: their pipes are open as long as this process lives
-_obeys = False  # end_on_signals was called
+_actions: dict[int, Callable[[signal.Signals], None]] = {}  # of the thread that listens
+_listens = False
 
 
 def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
@@ -70,10 +75,12 @@ def is_spawned() -> bool:
     return LAUNCHER in os.environ and "RANK" in os.environ
 
 
-def print_stacks_on_signal() -> None:
-    """SIGUSR1 and SIGUSR2, by which batch systems announce an end, print stacks and end nothing."""
-    for number in STACK_SIGNALS:
+def print_stacks_on_signal(numbers: Iterable[signal.Signals] = STACK_SIGNALS) -> None:
+    """SIGUSR1 and SIGUSR2 print stacks and end nothing."""
+    for number in numbers:
+        _actions.pop(number, None)
         faulthandler.register(number, file=2, all_threads=True)  # the descriptor: sys.stderr may be replaced
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
 
 
 @contextlib.contextmanager
@@ -86,32 +93,51 @@ def at_termination(farewell: Callable[[], None]) -> Iterator[None]:
         _farewells.remove(farewell)
 
 
+def on_signal(number: signal.Signals, action: Callable[[signal.Signals], None]) -> None:
+    """Let a thread call ``action`` whenever signal ``number`` comes; from the main thread.
+
+    A thread does it at once: the main thread may be inside a collective for minutes, where no handler of Python's runs.
+    """
+    _listen()
+    _actions[number] = action
+    faulthandler.unregister(number)
+    signal.signal(number, lambda *_: None)  # the wake-up alone counts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+
+
+def _listen() -> None:
+    global _listens
+    if _listens:
+        return
+    _listens = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            if (action := _actions.get(number)) is not None:
+                action(signal.Signals(number))
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
 def end_on_signals(last_words: Callable[[signal.Signals], str | None]) -> None:
     """Let SIGTERM and SIGHUP end this process at once, after its farewells, with exit code 128 + n.
 
-    A thread does it: the main thread may be inside a collective for minutes, where no handler of Python's runs.
     A SIGHUP that is ignored (nohup) stays so.  Calling it again changes nothing.
 
     Args:
         last_words: signal -> what to write to stderr, if anything.
     """
-    global _obeys
-    if _obeys:
-        return
-    _obeys = True
-    handled = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in handled:
-        signal.signal(number, lambda *_: None)  # the wake-up alone counts
+    for number in _ENDING:
+        if number not in _actions and signal.getsignal(number) is not signal.SIG_IGN:
+            on_signal(number, partial(_end, last_words))
 
-    def wait() -> None:
-        while (number := os.read(reader, 1)[0]) not in handled:
-            continue
-        leave(last_words(signal.Signals(number)), 128 + number)
 
-    threading.Thread(target=wait, name="signals", daemon=True).start()
+def _end(last_words: Callable[[signal.Signals], str | None], number: signal.Signals) -> None:
+    leave(last_words(number), 128 + number)
 
 
 def leave(text: str | None, code: int) -> NoReturn:

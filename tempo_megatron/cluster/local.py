@@ -24,7 +24,8 @@ from types import FrameType
 from typing import Any
 
 from tempo_megatron.cluster.forked import Forked, fork_module, may_fork
-from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, LAUNCHER, STACK_SIGNALS, say, stop_message
+from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, EXIT_STOPPED, LAUNCHER, STACK_SIGNALS, say, stop_message
+from tempo_megatron.cluster.stop_request import asked_message
 from tempo_megatron.errors import RunError
 
 #: Seconds that ranks may take to end after a signal before they are killed.
@@ -75,19 +76,27 @@ class _Inbox:
             raise _Stopped
 
 
-def spawn_ranks(nproc: int, argv: Sequence[str], load_libraries: Callable[[], None] | None = None) -> int:
+def spawn_ranks(
+    nproc: int,
+    argv: Sequence[str],
+    load_libraries: Callable[[], None] | None = None,
+    save_signal: signal.Signals | None = None,
+) -> int:
     """Run ``python -m tempo_megatron ARGV`` as ``nproc`` ranks of this node.
 
     The ranks inherit stdout, stderr and the environment (set ``rank_environment`` first).  When one fails the
     others are ended.  SIGINT, SIGTERM, SIGHUP and SIGQUIT end the ranks and are told here, SIGUSR1 and SIGUSR2 are
-    passed on.  Ranks end with this process, also where it is killed (``lifetime.follow_launcher``).
+    passed on; those that a rank does not expect yet wait for it.  Ranks end with this process, also where it is killed
+    (``lifetime.follow_launcher``).
 
     Args:
         load_libraries: imports what every rank needs; called here where the ranks can be forked, else by nobody. It
             must leave no thread behind and draw no random number.
+        save_signal: asks the ranks to save and end, and is passed on to all of them; a second SIGTERM ends them.
 
     Returns:
-        0; the exit code of the rank that failed first; or 128 + n for a signal n (130: Ctrl-C, 143: SIGTERM).
+        0; 75 where the ranks have saved and ended as they were asked to; the exit code of the rank that failed first;
+        or 128 + n for a signal n (130: Ctrl-C, 143: SIGTERM).
 
     Raises:
         RunError: a rank could not be started.
@@ -98,12 +107,12 @@ def spawn_ranks(nproc: int, argv: Sequence[str], load_libraries: Callable[[], No
         try:
             forks = load_libraries is not None and may_fork()
             if forks and load_libraries is not None:
-                inbox.interrupts = True
+                inbox.interrupts = save_signal is not signal.SIGTERM
                 load_libraries()
                 inbox.interrupts = False
                 forks = may_fork()
             _start(ranks, nproc, argv, inbox if forks else None)
-            stop = _watch(ranks, inbox.received)
+            stop = _watch(ranks, inbox.received, save_signal)
         except _Stopped:
             stop = inbox.received[-1]
         finally:
@@ -116,7 +125,7 @@ def spawn_ranks(nproc: int, argv: Sequence[str], load_libraries: Callable[[], No
 
 def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], forked_with: _Inbox | None) -> None:
     # bound here and served by rank 0: no other program can take the port in between
-    with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as server:
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as server, _held(STACK_SIGNALS):
         for number in range(nproc):
             environment = {
                 "RANK": str(number),
@@ -139,6 +148,16 @@ def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], forked_with: _In
             ranks.append(_Rank(number, process))
 
 
+@contextmanager
+def _held(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Processes that are started in the block have these signals wait until they expect them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _rank_process(
     argv: Sequence[str], environment: Mapping[str, str], store: int, forked_with: _Inbox | None
 ) -> subprocess.Popen[bytes] | Forked:
@@ -156,19 +175,27 @@ def _rank_process(
     )
 
 
-def _watch(ranks: list[_Rank], received: deque[signal.Signals]) -> signal.Signals | None:
+def _watch(
+    ranks: list[_Rank], received: deque[signal.Signals], save_signal: signal.Signals | None
+) -> signal.Signals | None:
     """Until all ranks have ended well, one has failed (None), or a signal asks for the end (that signal)."""
+    asked = False
     while [rank for rank in ranks if rank.is_alive]:  # asks every one of them
         while received:
             number = received.popleft()
-            if number in STACK_SIGNALS:
+            if number is save_signal and not asked:
+                asked = True
+                say(asked_message(number))
+                for rank in ranks:
+                    rank.process.send_signal(number)
+            elif number in STACK_SIGNALS and number is not save_signal:
                 for rank in ranks:
                     rank.process.send_signal(number)
                     time.sleep(STACK_S)
-            else:
+            elif number in _ENDING:
                 _end(ranks, number)
                 return number
-        if any(rank.process.returncode for rank in ranks):
+        if any(rank.process.returncode not in (None, 0, EXIT_STOPPED) for rank in ranks):
             return None
         time.sleep(POLL_S)
     return None
@@ -211,7 +238,8 @@ def first_cause(ranks: Sequence[_Rank], killed_for_memory: int | None, command: 
         return 0
     causes = [rank for rank in failed if rank.ended_by_itself()]
     lost_peer = [rank for rank in failed if rank.process.returncode == EXIT_LOST_PEER]
-    rank = (causes or lost_peer or failed)[0]
+    stopped = [rank for rank in causes if rank.process.returncode == EXIT_STOPPED]
+    rank = ([rank for rank in causes if rank not in stopped] or lost_peer or stopped or failed)[0]
     code = int(rank.process.returncode or 0)
     if code - 128 in _ENDING:  # a signal that did not come from here; a rank of this program leaves the word to it
         say(stop_message(signal.Signals(code - 128), command))

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from tempo_megatron.config.methods import METHODS, describe_stages
+from tempo_megatron.locate import Phase
 
 if TYPE_CHECKING:
     Stage = str
@@ -528,6 +529,9 @@ class EvaluationConfig(Section):
 
 class CheckpointConfig(Section):
     every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
+    phases: list[Phase] = Field(
+        [], description="save within every step too, after these of its phases; not in stage sft, which has none"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     export_hf: bool = Field(False, description="also write HF folders of both roles at the end")
 
@@ -561,6 +565,14 @@ class LaunchConfig(Section):
     nproc_per_node: int = Field(1, ge=1, description="ranks that `train` starts itself on one node")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
     timeout_s: int = Field(600, ge=1, description="longest wait in one collective, and longest silence of a rank, s")
+    save_signal: Literal["USR1", "USR2", "TERM"] = Field(
+        "USR1",
+        description="signal, to the launcher or to any rank, upon which the run saves at the next boundary of its step "
+        "and ends with exit code 75",
+    )
+    max_idle_restarts: int = Field(
+        3, ge=0, description="restarts of one Slurm job without progress; one more ends the job with an error"
+    )
 
 
 class Config(Section):

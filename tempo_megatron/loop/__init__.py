@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from tempo_megatron.cluster.lifetime import say
+from tempo_megatron.cluster.stop_request import leave_undisturbed
 from tempo_megatron.config.schema import Config
 from tempo_megatron.imports import uncollected
 from tempo_megatron.telemetry.progress import run_title
@@ -55,18 +56,28 @@ def _load_megatron() -> None:
     cpu_shim.install()  # before anything imports megatron.core
 
 
-def run(config: Config) -> None:
-    """Run the config's stage on this rank; every rank of the job calls it. Raises TempoError on bad input."""
+def run(config: Config) -> bool:
+    """Run the config's stage on this rank; every rank of the job calls it. Raises TempoError on bad input.
+
+    Returns:
+        True when the run has saved and ended before its end, as it was asked to.
+    """
     load_libraries(config)
     from tempo_megatron.loop.em import EMLoop
     from tempo_megatron.loop.session import Session
     from tempo_megatron.loop.sft import SFTLoop
-    from tempo_megatron.parallel.distributed import finish
+    from tempo_megatron.parallel.distributed import finish, gather_objects
 
     with Session(config) as session:
         loop = SFTLoop(session) if config.stage == "sft" else EMLoop(session)
-        loop.run()
+        stopped = not loop.run()
+    if stopped:
+        leave_undisturbed()
+        gather_objects(
+            None
+        )  # all have closed: a launcher ends the others once the first rank has left with a code that is not 0
     finish()
+    return stopped
 
 
 def run_dry(config: Config, world_size: int) -> None:

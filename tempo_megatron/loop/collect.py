@@ -77,11 +77,12 @@ class Collector:
         samplers = {"labeled": self.labeled, "unlabeled": self.unlabeled}
         return {
             "acceptance": self._acceptance,
+            "drawn_unlabeled": self._drawn_unlabeled,
             "samplers": {name: pool.sampler.state_dict() for name, pool in samplers.items() if pool is not None},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._acceptance = state["acceptance"]
+        self._acceptance, self._drawn_unlabeled = state["acceptance"], state["drawn_unlabeled"]
         for name, pool in (("labeled", self.labeled), ("unlabeled", self.unlabeled)):
             if pool is not None:
                 pool.sampler.load_state_dict(state["samplers"][name])

@@ -236,6 +236,11 @@ class RunController:
         """Whether there is nothing yet to go back to in this run's folder."""
         return self._goes_back and not self._checkpoints.good
 
+    @property
+    def protected(self) -> set[int]:
+        """Steps whose checkpoints must stay."""
+        return self._checkpoints.protected
+
     def saving(self, step: int) -> set[int]:
         """A checkpoint of ``step`` is about to be written; returns the steps whose checkpoints must stay."""
         if self._goes_back:

@@ -1,13 +1,21 @@
-"""What every stage does with its steps: run one, record it, evaluate, save. One boundary between two steps."""
+"""What every stage does with its steps: run one, record it, evaluate, save.
+
+A run that is asked to save and end does so at a boundary: between two steps, or behind a phase of one.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from tempo_megatron.locate import Phase
 from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.stopping import StopHere, stop_is_wanted
 from tempo_megatron.model.build import Role
 
 
@@ -65,25 +73,38 @@ class Driver(ABC):
         """Metrics of the evaluation sets; a stage without a rollout engine has none."""
         return {}
 
-    def run(self) -> None:
+    @property
+    def is_within_step(self) -> bool:
+        """Whether the run goes on within a step that another process has begun."""
+        return False
+
+    def run(self) -> bool:
+        """False when it has saved and ended as it was asked to."""
         with self.closing, self.session.running(self.policy_updates):
-            self.begin()
-            while not self.is_done():
-                self.step += 1
-                self.step_boundary(self.train_step())
-            self.end()
+            try:
+                self.begin()
+                while self.is_within_step or not self.is_done():
+                    self.step += 1
+                    self.step_boundary(self.train_step())
+                self.end()
+            except StopHere as stop:
+                self.session.stop(stop)
+                return False
             self.session.finish(self.step, self.policy_updates)
+        return True
 
     def begin(self) -> None:
         """Before the first step of this process."""
         if self.session.resumed is None and self.config.evaluation.at_start and (metrics := self.evaluate()):
             self._record(metrics, {})
+        if (why := stop_is_wanted()) is not None:
+            raise StopHere(why, new=False)
 
     def step_boundary(self, outcome: StepOutcome) -> None:
         """Between two steps: evaluate, record, save.
 
         Every rank comes here after every step with the same outcome and with nothing in flight. What all ranks must
-        agree on before they go on or end, such as a request to stop, belongs here and nowhere else.
+        agree on before they go on or end belongs here, or in ``phase_boundary``, and nowhere else.
         """
         last = self.is_done()
         metrics = dict(outcome.metrics)
@@ -92,16 +113,42 @@ class Driver(ABC):
         # the record first: a run killed in between drops it again when it resumes from the step before
         self._record(metrics, outcome.shown)
         every = self.config.checkpoint.every
-        if last or (every is not None and self.step % every == 0):
+        why = None if last else stop_is_wanted()
+        if last or why is not None or (every is not None and self.step % every == 0):
             self.save()
+        if why is not None:
+            raise StopHere(why, new=True)
+
+    def phase_boundary(
+        self,
+        phase: Phase,
+        made: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]],
+        *,
+        on_request_only: bool = False,
+    ) -> None:
+        """Behind a phase of step ``self.step``: save where settings say so, or where the run is to end. Collective.
+
+        Args:
+            made: what the step has done so far: its state (JSON types), and this rank's tensors.
+            on_request_only: settings count elsewhere.
+        """
+        why = stop_is_wanted()
+        if why is None and (on_request_only or phase not in self.config.checkpoint.phases):
+            return
+        unfinished, rows = made()
+        state = {"step": self.step - 1, "moved": sorted(self.moved), **self.state_dict(), "unfinished": unfinished}
+        self.session.save(state, self.protected_checkpoints(within_step=True), phase, rows)
+        self.moved.clear()
+        if why is not None:
+            raise StopHere(why, new=True)
 
     def end(self) -> None:
         """After the last step."""
         if self.config.checkpoint.export_hf:
             self.session.export_hf()
 
-    def protected_checkpoints(self) -> set[int]:
-        """Steps whose checkpoints stay, however old; asked before each save."""
+    def protected_checkpoints(self, *, within_step: bool = False) -> set[int]:
+        """Steps whose checkpoints stay, however old; asked before each save, ``within_step`` or of a whole step."""
         return set()
 
     def save(self) -> None:

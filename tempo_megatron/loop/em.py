@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tempo_megatron.loop.mstep import RefinedPolicy, refine_policy
 from tempo_megatron.loop.placement import place
 from tempo_megatron.loop.runtime import await_verifier, start_rollout, start_verifier
 from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.unfinished import Unfinished, pack_outcome, pack_rollouts, placed_values, unpack
 from tempo_megatron.loop.verification import RolloutVerifier
 from tempo_megatron.parallel.distributed import on_rank0
 from tempo_megatron.telemetry.run_folder import CONFIG_FILE
@@ -38,6 +40,9 @@ class EMStep:
     def metrics(self) -> dict[str, Any]:
         parts = [self.collected, self.recalibrated, self.refined]
         return {key: value for part in parts if part is not None for key, value in part.metrics().items()}
+
+    def outcome(self) -> StepOutcome:
+        return StepOutcome(self.metrics(), self.shown(), self.refined is not None)
 
     def shown(self) -> dict[str, float]:
         """For the progress bar."""
@@ -67,27 +72,36 @@ class EMLoop(Driver):
         checks = RolloutVerifier(verifier, self.method, session.data, session.progress.note, prompt_opening(session))
         self.collector = Collector(session, self.rollout, checks)
         self.evaluator = Evaluator(session, self.rollout, verifier)
+        self._unfinished: Unfinished | None = None  # of the step that this process goes on with
         if session.resumed is not None:
             self._load_state_dict(session.resumed)
 
-    def _em_step(self) -> EMStep:
-        """One iteration of Algorithm 1."""
+    def _em_step(self, begun: Unfinished) -> EMStep:
+        """One iteration of Algorithm 1, from where it was ``begun``."""
         session, control = self.session, self.control
         plan = control.plan(self.step)
 
         # sample D_L and D_U, verify D_L (the filter does both again until there are enough prompts)
-        collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
+        collected = begun.collected
+        if collected is None:
+            collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
+            self.phase_boundary("rollout", partial(pack_rollouts, session, collected))
         with session.ledger.phase("place"):
             for_policy = self._policy_rows(collected) if plan.refine else torch.zeros_like(collected.for_actor)
             batch = place(session, collected.batch, collected.for_critic, for_policy, plan.order_seed)
         collected = replace(collected, batch=batch)  # nothing holds the tokens where they were sampled any more
 
         # E-step: recalibrate the critic on D_L
-        early_values = critic_values(session, batch) if plan.values_first else None
-        recalibrated = None
-        if plan.recalibrate:
+        early_values = None
+        if begun.early_values is not None:
+            early_values = placed_values(session, batch, begun.early_values)
+        elif plan.values_first:
+            early_values = critic_values(session, batch)
+        recalibrated = begun.recalibrated
+        if plan.recalibrate and recalibrated is None:
             recalibrated = recalibrate_critic(session, batch, collected.for_critic, early_values, plan.order_seed)
             self.moved |= recalibrated.moved
+            self.phase_boundary("estep", partial(pack_rollouts, session, collected, recalibrated, early_values))
 
         decision = control.judge(plan, collected.checks, recalibrated.calibration if recalibrated else None)
         if decision.go_back is not None:
@@ -112,14 +126,23 @@ class EMLoop(Driver):
         self.moved |= refined.moved
 
         # the rollout engine samples the new policy from here on
+        step = EMStep(collected, recalibrated, refined)
+        done = partial(pack_outcome, step.outcome())
+        self.phase_boundary("mstep", done)
         self._sync()
-        return EMStep(collected, recalibrated, refined)
+        self.phase_boundary("mstep", done, on_request_only=True)
+        return step
 
     def train_step(self) -> StepOutcome:
-        step = self._em_step()
+        begun, self._unfinished = self._unfinished or Unfinished(), None
+        outcome = begun.outcome or self._em_step(begun).outcome()
         if self.is_done() and (go_back := self.control.settle(self.step)) is not None:
             self._go_back(go_back)
-        return StepOutcome(step.metrics() | self.control.metrics(), step.shown(), step.refined is not None)
+        return replace(outcome, metrics=outcome.metrics | self.control.metrics())
+
+    @property
+    def is_within_step(self) -> bool:
+        return self._unfinished is not None
 
     def is_done(self) -> bool:
         return self.control.is_done(self.step)
@@ -131,7 +154,7 @@ class EMLoop(Driver):
     def begin(self) -> None:
         self._sync()
         super().begin()
-        if self.control.needs_checkpoint:
+        if self.control.needs_checkpoint and not self.is_within_step:
             self.save()  # there is always something to go back to
 
     def end(self) -> None:
@@ -148,8 +171,8 @@ class EMLoop(Driver):
             return {}
         return self.evaluator.run(self.step, self.policy_updates, self.version)
 
-    def protected_checkpoints(self) -> set[int]:
-        return self.control.saving(self.step)
+    def protected_checkpoints(self, *, within_step: bool = False) -> set[int]:
+        return self.control.protected if within_step else self.control.saving(self.step)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.control.state_dict(), "version": self.version, "collector": self.collector.state_dict()}
@@ -159,8 +182,11 @@ class EMLoop(Driver):
         there = on_rank0(lambda: [s for s in known if self.session.checkpoints.is_there(s)])
         self.control.load_state_dict(state, there.__contains__)
         self.session.engines["actor"].lr_scale = self.control.lr_scale
-        self.version = state["version"] - 1  # the first sync counts it again
         self.collector.load_state_dict(state["collector"])
+        self.version = state["version"] - 1  # the first sync counts it again
+        if (unfinished := state.get("unfinished")) is not None:
+            self._unfinished = unpack(self.session, unfinished, self.session.resumed_rows())
+            self.version += self._unfinished.outcome is not None  # the sync of its M-step is still to come
 
     def _policy_rows(self, collected: Collected) -> Tensor:
         """``[N]`` bool: what the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,21 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from tempo_megatron.checkpoint.changes import digest_data
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights
 from tempo_megatron.checkpoint.resume import Resumption, find_resumption
 from tempo_megatron.checkpoint.run import RunCheckpoints
 from tempo_megatron.checkpoint.save import RunRecord
+from tempo_megatron.cluster.starts import note_start
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
-from tempo_megatron.locate import InitSource, hf_name
+from tempo_megatron.locate import InitSource, Phase, hf_name, newest_checkpoint
 from tempo_megatron.loop.announce import outcome, plan
 from tempo_megatron.loop.data import read_data
 from tempo_megatron.loop.runtime import Runtime, claim_output, roles_of
+from tempo_megatron.loop.stopping import StopHere
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.parallel.distributed import on_rank0, start, world_size
 from tempo_megatron.parallel.parts import awake
@@ -70,7 +73,10 @@ class Session(Runtime):
         with self.ledger.phase("data"):
             self.data = read_data(config, self.tokenizer)
         self._tell_plan()
+        place = None if self._resumption is None else self._resumption.checkpoint.folder.name
+        on_rank0(partial(note_start, self.output, world_size(), place, config.launch.max_idle_restarts))
         self._finished: Finished | None = None
+        self._stopped: str | None = None
         self.build_engines(trainable=True)
         self.checkpoints = self._run_checkpoints()
         self.resumed = self._load_engines()
@@ -134,6 +140,20 @@ class Session(Runtime):
     def _wall_s(self) -> float:
         return time.monotonic() - self._began
 
+    def resumed_rows(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """Of a step that the run goes on within: (old rank, its tensors), of those that this rank takes over."""
+        assert self._resumption is not None
+        return self.checkpoints.rows(self._resumption.checkpoint)
+
+    def stop(self, stop: StopHere) -> None:
+        """The run ends here because it was asked to, and all is saved."""
+        newest = newest_checkpoint(self.output)
+        if newest is None:
+            kept = "nothing had been trained yet; the same command begins anew"
+        else:
+            kept = f"{'saved' if stop.new else 'no change since'} {newest.name}; the same command goes on from there"
+        self._stopped = f"stopped by {stop.why}: {kept}"
+
     def finish(self, step: int, policy_updates: int) -> None:
         """The run has done all it was asked for."""
         self._finished = Finished(step, policy_updates)
@@ -173,10 +193,20 @@ class Session(Runtime):
         self._claim.check()
         self.writer.write(record)
 
-    def save(self, state: dict[str, Any], protected: Collection[int] = ()) -> None:
-        """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay."""
+    def save(
+        self,
+        state: dict[str, Any],
+        protected: Collection[int] = (),
+        phase: Phase | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Checkpoint everything; ``state["step"]`` names it. Those of the ``protected`` steps stay.
+
+        Args:
+            phase: of the next step, behind which this is; ``rows``: this rank's tensors of that step.
+        """
         with self.ledger.phase("checkpoint"):
-            saved = self.checkpoints.save(state, protected)
+            saved = self.checkpoints.save(state, protected, phase=phase, rows=rows)
         for role in self.checkpoints.unchanged:
             self.progress.note(
                 f"warning: {saved.name}: the weights of the {role} are, bit for bit, those of the checkpoint before, "
@@ -201,6 +231,8 @@ class Session(Runtime):
             with suppress(*(OSError,) if error is not None else ()):  # a full disk has been told
                 self.write_info()
         self._closing.close()
+        if self._stopped is not None:
+            self.progress.note(self._stopped)
         if self.writer is not None and self._finished is not None:
             peak = self.ledger.peak_gib
             memory = self.ledger.memory_by_phase()

@@ -35,6 +35,7 @@ STAND_IN = """
 import os, signal, socket, sys, tempfile, time
 from tempo_megatron.cluster.lifetime import end_on_signals, follow_launcher, print_stacks_on_signal
 from tempo_megatron.cluster.lifetime import use_own_temporary_folder
+from tempo_megatron.cluster import stop_request
 from tempo_megatron.cluster.local import STORE_SOCKET
 from tempo_megatron.verifiers.process import spawn_child
 from helper import sleep
@@ -42,7 +43,13 @@ from helper import sleep
 def main():
     rank, command = os.environ["RANK"], sys.argv[1]
     follow_launcher(True)
-    print_stacks_on_signal()
+    if command in ("save", "late"):
+        if command == "late":
+            time.sleep(1)  # as a rank that imports its libraries
+        stop_request.remember_early()
+        stop_request.save_and_end_on(stop_request.signal_of(os.environ["SAVE_ON"]), lambda text: None)
+    else:
+        print_stacks_on_signal()
     use_own_temporary_folder()
     tempfile.mkstemp(dir=tempfile.mkdtemp())
     if command == "stubborn" and rank == "1":
@@ -65,6 +72,11 @@ def main():
         time.sleep(10); os._exit(3)
     if command == "hup" and rank == "1":
         os.kill(os.getpid(), signal.SIGHUP)
+    if command in ("save", "late"):
+        while stop_request.asked_by() is None:
+            time.sleep(0.05)
+        time.sleep(float(rank))  # the ranks do not leave at a time
+        os._exit(75 if sys.argv[-1] != "fails" or rank == "0" else 3)
     if command == "short":
         time.sleep(1.5)
     elif command != "ok":
@@ -92,7 +104,8 @@ if "FORKED" in os.environ:  # the ranks' module is the stand-in here too
     assert local.may_fork()
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
 for command in " ".join(sys.argv[1:]).split(" + "):  # several launches in one process
-    code = local.spawn_ranks(2, command.split(" "), load)
+    save_on = os.environ.get("SAVE_ON")
+    code = local.spawn_ranks(2, command.split(" "), load, save_on and signal.Signals["SIG" + save_on])
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     print("ended", command, code, flush=True)
 assert "torch" not in sys.modules
@@ -237,6 +250,44 @@ def test_user_signals_show_every_ranks_stacks_and_end_nothing(
     code, out, err = launched.end()
     assert (code, "ended short 0" in out) == (0, True)
     assert err.count("in main") == 2
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
+@pytest.mark.parametrize("command", ["save", "late"])
+def test_the_save_signal_reaches_every_rank_and_ends_none_early(
+    spawn: Callable[..., Launched], ranks: str, name: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAVE_ON", name)
+    if command == "late" and name == "TERM":
+        pytest.skip("a rank that imports its libraries ends upon SIGTERM")
+    launched = spawn(command, wait=command == "save")
+    if command == "late":
+        time.sleep(patience(0.5))  # the ranks may not have begun, or do not listen yet
+    launched.process.send_signal(signal.Signals[f"SIG{name}"])
+    code, out, err = launched.end(30)
+    assert (code, f"ended {command} 75" in out) == (75, True)
+    assert err == f"SIG{name}: the run saves and ends at the next boundary of its step\n"
+
+
+def test_a_rank_that_fails_while_others_save_is_what_counts(
+    spawn: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAVE_ON", "USR1")
+    launched = spawn("save", "fails")
+    launched.process.send_signal(signal.SIGUSR1)
+    assert launched.end()[0] == 3
+
+
+def test_a_second_sigterm_ends_a_run_that_saves_on_it(
+    spawn: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAVE_ON", "TERM")
+    launched = spawn("helpers")  # its ranks never save
+    launched.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    launched.process.send_signal(signal.SIGTERM)
+    code, _, err = launched.end()
+    assert (code, err.splitlines()[-1]) == (143, "stopped by SIGTERM")
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(spawn: Callable[..., Launched]) -> None:

@@ -29,6 +29,7 @@ class Case:
     overrides: dict[str, Any]
     config: str = "configs/demo/tempo.yaml"
     ends_in_error: bool = False
+    stops: bool = False  # the last rank is asked to save and end at every boundary, and the run started again
 
 
 def make_inputs(folder: Path, layers: int = 2) -> Inputs:
@@ -83,6 +84,7 @@ def run_cases(cases: list[Case], nproc: int, folder: Path, timeout_s: float) -> 
             "overrides": [f"{k}={v}" for k, v in {"output_dir": folder / case.name, **case.overrides}.items()],
             "out": str(folder / f"{case.name}.pt"),
             "ends_in_error": case.ends_in_error,
+            "stops": case.stops,
         }
         for case in cases
     ]

@@ -7,10 +7,12 @@ writes ``OUT`` (torch file): what its steps sampled and computed, and the final 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from tempo_megatron.data.isolated import read_eval_isolated, read_prompts_isolat
 from tempo_megatron.data.prompts import PromptSet  # noqa: E402
 from tempo_megatron.data.ragged import Ragged  # noqa: E402
 from tempo_megatron.errors import RunError  # noqa: E402
-from tempo_megatron.loop import data, runtime  # noqa: E402
+from tempo_megatron.locate import newest_checkpoint  # noqa: E402
+from tempo_megatron.loop import data, runtime, stopping  # noqa: E402
 from tempo_megatron.loop.collect import Collector  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
@@ -162,12 +165,44 @@ def watch_collector(collector: Collector, steps: list[dict[str, Any]]) -> None:
     collector.collect, collector._generate = watched_collect, watched_generate  # type: ignore[method-assign]
 
 
-def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool) -> None:
+@contextmanager
+def asked_at_boundary(number: int) -> Iterator[None]:
+    """The last rank is asked to save and end when it comes to the boundary of this number, counted from 0."""
+    asked_by, passed = stopping.asked_by, count()
+
+    def asked() -> signal.Signals | None:
+        at = next(passed)
+        return signal.SIGUSR1 if at >= number and dist.get_rank() == dist.get_world_size() - 1 else None
+
+    stopping.asked_by = asked
+    try:
+        yield
+    finally:
+        stopping.asked_by = asked_by
+
+
+def stop_everywhere(config: Any, left_at: list[str]) -> None:
+    """One boundary a start, until only the last step's end is left to the caller; notes the checkpoints."""
+    while True:
+        with Session(config) as session, asked_at_boundary(1):
+            done = (SFTLoop(session) if config.stage == "sft" else EMLoop(session)).run()
+        newest = newest_checkpoint(Path(config.output_dir))
+        assert newest is not None
+        if done:
+            return
+        assert newest.name not in left_at
+        left_at.append(newest.name)
+
+
+def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool, stops: bool) -> None:
     config = load_config(config_file, overrides)
     samples: list[dict[str, Any]] = []
     seen: dict[str, list[dict[str, Any]]] = {"actor": [], "critic": []}
     layer_calls: dict[str, dict[str, int]] = {"actor": {}, "critic": {}}
     error = ""
+    left_at: list[str] = []
+    if stops:
+        stop_everywhere(config, left_at)
     with Session(config) as session:
         for role, engine in session.engines.items():
             watch(engine, seen[role], layer_calls[role])
@@ -185,13 +220,26 @@ def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error
             with awake(engine.parts.weights):
                 weights |= {f"{role}.{name}": tensor.clone() for name, tensor in engine.weight_stream(64)}
         if session.is_main:
-            result = {"samples": samples, "seen": seen, "layer_calls": layer_calls, "weights": weights, "error": error}
+            result = {
+                "samples": samples,
+                "seen": seen,
+                "layer_calls": layer_calls,
+                "weights": weights,
+                "error": error,
+                "left_at": left_at,
+            }
             torch.save(result, out)
     close_groups()
 
 
 def main() -> None:
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(case["config"], case["overrides"], Path(case["out"]), ends_in_error=case["ends_in_error"])
+        run_case(
+            case["config"],
+            case["overrides"],
+            Path(case["out"]),
+            ends_in_error=case["ends_in_error"],
+            stops=case["stops"],
+        )
     for verifier in _verifiers.values():
         verifier.close()

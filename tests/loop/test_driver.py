@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from tempo_megatron.config.schema import Config
+from tempo_megatron.loop import driver
 from tempo_megatron.loop.driver import Driver, StepOutcome
+from tempo_megatron.loop.stopping import StopHere
 
 
 class Counting(Driver):
@@ -58,8 +60,19 @@ class Sinks(SimpleNamespace):
     def export_hf(self) -> None:
         self.seen.append(("export",))
 
+    def stop(self, stop: StopHere) -> None:
+        self.seen.append(("stop", stop.why, stop.new))
+
     def finish(self, step: int, policy_updates: int) -> None:
         self.finished = step, policy_updates
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What the boundaries to come hear, in order; nothing once it is empty."""
+    answers: list[str | None] = []
+    monkeypatch.setattr(driver, "stop_is_wanted", lambda: answers.pop(0) if answers else None)
+    return answers
 
 
 def run(sinks: Sinks) -> list[Any]:
@@ -89,3 +102,21 @@ def test_evaluation_at_the_ends_only(at_start: bool, at_end: bool) -> None:
 def test_a_resumed_run_counts_on_and_does_not_evaluate_its_start() -> None:
     seen = run(Sinks(resumed={"step": 5}, steps=1))
     assert seen == [("running", 0), (6, 1, "score", "x"), ("save", 6, "actor")]
+
+
+def test_a_run_that_is_asked_saves_at_the_next_boundary_and_ends(asked: list[str | None]) -> None:
+    asked += [None, None, "USR1"]  # before the first step, behind it, and behind the second
+    assert run(Sinks(steps=9)) == [("running", 0), (0, 0, "score"), (1, 0, "x"), (2, 1, "x"), ("save", 2, "actor"),
+                                   ("stop", "USR1", True)]  # fmt: skip
+
+
+def test_a_run_that_is_asked_before_its_first_step_saves_nothing(asked: list[str | None]) -> None:
+    asked += ["USR1"]
+    assert run(Sinks(steps=9)) == [("running", 0), (0, 0, "score"), ("stop", "USR1", False)]
+
+
+def test_a_run_that_is_asked_behind_its_last_step_just_ends(asked: list[str | None]) -> None:
+    asked += [None, None, "USR1"]
+    sinks = Sinks(steps=1)
+    assert Counting(sinks).run()  # type: ignore[arg-type]
+    assert sinks.finished == (2, 1)

@@ -124,6 +124,33 @@ def test_a_second_start_and_a_killed_launcher(
     assert list(run.glob(".claim-*")) == []
 
 
+@pytest.mark.slow(40)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("whom", ["launcher", "rank 1"])
+def test_a_run_that_is_asked_saves_ends_and_goes_on(
+    train: Callable[..., subprocess.Popen[str]], tmp_path: Path, whom: str
+) -> None:
+    run = tmp_path / "run"
+    first = train("tempo", "steps=100000")
+    _wait_for(lambda: len(_steps(run)) >= 2 or first.poll() is not None, 200)
+    asked = first.pid if whom == "launcher" else _rank(first, 1).pid
+    os.kill(asked, signal.SIGUSR1)
+    out, _ = first.communicate(timeout=patience(60))
+    assert first.returncode == 75
+    (stopped,) = [line for line in out.splitlines() if "stopped by" in line]
+    assert re.search(r"stopped by SIGUSR1 to rank [01] \(host \S+\).*: saved step_\d{8}(\+\w+)?; the same", stopped)
+    assert ("SIGUSR1: the run saves and ends" in out) == (whom == "launcher")
+    assert "Traceback" not in out and "error" not in out
+    done = len(_steps(run))
+    again = train("tempo", f"steps={done + 2}")
+    assert _told(again, 200) == []
+    assert again.returncode == 0
+    assert _steps(run) == list(range(1, done + 3))
+    begun, resumed = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
+    assert begun["goes_on_from"] is None
+    assert resumed["goes_on_from"] in stopped
+
+
 @pytest.mark.slow
 def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """Of two runs at a time, for most of it is waiting; in each another rank."""

@@ -51,7 +51,7 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
         assert torch.equal(a[key], b[key]), key
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_em_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     # an untrained model is never right: start from some sft
     inputs = make_inputs(tmp_path / "inputs")
@@ -73,11 +73,16 @@ def test_em_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     again = [Case(f"from-{c.name}", {**changes, "resume": c}) for c in checkpoints[:-1]]
     sft_again = {**sft, "resume": tmp_path / "sft" / "checkpoints" / f"step_{SFT_STEPS // 2:08d}"}
     # a fresh set of ranks: nothing of the first run's process state can help
-    resumed = run_cases([*again, Case("sft-again", sft_again, "configs/demo/sft.yaml")], 2, tmp_path, 300)
+    others = [Case("sft-again", sft_again, "configs/demo/sft.yaml"), Case("stopped", changes, stops=True)]
+    resumed = run_cases([*again, *others], 2, tmp_path, 500)
 
     for step, case in enumerate(again, start=1):
         assert_same_from(step, tmp_path / "whole", tmp_path / case.name)
         assert_same_weights(results["whole"]["weights"], resumed[case.name]["weights"])
+    assert_same_from(0, tmp_path / "whole", tmp_path / "stopped")
+    assert_same_weights(results["whole"]["weights"], resumed["stopped"]["weights"])
+    held = sum(f.endswith("+estep") for f in resumed["stopped"]["left_at"])
+    assert held > sum(f.endswith("+mstep") for f in resumed["stopped"]["left_at"]) == STEPS
     assert_same_from(SFT_STEPS // 2, tmp_path / "sft", tmp_path / "sft-again")
     assert_same_weights(results["sft"]["weights"], resumed["sft-again"]["weights"])
 
