@@ -48,6 +48,7 @@ LISTED = (
     "telemetry",
     "residency",
     "launch",
+    "slurm",
 )
 #: Told by the line that says where the run goes on from.
 UNTOLD = ("output_dir", "resume", "resume_with_changes")

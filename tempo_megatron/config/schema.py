@@ -7,6 +7,7 @@ told).  Cross-field rules that need the model's own numbers (heads, layers) live
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -575,6 +576,69 @@ class LaunchConfig(Section):
     )
 
 
+class SlurmConfig(Section):
+    """What `tempo-megatron submit` asks of Slurm; nothing else reads it."""
+
+    nodes: int = Field(1, ge=1, description="nodes of the job; `submit --nodes N` wins")
+    gpus_per_node: int = Field(
+        8,
+        ge=0,
+        description="GPUs of each node, one rank each; 0: no GPUs, launch.nproc_per_node ranks a node on the CPU",
+    )
+    cpus_per_task: int | None = Field(None, ge=1, description="CPUs of each rank; null: its share of the node's")
+    exclusive: bool = Field(True, description="whole nodes with all of their memory")
+    time: str = Field("24:00:00", description="limit of one start, in Slurm's forms (2-00:00:00, 12:30:00, minutes)")
+    partition: str | None = Field(None, description="null: the cluster's default")
+    account: str | None = Field(None, description="null: the user's default")
+    qos: str | None = Field(None, description="quality of service; null: the user's default")
+    constraint: str | None = Field(None, description="features that the nodes must have")
+    signal_lead_s: int = Field(
+        900,
+        ge=60,
+        lt=65536,
+        description="seconds before the limit at which the run is told to save and stop; longer than its longest phase "
+        "and a checkpoint",
+    )
+    requeue: bool = Field(True, description="a run that has saved and stopped, and one whose node is lost, is requeued")
+    container_image: str | None = Field(None, description="image for the ranks, by pyxis (srun --container-image)")
+    container_mounts: list[str] = Field(
+        [], description="SRC:DST of the container beside the folder that `submit` runs in, which it always has"
+    )
+    python: str = Field("python", description="interpreter of the ranks, in the container where there is one")
+    setup: list[str] = Field([], description="shell lines of the batch script before the ranks start (modules, venv)")
+    options: list[str] = Field([], description="further options of sbatch, such as --reservation=x")
+    srun_options: list[str] = Field([], description="further options of the ranks' srun, such as --mpi=pmix")
+
+    @field_validator("time")
+    @classmethod
+    def _a_time(cls, value: str) -> str:
+        if re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value) is None:
+            raise PydanticCustomError("time", "must be minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S")
+        return value
+
+    @field_validator("options", "srun_options")
+    @classmethod
+    def _options(cls, value: list[str]) -> list[str]:
+        for option in value:
+            if not option.startswith("-") or "\n" in option:
+                raise PydanticCustomError("option", "must be options, one an item: --reservation=x")
+        return value
+
+    @field_validator("container_mounts")
+    @classmethod
+    def _mounts(cls, value: list[str]) -> list[str]:
+        for mount in value:
+            if not re.fullmatch(r"[^:,\s]+(:[^:,\s]+){0,2}", mount):
+                raise PydanticCustomError("mount", "must be SRC:DST or SRC:DST:FLAGS, one an item")
+        return value
+
+    @model_validator(mode="after")
+    def _mounts_need_an_image(self) -> SlurmConfig:
+        if self.container_mounts and self.container_image is None:
+            raise ValueError(f"container_mounts: {self.container_mounts} need container_image")
+        return self
+
+
 class Config(Section):
     stage: Stage = Field(description=describe_stages())
     output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
@@ -599,3 +663,4 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     residency: ResidencyConfig = ResidencyConfig()
     launch: LaunchConfig = LaunchConfig()
+    slurm: SlurmConfig = SlurmConfig()
