@@ -29,7 +29,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["tempo_megatron", "tempo_megatron.*"]),
-    package_data={"tempo_megatron": ["**/*.html", "**/*.j2"]},
+    package_data={"tempo_megatron": ["**/*.html", "**/*.j2", "**/*.sh"]},
     install_requires=pins("core"),
     extras_require={name: pins(name) for name in ("cpu", "cuda", "dev", "gguf", "reasoning-gym", "wandb")},
     entry_points={"console_scripts": ["tempo-megatron = tempo_megatron.cli:main"]},

@@ -35,6 +35,8 @@ from tempo_megatron.cluster.lifetime import (
 )
 from tempo_megatron.cluster.limits import check_limits
 from tempo_megatron.cluster.local import spawn_ranks
+from tempo_megatron.cluster.submit import add_arguments as submit_arguments
+from tempo_megatron.cluster.submit import run_submit
 from tempo_megatron.data.prepare.command import add_arguments as data_arguments
 from tempo_megatron.errors import TempoError
 from tempo_megatron.failures import tell
@@ -53,6 +55,7 @@ EXAMPLES = """examples:
   tempo-megatron train --config configs/x.yaml --dry-run  check settings, models and data, start nothing
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
+  tempo-megatron submit --config configs/x.yaml --nodes 4 the same as a Slurm job
   tempo-megatron evaluate runs/x                          the newest checkpoint of a run, on the run's sets
   tempo-megatron evaluate models/x --set aime=data/aime24.parquet --samples 32 rollout.temperature=0.6
   tempo-megatron doctor --mismatch runs/x                 why vLLM's log-probabilities are not Megatron's
@@ -243,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="public data sets to prompt parquet; overlap between sets; made tasks")
     data_arguments(data)
     data.set_defaults(run=_data)
+
+    submit = commands.add_parser("submit", help="train a chain of stages, or evaluate models, as Slurm jobs")
+    submit_arguments(submit)
+    submit.set_defaults(run=lambda arguments, _: run_submit(arguments))
 
     report = commands.add_parser("report", help="curves and tables of one or several runs as one HTML file")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")

@@ -604,7 +604,9 @@ class SlurmConfig(Section):
     container_mounts: list[str] = Field(
         [], description="SRC:DST of the container beside the folder that `submit` runs in, which it always has"
     )
-    python: str = Field("python", description="interpreter of the ranks, in the container where there is one")
+    python: str | None = Field(
+        None, description="interpreter of the ranks; null: the one that runs `submit`, in a container `python`"
+    )
     setup: list[str] = Field([], description="shell lines of the batch script before the ranks start (modules, venv)")
     options: list[str] = Field([], description="further options of sbatch, such as --reservation=x")
     srun_options: list[str] = Field([], description="further options of the ranks' srun, such as --mpi=pmix")
