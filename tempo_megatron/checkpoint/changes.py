@@ -78,8 +78,8 @@ def digest_data(config: Config) -> dict[str, dict[str, FileDigest]]:
     return {key: {name: digest_file(Path(name)) for name in _value(config.model_dump(), key)} for key in FILES}
 
 
-def compare(checkpoint: Path, manifest: Manifest, config: Config, data: DataDigests) -> Changes:
-    """What a run with ``config`` would change about the run that saved the checkpoint.
+def compare(checkpoint: Path, manifest: Manifest, config: Config, data: DataDigests, ranks: int) -> Changes:
+    """What a run with ``config``, on so many ``ranks``, would change about the run that saved the checkpoint.
 
     A setting that one of the two does not know, or a section that one of them does not have, is not compared.
 
@@ -93,6 +93,8 @@ def compare(checkpoint: Path, manifest: Manifest, config: Config, data: DataDige
         asked = wanted is True or (isinstance(wanted, list) and _is_in(key, wanted))
         (changes.listed if harmless or asked else changes.refused).append(f"{key}: {text}")
 
+    if manifest.world_size != ranks:
+        note("ranks", f"{manifest.world_size} -> {ranks}", harmless=True)
     old, new = dict(flat(manifest.config)), dict(flat(config.model_dump(mode="json")))
     for key in old:
         if key in new and old[key] != new[key] and not _is_in(key, (*UNTOLD, *FILES)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,10 +50,8 @@ def _check_optimizer(folder: Path, role: str, saved: Mapping[str, Any], config: 
             )
 
 
-def check_resumable(
-    folder: Path, manifest: Manifest, roles: Mapping[Role, RoleConfig], stage: str, world_size: int
-) -> None:
-    """TempoError if a run of this stage, with these roles and on this many ranks, cannot go on from the checkpoint."""
+def check_resumable(folder: Path, manifest: Manifest, roles: Mapping[Role, RoleConfig], stage: str) -> None:
+    """TempoError if a run of this stage and with these roles cannot go on from the checkpoint, whatever its layouts."""
     if manifest.weights_only:
         raise TempoError(
             f"{folder}: holds weights only (a converted model), no run to go on with; give it as "
@@ -66,10 +65,6 @@ def check_resumable(
         )
     if manifest.roles != sorted(roles):
         raise TempoError(f"{folder}: holds {manifest.roles}, this run trains {sorted(roles)}; they must be the same")
-    if manifest.world_size != world_size:
-        raise TempoError(
-            f"{folder}: saved on {manifest.world_size} ranks, this run has {world_size}; resume on as many ranks"
-        )
     for role, config in roles.items():
         _check_optimizer(folder, role, manifest.optimizers[role], config)
 
@@ -85,6 +80,9 @@ def check_heads(checkpoint: WholeCheckpoint, roles: Mapping[Role, RoleConfig]) -
 def resume_checkpoint(checkpoint: WholeCheckpoint, engines: Mapping[str, MegatronEngine]) -> dict[str, Any]:
     """Restore weights, optimizers, schedules and RNG; returns the trainer's own state. Collective.
 
+    Layouts and the number of ranks may be others than the checkpoint's. Torch's random states come back where there are
+    as many ranks; else each rank begins one that follows from (seed of the run, position, rank).
+
     See ``check_resumable`` and ``check_heads`` for what must fit.
     """
     folder = checkpoint.folder
@@ -93,14 +91,23 @@ def resume_checkpoint(checkpoint: WholeCheckpoint, engines: Mapping[str, Megatro
             load_role(engine, folder / role, optimizer=True)
     with one_line(TempoError, f"{folder}: {UNREADABLE}"):
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        random_state = load_file(folder / random_state_name(rank()))
+        _go_on_drawing(checkpoint)
     for role, engine in engines.items():
         engine.go_on_from(state["schedules"][role])
+    trainer: dict[str, Any] = state["trainer"]
+    return trainer
+
+
+def _go_on_drawing(checkpoint: WholeCheckpoint) -> None:
+    manifest = checkpoint.manifest
+    if manifest.world_size != world_size():
+        key = f"{manifest.config.get('seed', 0)} {manifest.position} {rank()}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1)
+        return
+    random_state = load_file(checkpoint.folder / random_state_name(rank()))
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state and use_cuda():
         torch.cuda.set_rng_state(random_state["cuda"])
-    trainer: dict[str, Any] = state["trainer"]
-    return trainer
 
 
 def rows_of(checkpoint: WholeCheckpoint) -> list[tuple[int, dict[str, Tensor]]]:

@@ -98,8 +98,8 @@ def find_resumption(config: Config, roles: Mapping[Role, RoleConfig], data: Data
 def _check_fits(
     folder: Path, manifest: Manifest, config: Config, roles: Mapping[Role, RoleConfig], data: DataDigests
 ) -> list[str]:
-    check_resumable(folder, manifest, roles, config.stage, world_size())
-    changes = compare(folder, manifest, config, data)
+    check_resumable(folder, manifest, roles, config.stage)
+    changes = compare(folder, manifest, config, data, world_size())
     refuse(folder, changes)
     return changes.listed
 

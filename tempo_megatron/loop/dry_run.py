@@ -82,8 +82,8 @@ def _source(role: Role, settings: RoleConfig, checkpoint: Path | None) -> InitSo
 def _check_resumption(checkpoint: Path, config: Config, world_size: int) -> str:
     """The line that tells of it."""
     manifest = read_manifest(checkpoint)
-    check_resumable(checkpoint, manifest, roles_of(config), config.stage, world_size)
-    changes = compare(checkpoint, manifest, config, digest_data(config))
+    check_resumable(checkpoint, manifest, roles_of(config), config.stage)
+    changes = compare(checkpoint, manifest, config, digest_data(config), world_size)
     refuse(checkpoint, changes)
     return goes_on(checkpoint, changes.listed)
 

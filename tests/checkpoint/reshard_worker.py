@@ -1,6 +1,7 @@
-"""Roles saved under one layout and loaded under another; launched by test_reshard.py.
+"""Roles saved under one layout and loaded under another; launched by test_reshard.py, once for each of ``WORLDS``.
 
-Argument: a folder for models and checkpoints.  Prints one JSON line per loading from rank 0.
+Arguments: a folder for models and checkpoints; which of the launches this is.  Prints one JSON line per loading from
+rank 0.
 """
 
 from __future__ import annotations
@@ -29,53 +30,23 @@ from megatron.core import dist_checkpointing  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import check_resumable, resume_checkpoint  # noqa: E402
-from tempo_megatron.checkpoint.manifest import read_manifest  # noqa: E402
+from tempo_megatron.checkpoint.manifest import checkpoint_folder, read_manifest  # noqa: E402
 from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
-from tempo_megatron.locate import InitSource  # noqa: E402
+from tempo_megatron.locate import InitSource, Position  # noqa: E402
 from tempo_megatron.model.hf_tensors import Role  # noqa: E402
 from tempo_megatron.parallel.distributed import start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
 from tests.checkpoint.hf_models import same_tensors, stored  # noqa: E402
+from tests.checkpoint.reshard_cases import CHAINS, WORLDS, Chain  # noqa: E402
 from tests.model.hf_reference import data, save_reference, weight_of  # noqa: E402
 from tests.model.parity_cases import Layout, config_of  # noqa: E402
 from tests.model.parity_worker import relative  # noqa: E402
 
 BUCKET_MIB = 1
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A role that is trained under the first layout, then saved under each and loaded under the next."""
-
-    family: str
-    role: Role
-    dtype: str
-    distributed: bool
-    layouts: tuple[str, ...]
-
-    @property
-    def model(self) -> str:
-        return f"{self.family}-{self.role}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} {self.dtype} {'distributed' if self.distributed else 'plain'}"
-
-
-#: One KV head of two ranks; stages of 3 and 2 layers, of 1 and 4, of 3 and 2 in two chunks each.
-UNEVEN = ("tp2 sp", "pp2", "pp2 first1", "pp2 vpp2", "tp2")
-CHAINS = [
-    Chain("llama-tied", "critic", "float32", True, ("tp2 sp", "pp2 vpp2", "cp2", "", "cp2", "pp2 vpp2", "tp2 sp")),
-    Chain("llama-tied", "critic", "bfloat16", True, ("", "pp2 vpp2", "tp2 sp")),
-    Chain("llama-tied", "critic", "bfloat16", False, ("tp2", "pp2 vpp2", "")),
-    Chain("qwen3-moe", "actor", "float32", True, ("ep2", "", "tp2 sp etp2", "pp2 vpp2", "cp2 ep2", "tp2 sp ep2")),
-    Chain("qwen3-moe", "actor", "float32", False, ("ep2", "", "ep2")),
-    Chain("qwen2", "actor", "float32", True, tuple(f"{name} kv1 layers5" for name in UNEVEN)),
-]
 
 
 @contextmanager
@@ -124,7 +95,7 @@ def state(folder: Path, vocabulary: int) -> dict[str, Tensor]:
 
 def refused(checkpoint: Path, role: Role, config: RoleConfig) -> str:
     try:
-        check_resumable(checkpoint, read_manifest(checkpoint), {role: config}, "tempo", dist.get_world_size())
+        check_resumable(checkpoint, read_manifest(checkpoint), {role: config}, "tempo")
     except TempoError as error:
         return str(error).removeprefix(f"{checkpoint}: ")
     return "accepted"
@@ -138,66 +109,108 @@ def other_kinds(checkpoint: Path, role: Role, config: RoleConfig) -> dict[str, s
     return {kind: refused(checkpoint, role, config.model_copy(update=change)) for kind, change in changes.items()}
 
 
-def hops(root: Path, chain: Chain) -> Iterator[dict[str, Any]]:
-    folder, run, role = root / chain.model, root / chain.name.replace(" ", "-"), chain.role
-    vocabulary = config_of(chain.family).vocab_size
+@dataclass(frozen=True)
+class Reference:
+    """What the run does that goes on under its own layout.
 
-    def keep(engine: MegatronEngine, at: int) -> Path:
-        export_hf(engine, folder, run / f"hf-{at}", BUCKET_MIB)
-        return save_checkpoint(run, at, {role: engine}, {"step": at}, {role: folder}, keep=99).folder
+    Attributes:
+        weights: HF tensors where it was saved, and after each of two further steps.
+        results: of the two steps.
+    """
 
-    with engine_under(chain, chain.layouts[0], folder) as engine:
+    weights: list[dict[str, Tensor]]
+    results: list[StepResult]
+
+
+def run_of(root: Path, chain: Chain) -> Path:
+    return root / chain.name.replace(" ", "-")
+
+
+def keep(engine: MegatronEngine, root: Path, chain: Chain, at: int) -> Path:
+    """Checkpoint number ``at`` of the chain; the same weights as an HF folder too."""
+    folder, run = root / chain.model, run_of(root, chain)
+    export_hf(engine, folder, run / f"hf-{at}", BUCKET_MIB)
+    return save_checkpoint(run, at, {chain.role: engine}, {"step": at}, {chain.role: folder}, keep=99).folder
+
+
+def begin(root: Path, chain: Chain) -> None:
+    """Checkpoint 0 and ``reference.pt``."""
+    layout, folder = chain.layouts[0][0], root / chain.model
+    with engine_under(chain, layout, folder) as engine:
         load_initial_weights(engine, InitSource("hf", folder, folder))
         engine.start_optimizer()
         step(engine)
         step(engine)
-        checkpoint = keep(engine, 0)
-        before = tensors_of(engine)
-        third = step(engine)
-        after = tensors_of(engine)
-    want, exported = state(checkpoint / role, vocabulary), stored(run / "hf-0")
-    for at, (source, target) in enumerate(pairwise(chain.layouts), 1):
-        with engine_under(chain, target, folder) as engine:
-            engine.start_optimizer()
-            check_resumable(
-                checkpoint, read_manifest(checkpoint), {role: engine.config}, "tempo", dist.get_world_size()
-            )
-            resume_checkpoint(verify(checkpoint), {role: engine})
-            last, checkpoint = checkpoint, keep(engine, at)
+        keep(engine, root, chain, 0)
+        reference = Reference([tensors_of(engine)], [])
+        for _ in range(2):
+            reference.results.append(step(engine))
+            reference.weights.append(tensors_of(engine))
+    if dist.get_rank() == 0:
+        torch.save(reference, run_of(root, chain) / "reference.pt")
+    dist.barrier()
+
+
+def moved_otherwise(weights: dict[str, Tensor], want: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Largest difference of a tensor's move since ``start``, of that move."""
+    return max(relative(weights[n] - start[n], want[n] - start[n]) for n in start)
+
+
+def hop(root: Path, chain: Chain, target: str, at: int) -> dict[str, Any]:
+    """Checkpoint ``at - 1`` goes on under layout ``target`` and becomes checkpoint ``at``."""
+    folder, run, role = root / chain.model, run_of(root, chain), chain.role
+    vocabulary = config_of(chain.family).vocab_size
+    reference: Reference = torch.load(run / "reference.pt", weights_only=False)
+    last = checkpoint_folder(run, Position(at - 1))
+    losses, norms, moves = [], [], []
+    with engine_under(chain, target, folder) as engine:
+        engine.start_optimizer()
+        check_resumable(last, read_manifest(last), {role: engine.config}, "tempo")
+        resume_checkpoint(verify(last), {role: engine})
+        checkpoint = keep(engine, root, chain, at)
+        for want, weights in zip(reference.results, reference.weights[1:], strict=True):
             result = step(engine)
-            moved = tensors_of(engine)
-            load_initial_weights(engine, InitSource("checkpoint", last, folder))  # weights alone
-            weights_alone = same_tensors(tensors_of(engine), before)
-            kinds = other_kinds(checkpoint, role, engine.config)
-        got = state(checkpoint / role, vocabulary)
-        yield {
-            "role": role,
-            "dtype": chain.dtype,
-            "distributed": chain.distributed,
-            "case": f"{chain.name}: {source or 'dp2'} -> {target or 'dp2'}",
-            "moments": sum(name.startswith("optimizer.state.exp_avg.") for name in got),
-            "same_state": same_tensors(got, want),
-            "same_folder": same_tensors(stored(run / f"hf-{at}"), exported),
-            "weights_alone": weights_alone,
-            "other_kinds": kinds,
-            "lr": result.lr - third.lr,
-            "loss": abs(result.loss - third.loss) / abs(third.loss),
-            "grad_norm": abs(result.grad_norm - third.grad_norm) / third.grad_norm,
-            "step": max(relative(moved[n] - before[n], after[n] - before[n]) for n in before),
-        }
+            losses.append(abs(result.loss - want.loss) / abs(want.loss))
+            norms.append(abs(result.grad_norm - want.grad_norm) / want.grad_norm)
+            moves.append(moved_otherwise(tensors_of(engine), weights, reference.weights[0]))
+            assert result.lr == want.lr
+        load_initial_weights(engine, InitSource("checkpoint", last, folder))  # weights alone
+        weights_alone = same_tensors(tensors_of(engine), reference.weights[0])
+        kinds = other_kinds(checkpoint, role, engine.config)
+    got = state(checkpoint / role, vocabulary)
+    return {
+        "role": role,
+        "dtype": chain.dtype,
+        "distributed": chain.distributed,
+        "moments": sum(name.startswith("optimizer.state.exp_avg.") for name in got),
+        "same_state": same_tensors(got, state(checkpoint_folder(run, Position(0)) / role, vocabulary)),
+        "same_folder": same_tensors(stored(run / f"hf-{at}"), stored(run / "hf-0")),
+        "weights_alone": weights_alone,
+        "other_kinds": kinds,
+        "loss": max(losses),
+        "grad_norm": max(norms),
+        "step": max(moves),
+    }
 
 
 def main() -> None:
     start(threads=1, timeout_s=60)
-    root = Path(sys.argv[1])
+    root, launch = Path(sys.argv[1]), int(sys.argv[2])
     gc.freeze()  # Megatron collects garbage whenever it saves or loads
+    if launch == 0:
+        for chain in CHAINS:
+            config = config_of(chain.family, **Layout(chain.layouts[0][0]).model_changes)
+            save_reference(config, chain.role, root / chain.model)
     for chain in CHAINS:
-        config = config_of(chain.family, **Layout(chain.layouts[0]).model_changes)
-        save_reference(config, chain.role, root / chain.model)
-    for chain in CHAINS:
-        for line in hops(root, chain):
-            if dist.get_rank() == 0:
-                print(json.dumps(line), flush=True)
+        if launch == 0:
+            begin(root, chain)
+        places = [(number, layout) for number, layouts in enumerate(chain.layouts) for layout in layouts]
+        for at, ((before, source), (number, target)) in enumerate(pairwise(places), 1):
+            if number == launch:
+                line = hop(root, chain, target, at)
+                line["case"] = f"{chain.name}: {source} on {WORLDS[before]} -> {target} on {WORLDS[number]}"
+                if dist.get_rank() == 0:
+                    print(json.dumps(line), flush=True)
     dist.destroy_process_group()
 
 

@@ -44,7 +44,7 @@ def changed(job: dict[str, Any], key: str, value: Any) -> Config:
     return Config.model_validate(job)
 
 
-def against(tmp_path: Path, job: dict[str, Any], config: Config) -> Changes:
+def against(tmp_path: Path, job: dict[str, Any], config: Config, ranks: int = 1) -> Changes:
     """``config`` compared with a checkpoint of ``job``, whose model and files are as they are now."""
     old = Config.model_validate(job)
     manifest = Manifest(
@@ -60,7 +60,7 @@ def against(tmp_path: Path, job: dict[str, Any], config: Config) -> Changes:
     for name in ("hf", "hf-critic"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "config.json").write_text(json.dumps({"hidden_size": 8, "value_head_activation": "sigmoid"}))
-    return compare(tmp_path, manifest, config, digest_data(config))
+    return compare(tmp_path, manifest, config, digest_data(config), ranks)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,11 @@ def against(tmp_path: Path, job: dict[str, Any], config: Config) -> Changes:
 )
 def test_harmless_changes_are_listed(tmp_path: Path, job: dict[str, Any], key: str, value: Any, told: str) -> None:
     assert against(tmp_path, job, changed(job, key, value)) == Changes([f"{key}: {told}"], [])
+
+
+def test_another_number_of_ranks_is_listed_first(tmp_path: Path, job: dict[str, Any]) -> None:
+    changes = against(tmp_path, job, changed(job, "actor.parallel.tensor_model_parallel_size", 4), ranks=4)
+    assert changes == Changes(["ranks: 1 -> 4", "actor.parallel.tensor_model_parallel_size: 1 -> 4"], [])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ def test_files_are_compared_by_what_they_hold(tmp_path: Path, job: dict[str, Any
         config=old.model_dump(mode="json"), data=digest_data(old),
     )  # fmt: skip
     (tmp_path / "b.parquet").write_bytes(b"other answers")
-    (told,) = compare(tmp_path, manifest, old, digest_data(old)).refused
+    (told,) = compare(tmp_path, manifest, old, digest_data(old), 1).refused
     assert told.startswith(f"data.train_files: what is in {b} has changed (1 bytes, SHA-256 ")
 
 
@@ -157,7 +162,7 @@ def test_settings_of_another_version_are_not_compared(tmp_path: Path, job: dict[
     manifest = Manifest(
         step=1, run="r", version="0", roles=[], world_size=1, layouts={}, config=values, data=digest_data(config)
     )
-    assert compare(tmp_path, manifest, config, digest_data(config)) == Changes([], [])
+    assert compare(tmp_path, manifest, config, digest_data(config), 1) == Changes([], [])
 
 
 def test_the_table_names_settings(job: dict[str, Any]) -> None:
