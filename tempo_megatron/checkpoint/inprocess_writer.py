@@ -1,8 +1,8 @@
-"""Make Megatron's checkpoint writer write in this process, and tell what it wrote.
+"""Megatron's checkpoint writer, made to write in this process and to tell what it wrote.
 
 Megatron-Core forks writer processes and starts a multiprocessing Manager for every rank, also for a synchronous
-save (dist_checkpointing/strategies/filesystem_async.py: ``_get_write_results_queue`` and
-``write_preloaded_data_multiproc``).  Forking a process that holds vLLM, gloo and OpenMP threads deadlocked here
+save (dist_checkpointing/strategies/filesystem_async.py: ``write_preloaded_data_multiproc`` and
+``_get_write_results_queue``).  Forking a process that holds vLLM, gloo and OpenMP threads deadlocked here
 (0.16.1), and the Manager imports torch anew.  The same buckets are written by the same
 ``write_preloaded_data``, each in a thread.
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from tempo_megatron.checkpoint.digests import FileDigest
 from tempo_megatron.errors import TempoError
-from tempo_megatron.patching import replace_function, replace_value
+from tempo_megatron.patching import replace_value
 
 
 @dataclass(frozen=True)
@@ -37,68 +39,48 @@ class WrittenShard:
     Attributes:
         weights: of the model's tensors in it (not the optimizer's): the XOR of a SHA-256 for each, of its name,
             offset and bytes. That of several shards is the XOR of theirs, whichever rank wrote which tensor.
+        results: what torch's metadata needs of it.
     """
 
     path: Path
     digest: FileDigest
     weights: int
+    results: list[WriteResult]
 
 
-_written: list[WrittenShard] = []
+class Abandoned(Exception):
+    """The write was to end before it was done."""
 
 
 def install() -> None:
-    """Replace the two functions named above; again is fine."""
+    """No Manager is started for a queue that stays in this process; again is fine."""
     replace_value(filesystem_async, "_results_queue", queue.Queue(), (NoneType, queue.Queue))
-    replace_function(
-        filesystem_async.FileSystemWriterAsync,
-        "write_preloaded_data_multiproc",
-        _write_buckets,
-        ("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue"),
-    )
 
 
-def take_written() -> list[WrittenShard]:
-    """The shards that were written since the last call."""
-    shards = list(_written)
-    _written.clear()
-    return shards
+def write_buckets(transforms: Any, buckets: Sequence[Any], abandon: threading.Event) -> list[WrittenShard]:
+    """Write ``.distcp`` files, each in a thread of its own; raises as ``write_bucket``."""
+    if not buckets:
+        return []
+    with ThreadPoolExecutor(len(buckets), "checkpoint-shard") as pool:
+        return list(pool.map(partial(write_bucket, transforms, abandon=abandon), buckets))
 
 
-def _write_buckets(
-    transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], global_results_queue: Any
-) -> None:
-    with ThreadPoolExecutor(len(write_buckets)) as pool:
-        outcomes = list(pool.map(partial(_outcome, transform_list, use_msc=use_msc), write_buckets))
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):  # the queue carries it to the thread that saves
-            global_results_queue.put(outcome)
-            return
-    global_results_queue.put(dict(enumerate(outcomes)))
-
-
-def write_bucket(transform_list: list[Any], bucket: Any) -> list[WriteResult]:
+def write_bucket(transforms: Any, bucket: Any, abandon: threading.Event | None = None) -> WrittenShard:
     """Write one ``.distcp`` file with Megatron's own writer.
 
     Args:
+        transforms: of Megatron's ``FileSystemWriterAsync``.
         bucket: (path, name in the metadata, (pairs of WriteItem and BytesIO, pairs of WriteItem and tensor)); the
             pairs may be made as they are written, so that no more than one tensor is in memory.
+        abandon: once it is set, the write ends.
 
-    Raises whatever making a pair raised; OSError for a full disk.
+    Raises whatever making a pair raised; OSError for a full disk; Abandoned.
     """
-    outcome = _outcome(transform_list, bucket, use_msc=False)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-def _outcome(transform_list: list[Any], bucket: Any, *, use_msc: bool) -> list[WriteResult] | Exception:
-    """Megatron's writer catches what goes wrong and hands it back."""
+    # the writer catches what goes wrong and puts it into a queue, with its results
     done: queue.Queue[Any] = queue.Queue()
     counter: queue.Queue[int] = queue.Queue()
     counter.put(0)
-    (transforms,) = transform_list
-    digesting = _Digesting(transforms)
+    digesting = _Digesting(transforms, abandon)
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(
         [digesting],
         local_proc_idx=0,
@@ -106,21 +88,19 @@ def _outcome(transform_list: list[Any], bucket: Any, *, use_msc: bool) -> list[W
         results_queue=done,
         count_queue=counter,
         use_fsync=True,
-        use_msc=use_msc,
+        use_msc=False,
     )
     _, outcome = done.get_nowait()
     if isinstance(outcome, Exception):
-        return outcome if isinstance(outcome, TempoError) else _cause(outcome)
-    _written.append(digesting.shard(Path(bucket[0])))
-    result: list[WriteResult] = outcome
-    return result
+        raise outcome if isinstance(outcome, TempoError) else _cause(outcome)
+    return digesting.shard(Path(bucket[0]), outcome)
 
 
 class _Digesting:
     """torch's stream transforms, with a look at all that passes to the file."""
 
-    def __init__(self, transforms: Any) -> None:
-        self._transforms = transforms
+    def __init__(self, transforms: Any, abandon: threading.Event | None) -> None:
+        self._transforms, self._abandon = transforms, abandon
         self._file, self._size = hashlib.sha256(), 0
         self._weights = 0
         self._item: Any = None  # the digest of a weight that is being written
@@ -133,6 +113,8 @@ class _Digesting:
         return self._transforms.transform_save_stream(write_item, _Tap(raw_stream, self))
 
     def passes(self, data: Any) -> None:
+        if self._abandon is not None and self._abandon.is_set():
+            raise Abandoned
         self._file.update(data)
         self._size += memoryview(data).nbytes
         if self._item is not None:
@@ -143,9 +125,10 @@ class _Digesting:
             self._weights ^= int.from_bytes(self._item.digest())
             self._item = None
 
-    def shard(self, path: Path) -> WrittenShard:
+    def shard(self, path: Path, results: list[WriteResult]) -> WrittenShard:
         self._end_item()
-        return WrittenShard(path, FileDigest(size=self._size, sha256=self._file.hexdigest()), self._weights)
+        digest = FileDigest(size=self._size, sha256=self._file.hexdigest())
+        return WrittenShard(path, digest, self._weights, results)
 
 
 class _Tap:
@@ -166,6 +149,6 @@ class _Tap:
 def _cause(error: Exception) -> Exception:
     """The OSError (a full disk) on which torch's zip writer failed; its own error tells of file positions."""
     link: BaseException | None = error
-    while link is not None and not isinstance(link, OSError):
+    while link is not None and not isinstance(link, OSError | Abandoned):
         link = link.__cause__ or link.__context__
     return link or error

@@ -6,20 +6,23 @@ Megatron's checkpoint format keeps plain Python values in pickles: load checkpoi
 
 from __future__ import annotations
 
+import queue
+import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -27,10 +30,70 @@ from tempo_megatron.checkpoint import inprocess_writer
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.inprocess_writer import WrittenShard
 from tempo_megatron.errors import TempoError
+from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 from tempo_megatron.training.engine import MegatronEngine
 
 inprocess_writer.install()
+
+
+class _OneSave(TorchDistSaveShardedStrategy):
+    """Megatron's strategy for a single save, of which it keeps the writer.
+
+    One for each save: a strategy can keep a save's plan for later ones, whose tensors may lie elsewhere by then.
+    """
+
+    writer: FileSystemWriterAsync
+
+    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
+        self.writer = writer
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+
+class RoleSave:
+    """A role's part of a save: planned by all ranks, written by each alone, finished by all.
+
+    Until ``to_host`` what is written is the engine's own memory, which must not change or move before it is.
+    """
+
+    def __init__(self, writer: FileSystemWriterAsync, request: AsyncRequest) -> None:
+        self._writer, self._request = writer, request
+        self.shards: list[WrittenShard] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that this rank writes and has not written yet."""
+        return sum(tensor.nbytes for _, _, (_, tensors) in self._buckets for _, tensor in tensors)
+
+    def to_host(self) -> None:
+        """Copy them to host memory of their own: from here on the engine may train, move and sleep."""
+        for _, _, (_, tensors) in self._buckets:
+            for place, (item, tensor) in enumerate(tensors):
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=use_cuda())
+                tensors[place] = item, host.copy_(tensor, non_blocking=True)
+        if use_cuda():
+            torch.cuda.synchronize()
+
+    def write(self, abandon: threading.Event) -> None:
+        """Write this rank's shards and let go of their tensors. No collectives: in any thread.
+
+        Raises OSError for a full disk; Abandoned.
+        """
+        self.shards = inprocess_writer.write_buckets(self._writer.transforms, self._buckets, abandon)
+        self._buckets[:] = [(path, key, ([], [])) for path, key, _ in self._buckets]
+
+    def finish(self) -> None:
+        """Have rank 0 write the metadata of what all ranks wrote. Collective."""
+        if self._buckets:
+            self._writer.results_queue = queue.Queue()
+            self._writer.results_queue.put({place: shard.results for place, shard in enumerate(self.shards)})
+        for finish in self._request.finalize_fns:
+            finish()
+
+    @property
+    def _buckets(self) -> list[Any]:
+        buckets: list[Any] = self._writer.write_buckets
+        return buckets
 
 
 def _metadata(engine: MegatronEngine) -> dict[str, Any]:
@@ -53,24 +116,21 @@ def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) ->
     }
 
 
-def save_role(engine: MegatronEngine, folder: Path) -> list[WrittenShard]:
-    """Write the role into the new ``folder``. Collective; returns the shards that this rank wrote."""
+def plan_role(engine: MegatronEngine, folder: Path) -> RoleSave:
+    """Plan to write the role into the new ``folder``. Collective."""
     engine.parts.require_saved(f"a checkpoint of the {engine.role}")
     on_rank0(folder.mkdir)
-    inprocess_writer.take_written()  # of a save that failed
+    strategy = _OneSave("torch_dist", 1)
     with engine.groups.active():
-        strategy = FullyParallelSaveStrategyWrapper(
-            get_default_save_sharded_strategy("torch_dist"),
-            mpu.get_data_parallel_group(with_context_parallel=True),
-            True,
-        )
-        dist_checkpointing.save(
+        data_parallel = mpu.get_data_parallel_group(with_context_parallel=True)
+        request = dist_checkpointing.save(
             _sharded_state(engine, optimizer=True, loading=False),
             str(folder),
-            sharded_strategy=strategy,
+            sharded_strategy=FullyParallelSaveStrategyWrapper(strategy, data_parallel),
+            async_sharded_save=True,
             content_metadata=_metadata(engine),
         )
-    return inprocess_writer.take_written()
+    return RoleSave(strategy.writer, request)
 
 
 def _stored_names(folder: Path) -> set[str]:

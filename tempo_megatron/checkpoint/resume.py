@@ -12,7 +12,7 @@ from pathlib import Path
 from tempo_megatron.checkpoint.changes import DataDigests, compare, goes_on, refuse
 from tempo_megatron.checkpoint.load import check_heads, check_resumable
 from tempo_megatron.checkpoint.manifest import DamagedCheckpoint, Manifest, WholeCheckpoint, read_manifest, refuse_all
-from tempo_megatron.checkpoint.save import put_back_replaced
+from tempo_megatron.checkpoint.shelf import put_back_replaced
 from tempo_megatron.checkpoint.verify import verify
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.errors import TempoError

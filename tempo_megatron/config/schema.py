@@ -534,6 +534,11 @@ class CheckpointConfig(Section):
         [], description="save within every step too, after these of its phases; not in stage sft, which has none"
     )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    asynchronous: bool = Field(
+        True,
+        description="training goes on while a checkpoint is written from a copy in host memory; false: it waits, and "
+        "the copy's memory is not needed",
+    )
     export_hf: bool = Field(False, description="also write HF folders of both roles at the end")
 
 

@@ -102,7 +102,17 @@ class Session(Runtime):
         else:
             run = on_rank0(partial(secrets.token_hex, 8))
         record = RunRecord(run, self.config.model_dump(mode="json"), self._data_digests)
-        return RunCheckpoints(self.output, self.engines, self.hf_dirs, self.config.checkpoint.keep, record)
+        checkpoints = RunCheckpoints(
+            self.output,
+            self.engines,
+            self.hf_dirs,
+            self.config.checkpoint,
+            record,
+            self.progress.note,
+            self._check_claim,
+        )
+        self._closing.callback(checkpoints.close)
+        return checkpoints
 
     def _load_engines(self) -> dict[str, Any] | None:
         for role, source in self.sources.items():
@@ -146,7 +156,8 @@ class Session(Runtime):
         return self.checkpoints.rows(self._resumption.checkpoint)
 
     def stop(self, stop: StopHere) -> None:
-        """The run ends here because it was asked to, and all is saved."""
+        """The run ends here because it was asked to, and all is saved. Collective."""
+        self._drain()
         newest = newest_checkpoint(self.output)
         if newest is None:
             kept = "nothing had been trained yet; the same command begins anew"
@@ -155,8 +166,14 @@ class Session(Runtime):
         self._stopped = f"stopped by {stop.why}: {kept}"
 
     def finish(self, step: int, policy_updates: int) -> None:
-        """The run has done all it was asked for."""
+        """The run has done all it was asked for. Collective."""
+        self._drain()
         self._finished = Finished(step, policy_updates)
+
+    def _drain(self) -> None:
+        """What is being saved is on disk before the process ends."""
+        with self.ledger.phase("checkpoint"):
+            self.checkpoints.drain()
 
     def write_info(self) -> None:
         """Update run.json (rank 0)."""
@@ -179,9 +196,14 @@ class Session(Runtime):
             shown: label -> figure, for the bar.
 
         Raises:
-            RunError: the run has lost its folder to another one, or the record could not be written.
+            RunError: the run has lost its folder to another one, or the record or the checkpoint in flight could not be
+            written.
         """
+        if self.checkpoints.in_flight:
+            with self.ledger.phase("checkpoint"):
+                self.checkpoints.poll()
         record = {"step": step, "stage": self.config.stage, **metrics, **self.ledger.collect()}
+        record |= self.checkpoints.figures()
         if self.checkpoints.unchanged:
             record["checkpoint/unchanged_roles"] = len(self.checkpoints.unchanged)
         with self.ledger.phase("record"):  # of the next record's time
@@ -189,9 +211,13 @@ class Session(Runtime):
         self.progress.advance(progressed, shown)
 
     def _write(self, record: dict[str, Any]) -> None:
-        assert self._claim is not None and self.writer is not None
-        self._claim.check()
+        assert self.writer is not None
+        self._check_claim()
         self.writer.write(record)
+
+    def _check_claim(self) -> None:
+        assert self._claim is not None
+        self._claim.check()
 
     def save(
         self,
@@ -206,12 +232,7 @@ class Session(Runtime):
             phase: of the next step, behind which this is; ``rows``: this rank's tensors of that step.
         """
         with self.ledger.phase("checkpoint"):
-            saved = self.checkpoints.save(state, protected, phase=phase, rows=rows)
-        for role in self.checkpoints.unchanged:
-            self.progress.note(
-                f"warning: {saved.name}: the weights of the {role} are, bit for bit, those of the checkpoint before, "
-                "although it was updated in between, with a gradient and a learning rate above 0: nothing was learnt"
-            )
+            self.checkpoints.save(state, protected, phase=phase, rows=rows)
 
     def export_hf(self) -> None:
         """Write ``hf/actor`` and ``hf/critic`` (its head as other programs of its family read it)."""

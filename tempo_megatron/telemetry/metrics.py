@@ -24,11 +24,11 @@ Scalar = float | int | str | bool | None
 Record = dict[str, Scalar]
 
 #: Keys that measure the machine, not the method; two equal runs differ in them.
-MACHINE_PREFIXES = ("time/", "throughput/", "memory/")
+MACHINE_PREFIXES = ("time/", "throughput/", "memory/", "checkpoint/")
 
 
 def deterministic_view(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without seconds, rates and memory: equal, bit for bit, for equal runs."""
+    """The record without seconds, rates, memory and what depends on them: equal, bit for bit, for equal runs."""
     return {key: value for key, value in record.items() if not key.startswith(MACHINE_PREFIXES)}
 
 

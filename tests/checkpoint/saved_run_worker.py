@@ -47,6 +47,7 @@ def config_of(root: Path, run: str, **changes: Any) -> Config:
         "stage": "ppo",
         "output_dir": str(root / run),
         "steps": 20,
+        "checkpoint": {"keep": 99},
         "actor": {"init": str(root / "actor"), **role},
         "critic": {"init": str(root / "critic"), **role},
         **changes,
@@ -73,10 +74,10 @@ def step(engine: MegatronEngine) -> None:
     engine.step(Sequences.of(prompts, responses), loss)
 
 
-def checkpoints_of(config: Config, engines: Mapping[str, MegatronEngine], keep: int = 99) -> RunCheckpoints:
+def checkpoints_of(config: Config, engines: Mapping[str, MegatronEngine]) -> RunCheckpoints:
     dirs = {role: Path(settings.init) for role, settings in roles_of(config).items()}
     record = RunRecord("0123", config.model_dump(mode="json"), {})
-    return RunCheckpoints(Path(config.output_dir), engines, dirs, keep, record)
+    return RunCheckpoints(Path(config.output_dir), engines, dirs, config.checkpoint, record)
 
 
 def unchanged(root: Path, groups: ModelParallelGroups) -> dict[str, list[str]]:
@@ -88,6 +89,7 @@ def unchanged(root: Path, groups: ModelParallelGroups) -> dict[str, list[str]]:
 
     def save(at: int, name: str, *moved: str) -> None:
         checkpoints.save({"step": at, "moved": moved})
+        checkpoints.drain()
         found[name] = checkpoints.unchanged
 
     save(1, "first", "actor", "critic")
@@ -111,8 +113,8 @@ def unchanged(root: Path, groups: ModelParallelGroups) -> dict[str, list[str]]:
 
 def within_a_step(root: Path, groups: ModelParallelGroups) -> list[dict[str, Any]]:
     """After each save, what is in the folder, and what this rank would go on with."""
-    config = config_of(root, "within", checkpoint={"keep": 1})
-    checkpoints = checkpoints_of(config, engines_of(config, groups), keep=1)
+    config = config_of(root, "within", checkpoint={"keep": 1, "asynchronous": False})
+    checkpoints = checkpoints_of(config, engines_of(config, groups))
     rank = dist.get_rank()
     table = torch.arange(6, dtype=torch.int32).reshape(2, 3)
     found = []
@@ -197,16 +199,17 @@ def damaged(root: Path, groups: ModelParallelGroups) -> dict[str, Any]:
     }
 
 
+def write_models(root: Path) -> None:
+    policy("qwen3").save_pretrained(root / "actor")
+    classifier("qwen3").save_pretrained(root / "critic")
+
+
 def main() -> None:
     start(threads=1, timeout_s=60)
     root = Path(sys.argv[1])
     torch.manual_seed(0)
 
-    def write_models() -> None:
-        policy("qwen3").save_pretrained(root / "actor")
-        classifier("qwen3").save_pretrained(root / "critic")
-
-    on_rank0(write_models)
+    on_rank0(partial(write_models, root))
     config = config_of(root, "run")
     groups = ModelParallelGroups(config.actor.parallel, 60)
     engines = engines_of(config, groups)
@@ -215,6 +218,7 @@ def main() -> None:
         for engine in engines.values():
             step(engine)
         checkpoints.save({"step": at, "moved": [*engines], "collector": {"at": at}})
+    checkpoints.drain()
     result = {
         "unchanged": unchanged(root, groups),
         "told": damaged(root, groups),

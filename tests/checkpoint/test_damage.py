@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tempo_megatron.checkpoint.convert.command import megatron_to_hf
 from tempo_megatron.checkpoint.manifest import DamagedCheckpoint, Manifest, find_whole, read_manifest
 from tempo_megatron.checkpoint.resume import Resumption
-from tempo_megatron.checkpoint.save import put_back_replaced
+from tempo_megatron.checkpoint.shelf import put_back_replaced
 from tempo_megatron.checkpoint.verify import shares
 from tempo_megatron.errors import TempoError
 from tests.checkpoint.conftest import SavedRun

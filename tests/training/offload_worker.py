@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tempo_megatron.parallel import cpu_shim
 
 cpu_shim.install()
 
-from tempo_megatron.checkpoint.megatron_state import load_role, save_role  # noqa: E402
+from tempo_megatron.checkpoint.megatron_state import load_role, plan_role  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import RunError  # noqa: E402
 from tempo_megatron.model.hf_tensors import Role  # noqa: E402
@@ -79,6 +80,12 @@ def move(engine: MegatronEngine) -> None:
         part.sleep()
     for part in engine.parts:
         part.wake()
+
+
+def save_role(engine: MegatronEngine, folder: Path) -> None:
+    save = plan_role(engine, folder)
+    save.write(threading.Event())
+    save.finish()
 
 
 def refused(use: Callable[[], Any]) -> str:

@@ -28,10 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
 
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
-from tempo_megatron.checkpoint.inprocess_writer import write_bucket
+from tempo_megatron.checkpoint.inprocess_writer import WrittenShard, write_bucket
 from tempo_megatron.errors import TempoError
 
 
@@ -41,14 +40,18 @@ def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
 
 
 class DistCheckpointWriter:
-    """Writes the files of every rank, one rank after the other, then the metadata that makes them a checkpoint."""
+    """Writes the files of every rank, one rank after the other, then the metadata that makes them a checkpoint.
+
+    Attributes:
+        shards: what was written.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._writer = FileSystemWriterAsync(folder)
         self._folder = folder
         self._plans: list[SavePlan] = []
-        self._results: list[list[WriteResult]] = []
+        self.shards: list[WrittenShard] = []
 
     def write_rank(self, pieces: Iterable[ShardedTensor], objects: Iterable[ShardedObject]) -> None:
         """Write the next rank's file; ``pieces`` are asked for one at a time and hold CPU data."""
@@ -81,14 +84,14 @@ class DistCheckpointWriter:
 
         name = f"__{len(self._plans)}_0.distcp"
         bucket = (str(self._folder / name), name, (values(), tensors()))
-        self._results.append(write_bucket([self._writer.transforms], bucket))
+        self.shards.append(write_bucket(self._writer.transforms, bucket))
         self._plans.append(SavePlan(items=items))
 
     def finish(self, content_metadata: dict[str, Any]) -> None:
         """Write the metadata. Raises ValueError if the pieces of some tensor overlap or leave gaps."""
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         _, metadata = planner.create_global_plan(self._plans)
-        self._writer.finish(metadata, self._results)
+        self._writer.finish(metadata, [shard.results for shard in self.shards])
         torch.save({"content_metadata": content_metadata}, self._folder / COMMON_STATE_FNAME)
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
 

@@ -24,7 +24,6 @@ from tempo_megatron.checkpoint.critic_format import WEIGHT, CriticTensors, carry
 from tempo_megatron.checkpoint.digests import FileDigest
 from tempo_megatron.checkpoint.hf_check import check_hf_folder
 from tempo_megatron.checkpoint.hf_write import CONFIG, changed_config, copy_side_files, dtype_change
-from tempo_megatron.checkpoint.inprocess_writer import take_written
 from tempo_megatron.checkpoint.manifest import Manifest, digest_folder, write_manifest
 from tempo_megatron.config.architectures import TEXT_CLASSIFIER
 from tempo_megatron.config.schema import ParallelConfig
@@ -116,7 +115,6 @@ def write_checkpoint(
     Returns:
         digests of the shards, by their path in the folder.
     """
-    take_written()  # of a conversion that failed
     writer = DistCheckpointWriter(folder / source.role)
     for rank in range(world_size_of(layout)):
         with simulated_rank(source.config, source.role, layout, rank) as plan:
@@ -128,7 +126,7 @@ def write_checkpoint(
     (side_files / CONFIG).write_bytes(config)
     if source.role == "critic":
         carry_lm_head(source.folder, side_files)
-    return {shard.path.relative_to(folder).as_posix(): shard.digest for shard in take_written()}
+    return {shard.path.relative_to(folder).as_posix(): shard.digest for shard in writer.shards}
 
 
 def config_dtype(hf_dir: Path, dtypes: set[torch.dtype]) -> dict[str, Any]:
