@@ -29,7 +29,7 @@ OTHERS := $(if $(BENCH),$(filter startup trl,$(BENCH)),startup trl)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
-.PHONY: help demo demo-real study test test-slurm parity updates bench lint lock clean
+.PHONY: help demo demo-real study test test-slurm parity updates kills bench lint lock clean
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -57,6 +57,9 @@ parity: $(STAMP) ## compare all models with transformers, write docs/parity.md [
 
 updates: $(STAMP) ## weights to vLLM between all pairs of layouts, against vLLM's own load [FAMILY=olmo3]
 	$(BIN)/python -m tests.rollout.update_table $(if $(FAMILY),--family $(FAMILY))
+
+kills: $(STAMP) ## kill runs at 50 random instants, also while they write checkpoints, and compare how they end (20 minutes)
+	$(BIN)/python -m tests.checkpoint.kills
 
 bench: $(STAMP) $(OTHERS:%=$(VENV)/bench-%/.complete-$(KEY)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
 	$(BIN)/python -m benchmarks --rounds $(ROUNDS) $(BENCH)
