@@ -9,14 +9,16 @@ import pytest
 
 from tests.checkpoint.kills import Trainer, survive
 
+#: Strikes rank 0 and both ranks while a checkpoint is written or takes its place, and rank 1 at any time.
+SEED = 20
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_handful_of_kills(tmp_path: Path) -> None:
-    """``make kills`` has fifty."""
-    trainer = Trainer(tmp_path, steps=8)
+    """``make kills`` has fifty; ``tests/loop/test_nothing_lost.py`` kills the launcher."""
+    trainer = Trainer(tmp_path, steps=6)
     assert trainer.run("undisturbed") == ""
-    outcome = survive(trainer, "killed", 4, random.Random(0))
+    outcome = survive(trainer, "killed", 3, random.Random(SEED))
     assert outcome.is_good, outcome
-    assert len(outcome.kills) == 4
-    assert any(kill.in_flight for kill in outcome.kills), outcome
+    assert [kill.when for kill in outcome.kills] == ["write", "any time", "rename"]
