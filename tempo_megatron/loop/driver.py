@@ -132,6 +132,7 @@ class Driver(ABC):
             made: what the step has done so far: its state (JSON types), and this rank's tensors.
             on_request_only: settings count elsewhere.
         """
+        self.session.poll_checkpoint()  # a step may be long
         why = stop_is_wanted()
         if why is None and (on_request_only or phase not in self.config.checkpoint.phases):
             return

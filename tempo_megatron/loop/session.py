@@ -170,6 +170,12 @@ class Session(Runtime):
         self._drain()
         self._finished = Finished(step, policy_updates)
 
+    def poll_checkpoint(self) -> None:
+        """At a boundary: what was being saved becomes a checkpoint, if it is written. Collective."""
+        if self.checkpoints.in_flight:
+            with self.ledger.phase("checkpoint"):
+                self.checkpoints.poll()
+
     def _drain(self) -> None:
         """What is being saved is on disk before the process ends."""
         with self.ledger.phase("checkpoint"):
@@ -199,9 +205,7 @@ class Session(Runtime):
             RunError: the run has lost its folder to another one, or the record or the checkpoint in flight could not be
             written.
         """
-        if self.checkpoints.in_flight:
-            with self.ledger.phase("checkpoint"):
-                self.checkpoints.poll()
+        self.poll_checkpoint()
         record = {"step": step, "stage": self.config.stage, **metrics, **self.ledger.collect()}
         record |= self.checkpoints.figures()
         if self.checkpoints.unchanged:
