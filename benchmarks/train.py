@@ -63,7 +63,7 @@ def ours(settings: dict[str, Any]) -> Prepare:
     from tempo_megatron.checkpoint.hf_read import load_hf_config
     from tempo_megatron.config.schema import OptimizerConfig, ParallelConfig, RoleConfig
     from tempo_megatron.locate import resolve_init
-    from tempo_megatron.loop.sft import _nll
+    from tempo_megatron.loop.sft import nll
     from tempo_megatron.parallel.groups import ModelParallelGroups
     from tempo_megatron.training.engine import MegatronEngine
     from tempo_megatron.training.microbatch import Sequences
@@ -84,7 +84,7 @@ def ours(settings: dict[str, Any]) -> Prepare:
         def measured() -> dict[str, Any]:
             sequences = Sequences.of(prompts, responses)
             if case["mode"] == "step":
-                loss = engine.step(sequences, partial(_nll, lengths=lengths, tokens=tokens)).loss
+                loss = engine.step(sequences, partial(nll, lengths=lengths, tokens=tokens)).loss
             else:
                 loss = -float(engine.forward(sequences)["log_probs"].values.sum()) / tokens
             return {"work": sum(map(len, prompts + responses)), "loss": loss}

@@ -37,6 +37,7 @@ from tempo_megatron.cluster.limits import check_limits
 from tempo_megatron.cluster.local import spawn_ranks
 from tempo_megatron.cluster.submit import add_arguments as submit_arguments
 from tempo_megatron.cluster.submit import run_submit
+from tempo_megatron.config.scaled import ScaledJob, add_scaled_arguments, scaled_job
 from tempo_megatron.data.prepare.command import add_arguments as data_arguments
 from tempo_megatron.errors import TempoError
 from tempo_megatron.failures import tell
@@ -53,6 +54,7 @@ EXAMPLES = """examples:
   tempo-megatron train --config configs/x.yaml            on this node, launch.nproc_per_node ranks
   tempo-megatron train --config configs/x.yaml steps=20 actor.optimizer.lr=1e-6
   tempo-megatron train --config configs/x.yaml --dry-run  check settings, models and data, start nothing
+  tempo-megatron train --config configs/x.yaml --dry-run --nodes 64 --gpus-per-node 8    walk through a step of that job
   torchrun --nnodes 2 --nproc-per-node 8 -m tempo_megatron train --config configs/x.yaml
   srun --kill-on-bad-exit=1 python -m tempo_megatron train --config configs/x.yaml
   tempo-megatron submit --config configs/x.yaml --nodes 4 the same as a Slurm job
@@ -174,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run one stage", description=TRAIN_HELP, formatter_class=raw)
     train.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     train.add_argument("--dry-run", action="store_true", help="check all that needs no model, show the settings, end")
+    add_scaled_arguments(train)
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     train.set_defaults(run=_train)
 
@@ -268,6 +271,8 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.telemetry.progress import run_title
 
     config = load_config(arguments.config, arguments.overrides)
+    if (job := scaled_job(arguments)) is not None:
+        return _dry_run_at_scale(config, place, job)
     world_size = place.world_size if place else config.launch.nproc_per_node
     check_config(config, world_size)
     if arguments.dry_run:
@@ -302,6 +307,17 @@ def _dry_run(config: Config, place: RankInfo | None, world_size: int) -> int:
     from tempo_megatron.loop import run_dry
 
     run_dry(config, world_size)
+    return 0
+
+
+def _dry_run_at_scale(config: Config, place: RankInfo | None, job: ScaledJob) -> int:
+    if place is not None and place.world_size > 1:
+        raise TempoError(f"train --dry-run --nodes: runs as one process, not as one of {place.world_size} ranks")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what it builds has no numbers, on a machine with GPUs too
+    os.environ.update(rank_environment(config.launch.threads_per_rank))
+    from tempo_megatron.loop import run_dry_at_scale
+
+    run_dry_at_scale(config, job)
     return 0
 
 

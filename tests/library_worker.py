@@ -75,6 +75,13 @@ def make_groups() -> None:
     share_devices()
 
 
+def play_a_rank() -> None:
+    from tempo_megatron.parallel.played import Wire, patched
+
+    with patched(Wire()):
+        pass
+
+
 def write_checkpoints() -> None:
     from tempo_megatron.checkpoint import inprocess_writer
 
@@ -94,6 +101,7 @@ INSTALLERS: list[Callable[[], Any]] = [
     build_fp8_twin,
     write_checkpoints,
     make_groups,
+    play_a_rank,
 ]
 
 

@@ -14,6 +14,7 @@ from tests.launching import launch
 
 MEGATRON = "megatron.core"
 VLLM_CPU = "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed"
+P2P = f"{MEGATRON}.pipeline_parallel.p2p_communication"
 WRITER = f"{MEGATRON}.dist_checkpointing.strategies.filesystem_async"
 STRATEGY = f"{MEGATRON}.dist_checkpointing.strategies.torch"
 
@@ -54,6 +55,11 @@ REPLACED = {
         f"{MEGATRON}.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.inv_freq",
         f"{MEGATRON}.models.gpt.gpt_model.GPTModel.rotary_pos_emb",
         f"{MEGATRON}.models.gpt.gpt_model.GPTModel.output_layer",
+        *(f"{P2P}.{n}" for n in ("_batched_p2p_ops", "_p2p_ops")),
+        *(f"{P2P}.P2PCommunicator.{n}" for n in ("_communicate", "_communicate_shapes")),
+        f"{MEGATRON}.transformer.moe.router.topk_routing_with_score_function",
+        f"{MEGATRON}.transformer.moe.token_dispatcher.gather_from_sequence_parallel_region",
+        f"{MEGATRON}.optimizer.clip_grads.l2_norm_impl",
         "torch.nn.parameter.Parameter.allreduce",  # Megatron's mark on an expert's weight
         f"{WRITER}._results_queue",
     },
@@ -91,6 +97,15 @@ READ = [
     ),
     (f"{MEGATRON}.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_param_sync", "dist_all_gather_func"),
     (f"{MEGATRON}.optimizer.clip_grads:clip_grad_by_total_norm_fp32", "multi_tensor_scale_impl"),
+    (f"{MEGATRON}.optimizer.clip_grads:get_grad_norm_fp32", "l2_norm_impl"),
+    (f"{P2P}:P2PCommunicator.send_forward_recv_backward", "_communicate"),
+    (f"{P2P}:P2PCommunicator.send_forward_backward_recv_forward_backward", "_communicate"),
+    *((f"{P2P}:P2PCommunicator._communicate", n) for n in ("_communicate_shapes", "_batched_p2p_ops", "_p2p_ops")),
+    (f"{MEGATRON}.transformer.moe.router:TopKRouter.routing", "topk_routing_with_score_function"),
+    (
+        f"{MEGATRON}.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
+        "gather_from_sequence_parallel_region",
+    ),
     (f"{MEGATRON}.optimizer:_get_megatron_optimizer_based_on_param_groups", "Adam"),
     (f"{MEGATRON}.optimizer:_get_megatron_optimizer_based_on_param_groups", "USING_PYTORCH_OPTIMIZER"),
     (f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.__init__", "Adam"),

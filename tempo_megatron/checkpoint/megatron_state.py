@@ -105,7 +105,8 @@ def _metadata(engine: MegatronEngine) -> dict[str, Any]:
     return metadata
 
 
-def _sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) -> dict[str, Any]:
+def sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) -> dict[str, Any]:
+    """What of the checkpoint's tensors this rank holds, as Megatron has it; within the engine's groups, collective."""
     metadata = {**_metadata(engine), "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(engine.models)}
     if not optimizer:
@@ -124,7 +125,7 @@ def plan_role(engine: MegatronEngine, folder: Path) -> RoleSave:
     with engine.groups.active():
         data_parallel = mpu.get_data_parallel_group(with_context_parallel=True)
         request = dist_checkpointing.save(
-            _sharded_state(engine, optimizer=True, loading=False),
+            sharded_state(engine, optimizer=True, loading=False),
             str(folder),
             sharded_strategy=FullyParallelSaveStrategyWrapper(strategy, data_parallel),
             async_sharded_save=True,
@@ -154,7 +155,7 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)), mpu.get_data_parallel_group(with_context_parallel=True)
         )
-        wanted = _sharded_state(engine, optimizer=optimizer, loading=True)
+        wanted = sharded_state(engine, optimizer=optimizer, loading=True)
         if skip_head:
             for i in range(len(engine.models)):
                 wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from tempo_megatron.checkpoint.manifest import DamagedCheckpoint, find_whole, refuse_all
@@ -20,20 +21,27 @@ from tempo_megatron.errors import TempoError
 from tempo_megatron.locate import CHECKPOINTS, hf_name, resolve_checkpoint, resolve_init, step_folders
 
 
-def check_config(config: Config, world_size: int) -> None:
+def check_config(config: Config, world_size: int, hf_dirs: Mapping[str, Path] | None = None) -> None:
     """Refuse what cannot run on ``world_size`` ranks.
+
+    Args:
+        hf_dirs: of a job that is only walked through (``loop.scale``), on a machine that need not have its files:
+            the folder with each role's config.json. No other file is looked for then.
 
     Raises:
         TempoError: the first fault found: key, value and what would be right.
     """
     _check_stage(config)
     check_answer_types(config.data.answer_types)
-    _check_exist("data.train_files", config.data.train_files)
-    _check_exist("data.oracle_files", config.data.oracle_files)
-    _check_evaluation_sets(config)
+    here = hf_dirs is None
+    if here:
+        _check_exist("data.train_files", config.data.train_files)
+        _check_exist("data.oracle_files", config.data.oracle_files)
+    _check_evaluation_sets(config, here=here)
     _check_output(config)
     _check_wanted_changes(config)
-    actor = _check_models(config, world_size, resumed_from(config), packs=_is_rl(config))
+    checkpoint = resumed_from(config) if here else None
+    actor = _check_models(config, world_size, checkpoint, packs=_is_rl(config), hf_dirs=hf_dirs)
     if _generates(config):
         _check_rollout(config, actor, world_size)
 
@@ -177,7 +185,8 @@ def _check_reward_terms(config: Config) -> None:
         )
 
 
-def _check_evaluation_sets(config: Config) -> None:
+def _check_evaluation_sets(config: Config, *, here: bool = True) -> None:
+    """``here``: their files are on this machine."""
     names = [s.name for s in config.evaluation.sets]
     for i, eval_set in enumerate(config.evaluation.sets):
         if not eval_set.files:
@@ -186,7 +195,8 @@ def _check_evaluation_sets(config: Config) -> None:
             raise TempoError(
                 f"evaluation.sets.{i}.name: {eval_set.name!r} is the name of an earlier set; they must differ"
             )
-        _check_exist(f"evaluation.sets.{i}.files", eval_set.files)
+        if here:
+            _check_exist(f"evaluation.sets.{i}.files", eval_set.files)
 
 
 def _check_wanted_changes(config: Config) -> None:
@@ -242,24 +252,36 @@ def _with_whole_configs(folder: Path, config: Config) -> Path:
     return find_whole(folder, {hf_name(role) for role in roles}).folder
 
 
-def _check_models(config: Config, world_size: int, checkpoint: Path | None, *, packs: bool) -> ModelShape:
+def _check_models(
+    config: Config,
+    world_size: int,
+    checkpoint: Path | None,
+    *,
+    packs: bool,
+    hf_dirs: Mapping[str, Path] | None = None,
+) -> ModelShape:
     """Every role and its layout; ``packs``: whole sequences go through them. Returns the actor's shape.
 
     Args:
         checkpoint: where the models come from, if not from where ``init`` says.
+        hf_dirs: where each role's config.json is, whatever those say.
     """
-    shapes = {"actor": _check_role("actor", config.actor, world_size, checkpoint)}
+
+    def checked(name: str, role: RoleConfig) -> ModelShape:
+        hf_dir = _hf_dir(name, role, checkpoint) if hf_dirs is None else hf_dirs[name]
+        return _check_role(name, role, world_size, hf_dir)
+
+    shapes = {"actor": checked("actor", config.actor)}
     if config.critic is not None:
-        shapes["critic"] = _check_role("critic", config.critic, world_size, checkpoint)
+        shapes["critic"] = checked("critic", config.critic)
         _check_same_vocabulary(shapes["actor"], shapes["critic"])
     for name, shape in shapes.items():
         _check_lengths(config, name, shape, packs=packs)
     return shapes["actor"]
 
 
-def _check_role(name: str, role: RoleConfig, world_size: int, checkpoint: Path | None) -> ModelShape:
+def _check_role(name: str, role: RoleConfig, world_size: int, hf_dir: Path) -> ModelShape:
     key = f"{name}.init"
-    hf_dir = _hf_dir(name, role, checkpoint)
     shape = read_model_shape(hf_dir / "config.json", key, critic=name == "critic")
     if role.layer_spec == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise TempoError(f"{name}.layer_spec: 'te' needs the package transformer_engine; without it: 'auto' or 'torch'")

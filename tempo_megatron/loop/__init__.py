@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tempo_megatron.cluster.lifetime import say
 from tempo_megatron.cluster.stop_request import leave_undisturbed
+from tempo_megatron.config.scaled import ScaledJob
 from tempo_megatron.config.schema import Config
 from tempo_megatron.imports import uncollected
 from tempo_megatron.telemetry.progress import run_title
@@ -86,6 +87,15 @@ def run_dry(config: Config, world_size: int) -> None:
     from tempo_megatron.loop.dry_run import dry_run
 
     dry_run(config, world_size)
+
+
+def run_dry_at_scale(config: Config, job: ScaledJob) -> None:
+    """Walk through one step of a job of any size, in this process. Raises TempoError for what it would end with."""
+    with uncollected():
+        _load_megatron()
+        from tempo_megatron.loop.scale.command import dry_run_at_scale
+
+    dry_run_at_scale(config, job)
 
 
 def run_evaluation(config: Config, compare_with: Path | None = None) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tempo_megatron.algorithm.advantages import TerminalPosition, terminal_states
 from tempo_megatron.algorithm.statistics import Gather, parts_of
+from tempo_megatron.config.methods import METHODS
+from tempo_megatron.config.schema import Config
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
-from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.runtime import Trainers
 from tempo_megatron.model.build import Role
 from tempo_megatron.parallel.device import to_device
 from tempo_megatron.parallel.shards import Grid, gather_facts, gather_parts
@@ -25,6 +27,13 @@ def sequences(batch: RolloutBatch, role: Role) -> Sequences:
     """All rows, each at the role's home."""
     homes = batch.actor_home if role == "actor" else batch.critic_home
     return Sequences(batch.prompt_token_ids, batch.response_token_ids, batch.response_lengths, homes)
+
+
+def policy_rows(config: Config, for_actor: Tensor, labeled: Tensor) -> Tensor:
+    """``[N]`` bool: what the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""
+    if config.algorithm.mstep.rows == "unlabeled" and METHODS[config.stage].unlabeled:
+        return for_actor & ~labeled
+    return for_actor
 
 
 def token_count(batch: RolloutBatch) -> int:
@@ -47,7 +56,7 @@ def statistics_of(engine: MegatronEngine) -> Gather:
     return partial(gather_parts, engine.groups.grid)
 
 
-def critic_values(session: Session, batch: RolloutBatch) -> Ragged | None:
+def critic_values(session: Trainers, batch: RolloutBatch) -> Ragged | None:
     """The current critic's, T_i + 1 a row, where it has computed them; None in methods without one."""
     if (critic := session.engines.get("critic")) is None:
         return None

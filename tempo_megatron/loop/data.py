@@ -77,8 +77,8 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> PromptData 
     eval_sets = read_eval_sets(config, tokenizer)
     check_sources(data.answer_types, _sources([records, *(s.records for s in eval_sets)]))
     return PromptData(
-        labeled=_pool(records, token_ids, config, labeled=True),
-        unlabeled=_pool(records, token_ids, config, labeled=False),
+        labeled=prompt_pool(records, token_ids, config, labeled=True),
+        unlabeled=prompt_pool(records, token_ids, config, labeled=False),
         answers={r.id: (r.answer, r.answer_type) for r in records if r.labeled and r.answer is not None},
         eval_sets=eval_sets,
     )
@@ -111,7 +111,10 @@ def read_eval_sets(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[E
     return [_eval_prompts(s, config, tokenizer) for s in config.evaluation.sets]
 
 
-def _pool(records: list[PromptRecord], token_ids: list[list[int]], config: Config, *, labeled: bool) -> Pool | None:
+def prompt_pool(
+    records: list[PromptRecord], token_ids: list[list[int]], config: Config, *, labeled: bool
+) -> Pool | None:
+    """D_L or D_U of the records; None where the config draws none of it. TempoError where there is none to draw."""
     kind = "labeled" if labeled else "unlabeled"
     wanted = getattr(config.data, f"{kind}_prompts_per_step")
     positions = [i for i, r in enumerate(records) if r.labeled is labeled]

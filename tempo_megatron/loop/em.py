@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tempo_megatron.algorithm.rewards import terminal_reward
 from tempo_megatron.config.methods import METHODS
 from tempo_megatron.errors import RunError
-from tempo_megatron.loop.batching import critic_values
+from tempo_megatron.loop.batching import critic_values, policy_rows
 from tempo_megatron.loop.collect import Collected, Collector, prompt_opening
 from tempo_megatron.loop.controller import GoBack, RunController
 from tempo_megatron.loop.data import PromptData
@@ -87,7 +86,9 @@ class EMLoop(Driver):
             collected = self.collector.collect(plan.step, plan.policy_updates, self.version, unlabeled=plan.refine)
             self.phase_boundary("rollout", partial(pack_rollouts, session, collected))
         with session.ledger.phase("place"):
-            for_policy = self._policy_rows(collected) if plan.refine else torch.zeros_like(collected.for_actor)
+            for_policy = torch.zeros_like(collected.for_actor)
+            if plan.refine:
+                for_policy = policy_rows(self.config, collected.for_actor, collected.batch.labeled)
             batch = place(session, collected.batch, collected.for_critic, for_policy, plan.order_seed)
         collected = replace(collected, batch=batch)  # nothing holds the tokens where they were sampled any more
 
@@ -187,12 +188,6 @@ class EMLoop(Driver):
         if (unfinished := state.get("unfinished")) is not None:
             self._unfinished = unpack(self.session, unfinished, self.session.resumed_rows())
             self.version += self._unfinished.outcome is not None  # the sync of its M-step is still to come
-
-    def _policy_rows(self, collected: Collected) -> Tensor:
-        """``[N]`` bool: what the policy trains on. On D_L alone that is all, whatever ``mstep.rows`` says."""
-        if self.config.algorithm.mstep.rows == "unlabeled" and self.method.unlabeled:
-            return collected.for_actor & ~collected.batch.labeled
-        return collected.for_actor
 
     def _check_mismatch(self, refined: RefinedPolicy) -> None:
         """Before the first update vLLM and Megatron had the same weights, whatever the rollout's precision."""

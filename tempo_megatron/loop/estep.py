@@ -26,7 +26,7 @@ from tempo_megatron.loop.batching import (
     token_count,
     total_sums,
 )
-from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.runtime import Trainers
 from tempo_megatron.model.build import Role
 from tempo_megatron.parallel.device import to_device
 from tempo_megatron.training.engine import StepResult
@@ -59,7 +59,7 @@ class RecalibratedCritic:
 
 
 def recalibrate_critic(
-    session: Session, batch: RolloutBatch, rows: Tensor, values: Ragged | None, seed: int
+    session: Trainers, batch: RolloutBatch, rows: Tensor, values: Ragged | None, seed: int
 ) -> RecalibratedCritic:
     """Train the critic on ``rows [N]`` (bool, labelled ones) of ``batch``.
 

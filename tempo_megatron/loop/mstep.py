@@ -35,7 +35,7 @@ from tempo_megatron.loop.batching import (
     total_sums,
 )
 from tempo_megatron.loop.placement import values_for_policy
-from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.runtime import Trainers
 from tempo_megatron.model.build import Role
 from tempo_megatron.training.engine import StepResult
 
@@ -89,7 +89,7 @@ class RefinedPolicy:
 
 
 def refine_policy(
-    session: Session, reward: ComposedReward, policy: RolloutBatch, values: Ragged | None, seed: int
+    session: Trainers, reward: ComposedReward, policy: RolloutBatch, values: Ragged | None, seed: int
 ) -> RefinedPolicy:
     """Train the actor on the n rows of ``policy``.
 
@@ -142,7 +142,7 @@ def refine_policy(
         )
 
 
-def _advantages(session: Session, policy: RolloutBatch, terminal: Tensor, values: Ragged | None) -> Ragged:
+def _advantages(session: Trainers, policy: RolloutBatch, terminal: Tensor, values: Ragged | None) -> Ragged:
     """T_i a row, where the policy's loss is computed."""
     places = policy.rollout_log_probs
     normalization = session.config.algorithm.mstep.advantage

@@ -12,7 +12,7 @@ from tempo_megatron.data.homes import assign_homes, row_costs
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import NOWHERE, RolloutBatch
 from tempo_megatron.loop.batching import minibatches
-from tempo_megatron.loop.session import Session
+from tempo_megatron.loop.runtime import Trainers
 from tempo_megatron.parallel.exchange import move_rows
 from tempo_megatron.parallel.shards import Grid
 
@@ -106,7 +106,7 @@ def _step_numbers(group: Tensor, rows: Tensor, parts: int, seed: int) -> Tensor:
     return numbers
 
 
-def place(session: Session, batch: RolloutBatch, for_critic: Tensor, for_policy: Tensor, seed: int) -> RolloutBatch:
+def place(session: Trainers, batch: RolloutBatch, for_critic: Tensor, for_policy: Tensor, seed: int) -> RolloutBatch:
     """The batch with homes, its tokens moved there; collective. Arguments as of ``plan_homes``."""
     critic = session.engines.get("critic")
     lengths = batch.response_lengths
@@ -132,7 +132,7 @@ def place(session: Session, batch: RolloutBatch, for_critic: Tensor, for_policy:
     )
 
 
-def values_for_policy(session: Session, policy: RolloutBatch, values: Ragged) -> Ragged:
+def values_for_policy(session: Trainers, policy: RolloutBatch, values: Ragged) -> Ragged:
     """The critic's values where the policy's loss is computed; they move if the roles' layouts differ."""
     actor, critic = (session.engines[role].groups.grid for role in ("actor", "critic"))
     if actor == critic:

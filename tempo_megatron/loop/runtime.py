@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.cluster.claim import Claim, claimed
@@ -25,14 +28,52 @@ from tempo_megatron.training.engine import MegatronEngine
 from tempo_megatron.verifiers.service import VerifierService
 
 
-class Runtime:
-    """Tokenizer and engines; the world is joined before.
+class Trainers:
+    """The engines of a config, and what counts their time: what the steps of training know of a job.
 
     Attributes:
         sources: by role, where its first weights lie.
-        stop_token_ids: what ends a response.
+        hf_config: the actor's.
         engines: by role, from ``build_engines`` on; ``engines["critic"]`` is absent where the config has no critic.
         residency: what of the engines is on the device, by phase.
+    """
+
+    config: Config
+    ledger: PhaseLedger
+    residency: Residency
+    sources: dict[Role, InitSource]
+    hf_config: PretrainedConfig
+    engines: dict[str, MegatronEngine]
+    hf_dirs: dict[str, Path]
+
+    def build_engines(self, *, trainable: bool, engine: Callable[..., MegatronEngine] = MegatronEngine) -> None:
+        """Every role's engine, on process groups that equal layouts share; the weights come later."""
+        groups: dict[str, ModelParallelGroups] = {}
+        for role, role_config in roles_of(self.config).items():
+            layout = role_config.parallel.model_dump_json()
+            if layout not in groups:
+                groups[layout] = ModelParallelGroups(role_config.parallel, self.config.launch.timeout_s)
+            hf_dir = self.sources[role].hf_dir
+            self.hf_dirs[role] = hf_dir
+            with self.ledger.phase("load", f"the {role}"):
+                self.engines[role] = engine(
+                    role,
+                    role_config,
+                    on_all_ranks(partial(load_hf_config, hf_dir)),
+                    groups[layout],
+                    seed=self.config.seed,
+                    temperature=self.config.rollout.temperature if self.config.stage != "sft" else 1.0,
+                    head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
+                    trainable=trainable,
+                )
+                self.residency.add_engine(self.engines[role])
+
+
+class Runtime(Trainers):
+    """Tokenizer and engines; the world is joined before.
+
+    Attributes:
+        stop_token_ids: what ends a response.
         data: what is trained on or evaluated; whoever builds this sets it.
         rollout_log, evaluation_log: only on rank 0 of a run, while it is running.
     """
@@ -54,8 +95,8 @@ class Runtime:
         with self.ledger.phase("tokenizer"):
             self.tokenizer = on_all_ranks(lambda: load_tokenizer(self.hf_dir, vocab_size))
             self.stop_token_ids = on_all_ranks(lambda: stop_token_ids(self.hf_dir, self.tokenizer, vocab_size))
-        self.engines: dict[str, MegatronEngine] = {}
-        self.hf_dirs: dict[str, Path] = {}
+        self.engines = {}
+        self.hf_dirs = {}
         self.rollout_log: StepLog | None = None
         self.evaluation_log: StepLog | None = None
 
@@ -67,28 +108,6 @@ class Runtime:
         """Where each role's config, tokenizer and weights are taken from. Collective."""
         roles = roles_of(self.config).items()
         return on_all_ranks(lambda: {role: resolve_init(c.init, f"{role}.init") for role, c in roles})
-
-    def build_engines(self, *, trainable: bool) -> None:
-        """Every role's engine, on process groups that equal layouts share; the weights come later."""
-        groups: dict[str, ModelParallelGroups] = {}
-        for role, role_config in roles_of(self.config).items():
-            layout = role_config.parallel.model_dump_json()
-            if layout not in groups:
-                groups[layout] = ModelParallelGroups(role_config.parallel, self.config.launch.timeout_s)
-            hf_dir = self.sources[role].hf_dir
-            self.hf_dirs[role] = hf_dir
-            with self.ledger.phase("load", f"the {role}"):
-                self.engines[role] = MegatronEngine(
-                    role,
-                    role_config,
-                    on_all_ranks(partial(load_hf_config, hf_dir)),
-                    groups[layout],
-                    seed=self.config.seed,
-                    temperature=self.config.rollout.temperature if self.config.stage != "sft" else 1.0,
-                    head_bias=role_config.initial_bias if isinstance(role_config, CriticConfig) else 0.0,
-                    trainable=trainable,
-                )
-                self.residency.add_engine(self.engines[role])
 
 
 def claim_output(folder: Path, closing: ExitStack) -> Claim | None:

@@ -58,7 +58,7 @@ class SFTLoop(Driver):
         lengths = sequences.response_lengths
         tokens = int(lengths.sum())
         with session.ledger.phase("train"):
-            result = actor.step(sequences, partial(_nll, lengths=lengths, tokens=tokens))
+            result = actor.step(sequences, partial(nll, lengths=lengths, tokens=tokens))
             session.ledger.add_tokens("train", int(np.sum(sequences.lengths)))
         self.moved |= moved_role("actor", [result])
         chance = math.exp(-result.loss)
@@ -73,7 +73,7 @@ class SFTLoop(Driver):
         return StepOutcome(metrics, {"loss": result.loss, "p(token)": chance}, policy_updated=True)
 
 
-def _nll(
+def nll(
     outputs: dict[str, Tensor], rows: list[int], *, lengths: Tensor, tokens: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean negative log-likelihood per response token of the whole batch."""

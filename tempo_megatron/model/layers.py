@@ -241,12 +241,12 @@ class PackedAttention(MegatronModule):
             return None
         masks: dict[tuple[int, int | None], Tensor] = packed.__dict__.setdefault("masks", {})
         if (length, window) not in masks:
-            keys = torch.cat([context_positions(length, cp, r) for r in range(cp)])
-            queries = context_positions(length, cp, self.cp_group.rank()).unsqueeze(1)
+            keys = torch.cat([context_positions(length, cp, r) for r in range(cp)]).to(device)
+            queries = context_positions(length, cp, self.cp_group.rank()).unsqueeze(1).to(device)
             mask = keys <= queries
             if window is not None:
                 mask &= keys > queries - window
-            masks[length, window] = mask.to(device)
+            masks[length, window] = mask
         return masks[length, window]
 
 

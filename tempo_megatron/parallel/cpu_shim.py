@@ -19,6 +19,7 @@ import torch
 import torch.utils._device
 
 from tempo_megatron.imports import absent
+from tempo_megatron.parallel.device import device as current_device
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.patching import replace_function, replace_value, set_global
 
@@ -86,14 +87,14 @@ def _patch_torch_cuda() -> None:
     for name, parameters in {"range_push": ("msg",), "range_pop": ()}.items():
         replace_function(torch.cuda.nvtx, name, lambda *_, **__: None, parameters)
     # p2p buffers, DDP buffers, rope tables: device=torch.cuda.current_device()
-    replace_function(torch.cuda, "current_device", lambda: _CPU, ())
+    replace_function(torch.cuda, "current_device", current_device, ())
     for name in ("Stream", "Event"):  # all-to-all dispatcher, DDP overlap
         replace_value(torch.cuda, name, _NoStream, type)
     for name in ("current_stream", "default_stream"):
         replace_function(torch.cuda, name, lambda *_, **__: _NoStream(), ("device",))
     replace_function(torch.cuda, "stream", lambda *_, **__: contextlib.nullcontext(), ("stream",))
     # clip_grads.py, tensor_parallel/data.py
-    replace_function(torch.Tensor, "cuda", lambda self, *_, **__: self, None)
+    replace_function(torch.Tensor, "cuda", lambda self, *_, **__: self.to(current_device()), None)
 
 
 def _patch_factories() -> None:
@@ -103,7 +104,7 @@ def _patch_factories() -> None:
         def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
             where = kwargs.get("device")
             if where is not None and torch.device(where).type == "cuda":
-                kwargs["device"] = _CPU
+                kwargs["device"] = current_device()
             tensor: torch.Tensor = original(*args, **kwargs)
             return tensor
 
@@ -134,7 +135,7 @@ def _patch_tensor_type() -> None:
         if args or kwargs:
             return original(self, *args, **kwargs)
         name = original(self)
-        return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
+        return f"torch.cuda.{name.rpartition('.')[2]}" if self.device.type in ("cpu", "meta") else name
 
     original = replace_function(torch.Tensor, "type", tensor_type, None)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+_without_numbers = False
 
 
 def use_cuda() -> bool:
@@ -13,7 +17,9 @@ def use_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """This rank's device: its local GPU, or the CPU."""
+    """This rank's device: its local GPU, or the CPU; of a rank that is only played, ``meta``."""
+    if _without_numbers:
+        return torch.device("meta")
     if use_cuda():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -21,7 +27,18 @@ def device() -> torch.device:
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor on this rank's device; a copy from memory that is not pinned would wait for the device's work."""
-    return tensor.pin_memory().to(device(), non_blocking=True) if use_cuda() else tensor
+    return tensor.pin_memory().to(device(), non_blocking=True) if use_cuda() else tensor.to(device())
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """``device()`` is ``meta`` in the block, on a machine without a GPU: see ``parallel.played``."""
+    global _without_numbers
+    _without_numbers = True
+    try:
+        yield
+    finally:
+        _without_numbers = False
 
 
 def backend() -> str:

@@ -7,8 +7,9 @@ role works (``with groups.active(): ...``).
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -24,16 +25,31 @@ def _layout_globals() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def process_group(backend: str, store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
+    """The default process group of a block; nothing of it is left afterwards."""
+    excepthook = sys.excepthook
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = excepthook  # each init wraps it into one more that names the rank
+
+
 class ModelParallelGroups:
     """The groups of one layout; built by all ranks together.
 
     Attributes: rank and size of this process along each dimension, and the groups of those that share the rest:
     ``tp_*`` tensor, ``pp_*`` pipeline, ``cp_*`` context, ``dp_*`` data (without context), ``ep_*`` expert,
-    ``etp_*`` expert-tensor parallel. ``grid`` says the same of every rank of the job.
+    ``etp_*`` expert-tensor parallel. ``grid`` says the same of every rank of the job. ``has_gloo``: Megatron has groups
+    for tensors of the host beside them.
     """
 
     def __init__(self, layout: ParallelConfig, timeout_s: int) -> None:
         self.layout = layout
+        # the one process that plays ranks (parallel/played.py) cannot meet the others
+        self.has_gloo = dist.get_backend() != "fake"
         self.grid = Grid.of(layout, dist.get_world_size())
         before = _layout_globals()
         for name in before:
@@ -42,13 +58,13 @@ class ModelParallelGroups:
             mpu.initialize_model_parallel(
                 **layout.megatron_sizes(),
                 distributed_timeout_minutes=timeout_s / 60,
-                # the one process that plays every rank of a layout (checkpoint/convert/plan.py) cannot meet the others
-                create_gloo_process_groups=dist.get_backend() != "fake",
+                create_gloo_process_groups=self.has_gloo,
             )
             self._globals = _layout_globals()
             self.tp_group: dist.ProcessGroup = mpu.get_tensor_model_parallel_group()
             self.pp_group: dist.ProcessGroup = mpu.get_pipeline_model_parallel_group()
             self.cp_group: dist.ProcessGroup = mpu.get_context_parallel_group()
+            self.dp_group: dist.ProcessGroup = mpu.get_data_parallel_group()
             self.expert_group: dist.ProcessGroup = mpu.get_expert_tensor_and_model_parallel_group()
             self.tp_rank, self.tp_size = self.tp_group.rank(), self.tp_group.size()
             self.pp_rank, self.pp_size = self.pp_group.rank(), self.pp_group.size()
@@ -70,7 +86,7 @@ class ModelParallelGroups:
         for name, value in values.items():
             setattr(mpu, name, value)
 
-    @contextlib.contextmanager
+    @contextmanager
     def active(self) -> Iterator[None]:
         """Put this layout in place for code that asks ``parallel_state``; the previous one comes back after."""
         before = _layout_globals()

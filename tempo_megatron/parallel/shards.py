@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +38,14 @@ class Grid:
     @property
     def world_size(self) -> int:
         return self.tensor * self.context * self.shards * self.stages
+
+    def line(self, rank: int, dimension: Literal["tensor", "context", "shards", "stages"]) -> list[int]:
+        """The ranks that differ from ``rank`` in this dimension only, and itself."""
+        names = ("tensor", "context", "shards", "stages")
+        stride = math.prod(getattr(self, name) for name in names[: names.index(dimension)])
+        size = getattr(self, dimension)
+        first = rank - rank // stride % size * stride
+        return list(range(first, first + size * stride, stride))
 
     def shard_of(self, rank: int) -> int:
         return rank // (self.tensor * self.context) % self.shards

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.patching import kept, replace_function, replace_value
 from tempo_megatron.reshard.fp8 import BLOCK, CODES, scale_name, scale_shape
@@ -29,6 +31,9 @@ from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+#: Tokens of a block of the KV cache, vLLM's own number for GPUs.
+KV_BLOCK = 16
 
 _ATEN = torch.ops.aten
 _FILLS = (_ATEN.fill_.Scalar, _ATEN.fill_.Tensor, _ATEN.zero_.default)
@@ -96,36 +101,89 @@ def build_twin(config: VllmConfig) -> torch.nn.Module:
         return initialize_model(own, model_config=own.model_config)
 
 
+@dataclass(frozen=True)
+class ForeseenRank:
+    """One rank of a replica that does not exist.
+
+    Attributes:
+        destination: what it takes of the trainer's tensors.
+        weights: bytes of its parameters.
+        kv_tokens: what its KV cache has room for, in blocks of ``KV_BLOCK``; None where nobody asked.
+    """
+
+    destination: Destination
+    weights: int
+    kv_tokens: int | None
+
+
 def foreseen_destinations(
     hf_dir: str | Path, tensors: Mapping[str, tuple[int, ...]], size: int, *, expert_parallel: bool, dtype: str
 ) -> Iterator[Destination]:
-    """Of each rank of a replica of ``size`` that does not exist, one after the other.
+    """Of each rank of a replica of ``size`` that does not exist, one after the other; see ``foreseen_ranks``."""
+    settings = RolloutConfig.model_validate(
+        {"tensor_parallel_size": size, "expert_parallel": expert_parallel, "dtype": dtype}
+    )
+    for rank in foreseen_ranks(hf_dir, tensors, settings, None):
+        yield rank.destination
+
+
+def foreseen_ranks(
+    hf_dir: str | Path, tensors: Mapping[str, tuple[int, ...]], settings: RolloutConfig, max_model_len: int | None
+) -> Iterator[ForeseenRank]:
+    """The ranks of a replica that does not exist, one after the other.
 
     No engine is built and no process group: twins are told their place. Only ``config.json`` is read.
 
+    Args:
+        max_model_len: longest prompt + response in tokens; None: nothing is said of the KV cache.
+
     Raises:
-        TempoError: vLLM cannot cut the model so.
+        TempoError: vLLM cannot cut the model so, or its KV cache has no room for one longest sequence.
     """
     from vllm import EngineArgs
 
+    size = settings.tensor_parallel_size
     args = EngineArgs(
         model=str(hf_dir),
         skip_tokenizer_init=True,
         load_format="dummy",
-        dtype=dtype,
+        dtype=settings.dtype,
         enforce_eager=True,
-        max_model_len=64,
-        kv_cache_memory_bytes=1 << 20,
+        max_model_len=max_model_len or 64,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * (1 << 30)),
+        block_size=KV_BLOCK,
     )
     try:
         config = args.create_engine_config()
         config.parallel_config.tensor_parallel_size = size
-        config.parallel_config.enable_expert_parallel = expert_parallel
+        config.parallel_config.enable_expert_parallel = settings.expert_parallel
         for rank in range(size):
             with _in_place_of(rank, size):
-                yield record_destination(build_twin(config), tensors, config.model_config.dtype, {})
+                twin = build_twin(config)
+                destination = record_destination(twin, tensors, config.model_config.dtype, {})
+                tokens = _kv_tokens(config, twin, settings) if max_model_len is not None else None
+            yield ForeseenRank(destination, sum(p.nbytes for p in twin.parameters()), tokens)
     except (ValueError, AssertionError) as error:
-        raise TempoError(f"vLLM cannot run {hf_dir} on {size} ranks a replica: {error}") from error
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise TempoError(f"vLLM cannot run {hf_dir} on {size} ranks a replica: {' '.join(lines)}") from error
+
+
+def _kv_tokens(config: VllmConfig, twin: torch.nn.Module, settings: RolloutConfig) -> int:
+    """By vLLM's own reckoning; TempoError where one longest sequence has no room."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    cache = config.cache_config
+    if getattr(cache, "kv_cache_layout", "") is None:  # of newer ones, which an engine would choose: the order of axes
+        replace_value(cache, "kv_cache_layout", "LBNHC", NoneType)
+    layers = {name: m for name, m in twin.named_modules() if isinstance(m, AttentionLayerBase)}
+    specs = {name: spec for name, layer in layers.items() if (spec := layer.get_kv_cache_spec(config)) is not None}
+    try:
+        (found,) = get_kv_cache_configs(config, [specs], [cache.kv_cache_memory_bytes])
+    except ValueError as error:
+        told = str(error).partition(". ")[0]
+        raise TempoError(f"rollout.kv_cache_gib: {settings.kv_cache_gib:g}: {told}") from error
+    return int(found.num_blocks) * KV_BLOCK // len(found.kv_cache_groups)
 
 
 @dataclass(frozen=True)

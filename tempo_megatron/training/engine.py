@@ -41,7 +41,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.patching import replace_value
 from tempo_megatron.reshard.holdings import Holdings, WeightSource
 from tempo_megatron.training import mixed_dtypes
-from tempo_megatron.training.microbatch import MicroBatch, Sequences, make_microbatches
+from tempo_megatron.training.microbatch import MicroBatch, MicroBatches, Sequences, make_microbatches
 from tempo_megatron.training.offload import EngineParts
 
 #: outputs of one micro-batch -- per token ``[n, L]`` (actor) or per state ``[n, L + 1]`` (critic) -- and their rows
@@ -131,7 +131,9 @@ class MegatronEngine:
             use_distributed_optimizer=settings.distributed,
         )
         with self.groups.active():
-            self.optimizer = get_megatron_optimizer(megatron_settings, self.ddp)
+            self.optimizer = get_megatron_optimizer(
+                megatron_settings, self.ddp, use_gloo_process_groups=self.groups.has_gloo
+            )
             replace_value(self.megatron_config, "grad_scale_func", self.optimizer.scale_loss, NoneType)
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if part.optimizer is not None:
@@ -162,7 +164,7 @@ class MegatronEngine:
         """
         self.parts.weights.require(f"a forward of the {self.role}")
         homes = self.homes(sequences)
-        return self._by_sequence(sequences, homes, self._run(sequences, homes, loss=None))
+        return self._by_sequence(sequences, homes, self._run(self._microbatches(sequences, homes), loss=None))
 
     def step(self, sequences: Sequences, loss: LossFunction) -> StepResult:
         """Forward, backward and one optimizer step over all rows.
@@ -176,12 +178,14 @@ class MegatronEngine:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         homes = self.homes(sequences)
-        results = self._run(sequences, homes, loss=loss)
+        results = self._run(self._microbatches(sequences, homes), loss=loss)
         mine: dict[str, list[Any]] = {}
         for _, _, sums in results:
             for key, value in sums.items():
                 mine.setdefault(key, []).append(value)
-        totals = sum_dicts({k: _sum(v) for k, v in mine.items()} if self.groups.owns_outputs else None)
+        totals = sum_dicts(
+            {"_loss": 0.0, **({k: _sum(v) for k, v in mine.items()} if self.groups.owns_outputs else {})}
+        )
         total_loss = totals.pop("_loss")
         if not math.isfinite(total_loss):
             raise RunError(f"{self.role} loss is {total_loss}: the step was not taken, no checkpoint was touched")
@@ -216,11 +220,10 @@ class MegatronEngine:
         """``[N]`` int64: the data-parallel shard that computes each row."""
         return sequences.dealt(self.groups.dp_size, self.hf_config.hidden_size)
 
-    def _run(self, sequences: Sequences, homes: Tensor, loss: LossFunction | None) -> list[Any]:
-        """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, outputs, sums)."""
+    def _microbatches(self, sequences: Sequences, homes: Tensor) -> MicroBatches:
+        """This rank's, of one pass over all rows; as many as every shard has."""
         groups, layout = self.groups, self.config.parallel
-        interleaved = layout.virtual_pipeline_model_parallel_size > 1
-        microbatches = make_microbatches(
+        return make_microbatches(
             sequences,
             homes,
             self.config.max_tokens_per_microbatch,
@@ -229,18 +232,25 @@ class MegatronEngine:
             align=groups.tp_size if layout.sequence_parallel else 1,
             # the interleaved schedule hands micro-batches on in groups of as many as there are stages; sending their
             # shapes ahead, as the plain one does, mixes up or deadlocks two stages (0.16.1), so they are of one shape
-            multiple=groups.pp_size if interleaved else 1,
-            equal_lengths=interleaved,
+            multiple=groups.pp_size if self.is_interleaved else 1,
+            equal_lengths=self.is_interleaved,
         )
+
+    @property
+    def is_interleaved(self) -> bool:
+        return self.config.parallel.virtual_pipeline_model_parallel_size > 1
+
+    def _run(self, microbatches: MicroBatches, loss: LossFunction | None) -> list[Any]:
+        """Megatron's schedule over this rank's micro-batches; on the last stage a list of (rows, outputs, sums)."""
         if loss is None:
             for ddp in self.ddp:
                 ddp.eval()
         iterators = [iter(microbatches) for _ in self.ddp]
-        with groups.active(), torch.set_grad_enabled(loss is not None):
+        with self.groups.active(), torch.set_grad_enabled(loss is not None):
             results: list[Any] = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss),
-                data_iterator=iterators if interleaved else iterators[0],
-                model=self.ddp if interleaved else self.ddp[0],
+                data_iterator=iterators if self.is_interleaved else iterators[0],
+                model=self.ddp if self.is_interleaved else self.ddp[0],
                 num_microbatches=len(microbatches),
                 seq_length=microbatches.sizes[0],
                 micro_batch_size=1,

@@ -12,13 +12,12 @@ cpu_shim.install()
 from megatron.core import tensor_parallel  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from tempo_megatron.checkpoint.convert.plan import process_group  # noqa: E402
 from tempo_megatron.config.schema import RoleConfig  # noqa: E402
 from tempo_megatron.model.build import build_model  # noqa: E402
 from tempo_megatron.model.held import megatron_holdings  # noqa: E402
 from tempo_megatron.model.hf_tensors import expected_tensors  # noqa: E402
 from tempo_megatron.model.weights import named_parameters  # noqa: E402
-from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
+from tempo_megatron.parallel.groups import ModelParallelGroups, process_group  # noqa: E402
 from tempo_megatron.reshard.regions import matrix_shape  # noqa: E402
 from tests.model.parity_cases import Layout, config_of  # noqa: E402
 

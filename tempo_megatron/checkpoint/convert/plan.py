@@ -8,13 +8,11 @@ which offsets of which global tensors the rank's parameters lie in a checkpoint.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -32,7 +30,7 @@ from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.model.build import build_model
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.weights import Entry, local_entries
-from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.parallel.groups import ModelParallelGroups, process_group
 
 
 @dataclass(frozen=True)
@@ -84,18 +82,6 @@ class RankPlan:
 def world_size_of(layout: ParallelConfig) -> int:
     """The smallest world in which the layout exists."""
     return math.lcm(layout.model_parallel_size, layout.expert_parallel_size)
-
-
-@contextmanager
-def process_group(backend: str, store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
-    """The default process group of a block; nothing of it is left afterwards."""
-    excepthook = sys.excepthook
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        sys.excepthook = excepthook  # each init wraps it into one more that names the rank
 
 
 @contextmanager

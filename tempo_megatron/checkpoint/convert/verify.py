@@ -15,7 +15,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from tempo_megatron.checkpoint.convert.plan import process_group
 from tempo_megatron.checkpoint.convert.to_hf import MegatronSource
 from tempo_megatron.checkpoint.convert.to_megatron import HFSource, OnBytes
 from tempo_megatron.checkpoint.critic_format import BIAS, LM_HEAD_FILE, WEIGHT, CriticTensors, open_hf_folder
@@ -27,7 +26,7 @@ from tempo_megatron.model.build import build_model
 from tempo_megatron.model.hf_tensors import EMBEDDING, LM_HEAD, Role, is_rotary_buffer
 from tempo_megatron.model.log_probs import output_weight
 from tempo_megatron.model.weights import TensorReader
-from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.parallel.groups import ModelParallelGroups, process_group
 
 #: Largest difference of outputs, in parts of the largest output; both models compute in float32.
 TOLERANCE = 1e-4
