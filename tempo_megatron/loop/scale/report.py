@@ -169,7 +169,7 @@ def _of_all(passes: list[Pass], walked: Mapping[Kind, Pass], way: Literal["sent"
 
 def _checkpoints(found: Found) -> Table:
     table = _table(
-        "A checkpoint", "rank", "role", "shards", "weights", "optimizer", "written, on average", "host, while saving"
+        "A checkpoint", "rank", "role", "shards", "weights", "optimizer", "written, on average", "brought to the host"
     )
     for rank, role, one, _ in _roles(found):
         table.add_row(rank, role, str(len(one.shards)), *map(_size, _saved(one).values()))
@@ -207,8 +207,8 @@ def _rollout(found: Found, replicas: Replicas) -> Table:
 def _update_line(replicas: Replicas) -> str:
     received, most = replicas.received.sum(), replicas.received.max()
     return (
-        f"an update of all ranks: {_size(received)} received, {_size(replicas.between_nodes)} of it from other nodes, at "
-        f"most {_size(most)} by one rank; {replicas.buckets} buckets, buffers of at most "
+        f"an update of all ranks: {_size(received)} received, {_size(replicas.between_nodes)} of it from other nodes, "
+        f"at most {_size(most)} by one rank; {replicas.buckets} buckets, buffers of at most "
         f"{_size(replicas.buffer_bytes)}; digest {replicas.digest[:16]}"
     )
 
