@@ -194,7 +194,9 @@ def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
 def _number(x: Tensor) -> Any:
     if x.device != _META:
         return NotImplemented
-    return 0.0 if x.dtype.is_floating_point else x.dtype != torch.bool and 0
+    if x.dtype == torch.bool:
+        return False
+    return 0.0 if x.dtype.is_floating_point else 0
 
 
 def _masked_select(x: Tensor, mask: Tensor) -> Any:

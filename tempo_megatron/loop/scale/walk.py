@@ -95,7 +95,7 @@ class PlayedTrainers(Trainers):
         def enter(phase: str) -> None:
             walk.phase = phase
 
-        self.config, self.walk = job.config, walk
+        self.config = job.config
         self.ledger = PhaseLedger(on_phase=enter)
         self.residency = Residency(ResidencyConfig(), Path(job.config.output_dir), phase=lambda: walk.phase)
         self.sources = {role: InitSource("hf", folder, folder) for role, folder in job.hf_dirs.items()}
