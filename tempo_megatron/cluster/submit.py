@@ -112,7 +112,7 @@ def chain(files: Sequence[str], overrides: Sequence[str]) -> list[Job]:
 
 
 def _from_the_first(config: Config, earlier: dict[str, Config]) -> Config:
-    """The settings to check: a model that an earlier stage makes has the shape of what that one starts from."""
+    """The settings to check: a model that an earlier stage will have made has the shape of what that starts from."""
     changed = config.model_copy(deep=True)
     if (source := earlier.get(os.path.normpath(config.actor.init))) is not None:
         changed.actor.init = source.actor.init

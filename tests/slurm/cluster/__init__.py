@@ -111,6 +111,22 @@ class SlurmCluster:
             time.sleep(0.2)
         return state
 
+    def crash(self, node: str) -> None:
+        """A power cut of one node: its slurmd and all of its processes are gone at once."""
+        process = self._daemons.pop(node)
+        process.kill()
+        process.wait()
+
+    def restart(self, node: str, timeout_s: float = 60) -> None:
+        """Bring a crashed node back, once Slurm has found it gone: before, it would believe that its jobs still run."""
+        self._until(lambda: "DOWN" in self._node_state(node), f"{node} is not down", timeout_s)
+        self._start_node(node)
+        self._until(lambda: self._node_state(node) == "IDLE", f"{node} is not idle", timeout_s)
+
+    def _node_state(self, node: str) -> str:
+        fields = self.run("scontrol", "-o", "show", "node", node).split()
+        return next(field.partition("=")[2] for field in fields if field.startswith("State="))
+
     def logs(self) -> str:
         """The last lines of every daemon's log."""
         paths = sorted((self.folder / "log").glob("*"))
@@ -170,12 +186,12 @@ class SlurmCluster:
         self._until(lambda: self._idle_nodes() == self.nodes, "the nodes are not idle")
 
     def _start_node(self, name: str) -> None:
-        (self.folder / "spool" / name).mkdir()
+        (self.folder / "spool" / name).mkdir(exist_ok=True)
         namespaces = ("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
         self._start(name, *namespaces, "bash", str(HERE / "node.sh"), name, str(self.folder / "etc" / "hosts"))
 
     def _idle_nodes(self) -> int:
-        command = ["sinfo", "-h", "-t", "idle", "-o", "%D"]
+        command = ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         return int(done.stdout) if done.returncode == 0 and done.stdout.strip() else 0
 
