@@ -18,6 +18,7 @@ SAVE_SIGNAL=${SAVE_SIGNAL:-USR1}
 tempo_step=tempo-ranks        # the name of the ranks' step, by which squeue finds its number
 tempo_srun=                   # process id of its srun while there is one
 tempo_told=                   # the save signal has come
+tempo_ending=                 # TERM has come
 tempo_interrupted=            # a trap has interrupted `wait`
 
 tempo_say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$(tempo_job_id)" "$*" >&2; }
@@ -42,9 +43,16 @@ tempo_start() {
   export MASTER_ADDR
   tempo_say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: $SLURM_JOB_NUM_NODES nodes x" \
     "$(tempo_ranks_per_node) ranks, rank 0 on $MASTER_ADDR"
+  trap tempo_on_term TERM
   # shellcheck disable=SC2064  # the signal's name is known now
   trap tempo_on_save_signal "$SAVE_SIGNAL"
-  trap 'tempo_interrupted=1; tempo_say "TERM (cancelled, preempted or at its limit): the ranks end"' TERM
+}
+
+# Slurm sends it to the ranks, too.
+tempo_on_term() {
+  tempo_interrupted=1
+  tempo_ending=1
+  tempo_say "TERM (cancelled, preempted or at its limit): the ranks end"
 }
 
 # Process ids of this node's ranks: tasks have a LOCALID, their helpers have none.
@@ -57,7 +65,7 @@ tempo_pids() {
 tempo_on_save_signal() {
   local pids='' tries=0
   tempo_interrupted=1
-  [ -z "$tempo_told" ] || return 0
+  [ -z "$tempo_told$tempo_ending" ] || return 0
   tempo_told=1
   if [ -z "$tempo_srun" ]; then
     tempo_say "$SAVE_SIGNAL while no ranks run"

@@ -102,20 +102,16 @@ def _options(job: Job) -> list[str]:
     given = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "constraint": slurm.constraint}
     options += [f"--{name}={value}" for name, value in given.items() if value is not None]
     if job.saves:
-        options.append(f"--signal=B:{save_signal(job.launch)}@{slurm.signal_lead_s}")
+        options.append(f"--signal=B:{job.launch.save_signal}@{slurm.signal_lead_s}")
     if job.elements:
         options.append(f"--array=0-{len(job.elements) - 1}")
     options += ["--requeue" if slurm.requeue else "--no-requeue", "--open-mode=append"]
     return [*options, f"--chdir={job.workdir}", f"--output={job.log}", *slurm.options]
 
 
-def save_signal(launch: LaunchConfig) -> str:
-    return "USR1"
-
-
 def _variables(job: Job) -> Mapping[str, str]:
     slurm = job.slurm
-    variables = {"RANKS_PER_NODE": str(job.ranks_per_node), "SAVE_SIGNAL": save_signal(job.launch)}
+    variables = {"RANKS_PER_NODE": str(job.ranks_per_node), "SAVE_SIGNAL": job.launch.save_signal}
     variables["REQUEUE"] = str(int(slurm.requeue))
     if slurm.container_image is not None:
         variables["CONTAINER_IMAGE"] = slurm.container_image

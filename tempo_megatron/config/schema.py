@@ -616,6 +616,11 @@ class SlurmConfig(Section):
     options: list[str] = Field([], description="further options of sbatch, such as --reservation=x")
     srun_options: list[str] = Field([], description="further options of the ranks' srun, such as --mpi=pmix")
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("time")
     @classmethod
     def _a_time(cls, value: str) -> str:

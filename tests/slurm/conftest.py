@@ -9,6 +9,6 @@ from tests.slurm.cluster import SlurmCluster
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
-    """Two nodes, for all tests of this folder."""
-    with SlurmCluster(nodes=2) as cluster:
+    """Four nodes, for all tests of this folder."""
+    with SlurmCluster(nodes=4) as cluster:
         yield cluster

@@ -85,20 +85,20 @@ class SlurmCluster:
         """
         return int(self.run("sbatch", "--parsable", *options, script, *arguments, cwd=cwd, env=env).split(";")[0])
 
-    def job(self, job_id: int) -> dict[str, str]:
-        """The fields of ``scontrol show job``, such as JobState, ExitCode, StdOut."""
+    def job(self, job_id: int | str) -> dict[str, str]:
+        """The fields of ``scontrol show job``, such as JobState, ExitCode, StdOut; ``ARRAY_ELEMENT`` is a job too."""
         fields = self.run("scontrol", "-o", "show", "job", str(job_id)).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def state(self, job_id: int) -> str:
+    def state(self, job_id: int | str) -> str:
         return self.job(job_id)["JobState"]
 
-    def output(self, job_id: int) -> str:
+    def output(self, job_id: int | str) -> str:
         """What the job has written to its output file so far; empty before it starts."""
         path = Path(self.job(job_id)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, job_id: int, timeout_s: float) -> str:
+    def wait(self, job_id: int | str, timeout_s: float) -> str:
         """The state in which the job ended; after ``timeout_s`` it is cancelled and AssertionError raised."""
         end = time.monotonic() + timeout_s
         while (state := self.state(job_id)) not in ENDED:
@@ -110,6 +110,16 @@ class SlurmCluster:
                 )
             time.sleep(0.2)
         return state
+
+    def until_said(self, job_id: int | str, text: str, timeout_s: float) -> None:
+        """Until the job's output holds ``text``; AssertionError once it has ended or the time is up."""
+        end = time.monotonic() + timeout_s
+        while text not in self.output(job_id):
+            if time.monotonic() > end or self.state(job_id) in ENDED:
+                raise AssertionError(
+                    f"job {job_id} ({self.state(job_id)}) has not said {text!r}\n{self.output(job_id)[-8000:]}"
+                )
+            time.sleep(0.2)
 
     def crash(self, node: str) -> None:
         """A power cut of one node: its slurmd and all of its processes are gone at once."""
