@@ -58,7 +58,7 @@ tempo_on_term() {
 # Process ids of this node's ranks: tasks have a LOCALID, their helpers have none.
 tempo_pids() {
   local step
-  step=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | awk -v name="$tempo_step" '$2 == name {print $1}')
+  step=$(squeue --noheader --steps --jobs="$(tempo_job_id)" --format='%i %j' | awk -v name="$tempo_step" '$2 == name {print $1}')
   [ -z "$step" ] || scontrol listpids "$SLURM_JOB_ID.${step##*.}" 2>/dev/null | awk '$4 ~ /^[0-9]+$/ {print $1}'
 }
 
@@ -105,7 +105,7 @@ tempo_ranks() {
   tempo_srun=
   if [ "$code" = 75 ]; then
     tempo_requeue "the run has saved and stopped"
-  elif [ "$code" -ge 128 ] && [ -n "$tempo_told" ] && tempo_runs; then
+  elif [ "$code" -ge 128 ] && [ -n "$tempo_told" ] && ! tempo_ends; then
     tempo_requeue "the ranks ended (exit code $code) before they could save, what was saved earlier is complete"
   elif [ "$code" != 0 ]; then
     tempo_say "the ranks ended with exit code $code"
@@ -113,12 +113,16 @@ tempo_ranks() {
   return "$code"
 }
 
-# Nobody has cancelled this job meanwhile.
-tempo_runs() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)" = RUNNING ]; }
+# Whether Slurm ends this job already: it is cancelled, or requeued by Slurm itself.
+tempo_ends() {
+  case $(squeue --noheader --jobs="$(tempo_job_id)" --format=%T 2>/dev/null) in RUNNING | '') return 1 ;; esac
+}
 
 # Does not return: Slurm kills this shell as it requeues the job.
 tempo_requeue() {
-  if [ "${REQUEUE:-1}" = 1 ]; then
+  if tempo_ends; then
+    tempo_say "$1"
+  elif [ "${REQUEUE:-1}" = 1 ]; then
     tempo_say "$1: requeued, it goes on from there"
     trap 'exit 75' TERM
     if scontrol requeue "$(tempo_job_id)"; then sleep 120 & wait; fi

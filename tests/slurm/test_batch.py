@@ -122,6 +122,14 @@ def test_a_cancelled_job_stays_so(cluster: SlurmCluster, tmp_path: Path) -> None
     ), cluster.output(job)
 
 
+def test_cancelled_where_term_means_save_it_is_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "save", "--signal=B:TERM@60", settings="export SAVE_SIGNAL=TERM")
+    cluster.until_said(job, "rank 3: start 1", 30)
+    cluster.run("scancel", str(job))
+    assert cluster.wait(job, 30) == "CANCELLED"
+    assert told(cluster, job)[-1] == "the run has saved and stopped", cluster.output(job)
+
+
 def test_a_job_that_gives_way_at_once_is_requeued_by_slurm(cluster: SlurmCluster, tmp_path: Path) -> None:
     nodes = "--nodelist=node[3-4]"  # the others have the job whose limit is near
     job = submit(cluster, tmp_path, "wait", nodes)
