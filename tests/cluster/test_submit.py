@@ -90,7 +90,8 @@ def test_a_chain_is_checked_before_its_first_stage_has_run(workplace: Path, caps
 def test_what_is_asked_of_slurm(workplace: Path) -> None:
     asked = [
         "gpus_per_node=8", "cpus_per_task=12", "exclusive=false", "account=lab", "qos=long", "constraint=nvlink",
-        "requeue=false", "signal_lead_s=300", "time=90", "options=[--reservation=x y]", "container_image=/images/a b.sqsh",
+        "requeue=false", "signal_lead_s=300",
+        "time=90", "options=[--reservation=x y]", "container_image=/images/a b.sqsh",
         "container_mounts=[/data:/data]", "setup=[module load cuda]", "srun_options=[--mpi=pmix]",
     ]  # fmt: skip
     assert main(["submit", "--config", "first.yaml", "--dry-run", *(f"slurm.{setting}" for setting in asked)]) == 0
@@ -98,7 +99,8 @@ def test_what_is_asked_of_slurm(workplace: Path) -> None:
     for line in (
         "#SBATCH --ntasks-per-node=8", "#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=12",
         "#SBATCH --account=lab", "#SBATCH --qos=long", "#SBATCH --constraint=nvlink", "#SBATCH --no-requeue",
-        "#SBATCH --signal=B:USR1@300", "#SBATCH --time=90", '#SBATCH "--reservation=x y"', "CONTAINER_IMAGE='/images/a b.sqsh'",
+        "#SBATCH --signal=B:USR1@300", "#SBATCH --time=90",
+        '#SBATCH "--reservation=x y"', "CONTAINER_IMAGE='/images/a b.sqsh'",
         "CONTAINER_MOUNTS=/data:/data", "module load cuda", "SRUN_OPTIONS=(--mpi=pmix)", "REQUEUE=0",
         "tempo_ranks python -m tempo_megatron train --config runs/first/submit/config.yaml",
     ):  # fmt: skip

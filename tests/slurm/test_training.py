@@ -10,7 +10,6 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +124,24 @@ def runs(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="module")
-def whole(runs: Runs) -> Iterator[Path]:
-    """The run that nobody disturbs."""
+def cancelled(runs: Runs) -> Job:
+    """Ended by scancel while it loaded."""
+    job = runs.submit("whole")
+    job.hold_at("load")
+    job.wait_held()
+    runs.cluster.run("scancel", job.id)
+    job.wait("CANCELLED")
+    job.let_go()
+    return job
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, cancelled: Job) -> Path:
+    """The run that nobody disturbs, in the folder of the one that was cancelled: nothing of that is in the way."""
     job = runs.submit("whole")
     job.wait()
-    yield job.run
+    assert job.resumed_from() == []
+    return job.run
 
 
 def assert_same(run: Path, whole: Path) -> None:
@@ -202,19 +214,10 @@ def test_preempted_with_notice(runs: Runs, whole: Path) -> None:
     assert job.resumed_from() == ["step_00000000+mstep"]
 
 
-def test_cancelled_while_it_loads(runs: Runs, whole: Path) -> None:
-    job = runs.submit("cancelled")
-    job.hold_at("load")
-    job.wait_held()
-    runs.cluster.run("scancel", job.id)
-    job.wait("CANCELLED")
-    output = job.output()
+def test_cancelled_while_it_loads(cancelled: Job) -> None:
+    output = cancelled.output()
     assert output.count("stopped by SIGTERM; what was saved is complete, go on with resume=auto") == 1, output
-    assert job.told()[-1] == "the ranks ended with exit code 143" and "Traceback" not in output
-    job.let_go()
-    again = runs.submit("cancelled")  # nothing of it is in the way
-    again.wait()
-    assert_same(again.run, whole)
+    assert cancelled.told()[-1] == "the ranks ended with exit code 143" and "Traceback" not in output
 
 
 def test_nodes_die_in_every_phase(runs: Runs, whole: Path) -> None:
