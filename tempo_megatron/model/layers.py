@@ -98,7 +98,11 @@ class PostNormAdd(torch.nn.Module):
         return self._add
 
     def _add(self, output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
-        return residual + self.norm(output_with_bias[0])
+        output = output_with_bias[0]
+        # Megatron calls it with gradients enabled whatever the mode (transformer_layer.py,
+        # bias_dropout_add_exec_handler): a forward alone would keep two norms of every layer for their weights
+        with torch.set_grad_enabled(output.requires_grad):
+            return residual + self.norm(output)
 
 
 class RopedSelfAttention(SelfAttention):

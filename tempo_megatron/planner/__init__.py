@@ -1,0 +1,1 @@
+"""What a job needs and takes before it is started: bytes, operations and seconds by arithmetic, from config.json alone."""
