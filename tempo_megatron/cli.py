@@ -41,6 +41,8 @@ from tempo_megatron.config.scaled import ScaledJob, add_scaled_arguments, scaled
 from tempo_megatron.data.prepare.command import add_arguments as data_arguments
 from tempo_megatron.errors import TempoError
 from tempo_megatron.failures import tell
+from tempo_megatron.planner.command import HELP as PLAN_HELP
+from tempo_megatron.planner.command import add_arguments as plan_arguments
 
 if TYPE_CHECKING:
     from tempo_megatron.config.schema import Config
@@ -245,6 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("--bucket-mib", type=int, default=64, metavar="N", help="rollout.bucket_mib; default: 64")
     sync.add_argument("--json", type=Path, metavar="FILE", help="every rank and every link")
     sync.set_defaults(run=_sync_plan)
+
+    plan = commands.add_parser(
+        "plan", help="memory, work and time of a job, before it is started", description=PLAN_HELP, formatter_class=raw
+    )
+    plan_arguments(plan)
+    plan.set_defaults(run=_plan)
 
     data = commands.add_parser("data", help="public data sets to prompt parquet; overlap between sets; made tasks")
     data_arguments(data)
@@ -472,6 +480,14 @@ def _sync_plan(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     )
     show_sync_plan(request, arguments.json)
     return 0
+
+
+def _plan(arguments: argparse.Namespace, place: RankInfo | None) -> int:
+    from tempo_megatron.planner.command import run as plan
+
+    if place is not None and place.world_size > 1:
+        raise TempoError(f"plan: runs as one process, not as one of {place.world_size} ranks")
+    return plan(arguments)
 
 
 def _data(arguments: argparse.Namespace, place: RankInfo | None) -> int:

@@ -79,6 +79,23 @@ def check_mismatch(config: Config, world_size: int) -> None:
     _check_rollout(config, _check_models(config, world_size, None, packs=True), world_size)
 
 
+def check_shapes(config: Config, shapes: Mapping[str, ModelShape], world_size: int) -> None:
+    """Refuse models, by role, that layouts, lengths or the rollout's size do not go with; opens no file.
+
+    Raises:
+        TempoError: as ``check_config``.
+    """
+    for name, shape in shapes.items():
+        role = config.actor if name == "actor" else config.critic
+        assert role is not None
+        check_layout(shape, role.parallel, f"{name}.parallel", world_size)
+        _check_lengths(config, name, shape, packs=_is_rl(config))
+    if "critic" in shapes:
+        _check_same_vocabulary(shapes["actor"], shapes["critic"])
+    if _generates(config):
+        _check_rollout(config, shapes["actor"], world_size)
+
+
 # ---------------------------------------------------------------- stages and files
 
 

@@ -1,1 +1,1 @@
-"""What a job needs and takes before it is started: bytes, operations and seconds by arithmetic, from config.json alone."""
+"""What a job takes, before it is started: bytes, operations and seconds by arithmetic, from config.json alone."""

@@ -1,4 +1,4 @@
-"""Peaks of a role's forward and of its forward and backward: activations, log-probabilities, and what backwards take."""
+"""Peaks of a micro-batch in a chunk of layers: activations, log-probabilities, and what backwards take."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ class Layers:
 
     def _experts(self, x: Value) -> Value:
         sizes, ops, layout, hidden = self.sizes, self.ops, self.role.parallel, self.sizes.hidden
-        t, chosen = self.own_tokens, self.own_tokens * sizes.experts_per_token
+        chosen = self.own_tokens * sizes.experts_per_token
         dealt = layout.expert_model_parallel_size > 1
         come = round(chosen * self.pack.imbalance) if dealt else chosen
         m = come * layout.expert_tensor_parallel_size
@@ -246,12 +246,12 @@ class Layers:
         several = sizes.experts // layout.expert_model_parallel_size > 1
         if several:
             tokens = ops.fresh(tokens, m * hidden)
-        output = self._local_experts(tokens, probs, m)
+        made = self._local_experts(tokens, probs, m)
         del tokens
-        if several:
-            output = ops.fresh(output, m * hidden)
+        output = ops.fresh(made, m * hidden) if several else made
         if m > come:
             output = self._summed_over_expert_ranks(output, m * hidden, come * hidden)
+        del made
         if dealt:
             output = ops.fresh(output, chosen * hidden, back=come * hidden * self.width)
         output = ops.fresh(output, self.n, back=chosen * hidden * self.width)

@@ -125,9 +125,7 @@ class Operations:
 
         return self._apply([x], self.new(n_out), back, x.memory)
 
-    def checkpoint(
-        self, function: Callable[[Value], Value], x: Value, outlive: list[Memory] | None = None
-    ) -> Value:
+    def checkpoint(self, function: Callable[[Value], Value], x: Value, outlive: list[Memory] | None = None) -> Value:
         """tensor_parallel/random.py: of the function only its input is kept; the backward makes it again.
 
         Args:
@@ -144,7 +142,7 @@ class Operations:
                 made = function(again)
             backward(made, gradient)
             if outlive is not None:
-                outlive += [again.memory, *found]
+                outlive.extend([again.memory, *found])
             return found
 
         kept = [x.memory]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.planner.activations import ChunkBytes
 
-
 #: Small tensors that are not counted one by one: two hundredths.
 UNCOUNTED = 1.02
 

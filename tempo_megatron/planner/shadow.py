@@ -126,15 +126,15 @@ def backward(value: Value, gradient: Memory) -> None:
         _, _, node = heappop(ready)
         gradients = _run(node, waiting.pop(node))
         for edge in reversed(node.inputs):
-            gradient = gradients.pop()
-            if edge is not None and gradient is not None:
+            found = gradients.pop()
+            if edge is not None and found is not None:
                 to, index = edge
                 if to not in waiting:
                     waiting[to] = [None] * to.outputs
                     heappush(ready, (-to.number, id(to), to))
                 if waiting[to][index] is None:  # else it is added to the one that is there
-                    waiting[to][index] = gradient
-            del gradient
+                    waiting[to][index] = found
+            del found
         node.inputs = ()
 
 

@@ -99,15 +99,14 @@ class _Bucket:
         return sum(max(0, min(end, first + size) - max(start, first)) for start, end in self.parameters)
 
 
-def _buckets(
-    parameters: Sequence[Parameter], optimizer: OptimizerConfig, stage: int, replicas: int
-) -> list[_Bucket]:
+def _buckets(parameters: Sequence[Parameter], optimizer: OptimizerConfig, stage: int, replicas: int) -> list[_Bucket]:
     bucket_size = None
     if optimizer.overlap_grad_reduce and stage == 0:
         bucket_size = max(_BUCKET, _BUCKET_PER_RANK * replicas)
     divisor = math.lcm(replicas, _BUCKET_ALIGNMENT)
     found: list[_Bucket] = []
-    start, at, held = 0, 0, []
+    start, at = 0, 0
+    held: list[tuple[int, int]] = []
 
     def close(end: int) -> int:
         nonlocal start, held

@@ -31,9 +31,7 @@ _SHAPE = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-_ROPES = {
-    kind: {"rope_type": "default", "rope_theta": 100.0} for kind in ("sliding_attention", "full_attention")
-}
+_ROPES = {kind: {"rope_type": "default", "rope_theta": 100.0} for kind in ("sliding_attention", "full_attention")}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 FAMILIES: dict[str, tuple[type[hf.PretrainedConfig], dict[str, Any]]] = {
     "qwen3": (hf.Qwen3Config, {"tie_word_embeddings": False}),

@@ -1,0 +1,64 @@
+"""``tempo-megatron plan``: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HELP = """What a job takes on a cluster that need not be here: memory by phase, operations and seconds of a step.
+
+Nothing is started and no weights are read, only the models' config.json. Ranges: what is there for certain, from half
+full micro-batches to full ones, and what is assumed of libraries. Exit code 0: it fits, or may not; 3: it does not.
+
+  tempo-megatron plan --config configs/qwen3-8b/tempo.yaml --nodes 1 --gpus-per-node 8 --gpu h100-80gb
+  tempo-megatron plan --config X.yaml --nodes 4 --model models/Qwen3-14B residency.sleep=true --picture plan.png
+  tempo-megatron plan --config X.yaml --nodes 4 --search
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, as of train")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a node; default: 8")
+    parser.add_argument(
+        "--gpu", default="h100-80gb", metavar="NAME", help="a100-80gb, h100-80gb (default), h200, b200 or cpu"
+    )
+    parser.add_argument("--device-memory-gib", type=float, metavar="X", help="of one card; default: NAME's")
+    parser.add_argument("--host-memory-gib", type=float, metavar="X", help="of one node; default: not judged")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="folder with config.json, where actor.init or critic.init is not there",
+    )
+    parser.add_argument(
+        "--rate", action="append", default=[], metavar="NAME=X", help="a rate of the card instead, such as bf16=8e14"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything, in bytes, operations and seconds")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tempo_megatron.planner.ledger import plan_ledger
+    from tempo_megatron.planner.request import read_request
+    from tempo_megatron.planner.show import ledger_record, show_ledger
+
+    request = read_request(
+        arguments.config,
+        arguments.overrides,
+        nodes=arguments.nodes,
+        ranks_per_node=arguments.gpus_per_node,
+        card=arguments.gpu,
+        device_memory_gib=arguments.device_memory_gib,
+        host_memory_gib=arguments.host_memory_gib,
+        model=arguments.model,
+        rates=arguments.rate,
+    )
+    ledger = plan_ledger(request.config, request.sizes, request.cluster)
+    show_ledger(request, ledger, Console())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(ledger_record(request, ledger), indent=1) + "\n")
+    return 3 if ledger.verdict == "does not fit" else 0

@@ -1,0 +1,303 @@
+"""The ledger: what is on a rank's device and on a host in each phase of a job, as ranges of bytes.
+
+``plan_ledger`` is a function of the configuration, the models' ``config.json`` and the cluster; it starts nothing,
+opens nothing and knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tempo_megatron.config.methods import METHODS
+from tempo_megatron.config.schema import Config, RoleConfig
+from tempo_megatron.loop.residency import NEEDS, ROLLOUT_WEIGHTS, SYNC
+from tempo_megatron.planner.hardware import Cluster
+from tempo_megatron.planner.layers import Spec
+from tempo_megatron.planner.overhead import device_overhead, host_items, rollout_workspace
+from tempo_megatron.planner.parameters import Role, RoleLayout
+from tempo_megatron.planner.peaks import Load, RolePeaks
+from tempo_megatron.planner.range import Bytes, Item
+from tempo_megatron.planner.rollout import KVCache, kv_cache, rollout_weights
+from tempo_megatron.planner.schedule import Peaks
+from tempo_megatron.planner.sizes import ModelSizes
+from tempo_megatron.planner.state import StateBytes, state_at
+
+KV_CACHE = "rollout.kv_cache"
+
+#: What no item counts.
+UNMODELLED = (
+    "fragmentation of the allocator beyond 5 %",
+    "NCCL buffers beyond the overhead's range, and cuBLAS workspaces of unusual shapes",
+    "what other processes have on the card",
+    "page cache of files that are read and written",
+    "experts whose busiest rank gets more than 1.25 times its share of tokens",
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase on the rank that holds most in it.
+
+    Attributes:
+        rank: which one; ``where``: its pipeline stages.
+    """
+
+    name: str
+    rank: int
+    where: str
+    items: tuple[Item, ...]
+
+    @property
+    def total(self) -> Bytes:
+        return sum((item.bytes for item in self.items), Bytes(0, 0))
+
+    @property
+    def certain(self) -> int:
+        """Bytes that are there whatever the lengths of responses: weights, states, caches."""
+        return sum(item.bytes.low for item in self.items if item.exact)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Of a whole job.
+
+    Attributes:
+        phases: on the device, in the order of a step.
+        host: of the fullest node, beside its devices.
+        kv: the cache of one replica's rank; None where nothing is sampled.
+    """
+
+    cluster: Cluster
+    phases: tuple[Phase, ...]
+    host: tuple[Item, ...]
+    kv: KVCache | None
+    states: dict[str, StateBytes]
+    unmodelled: tuple[str, ...] = UNMODELLED
+
+    @property
+    def fullest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total.high)
+
+    @property
+    def host_total(self) -> Bytes:
+        return sum((item.bytes for item in self.host), Bytes(0, 0))
+
+    @property
+    def certain_host(self) -> int:
+        return sum(item.bytes.low for item in self.host if item.exact)
+
+    @property
+    def verdict(self) -> str:
+        """``fits``, ``may not fit`` (the upper end is beyond a memory) or ``does not fit`` (the lower end is)."""
+        card, host = self.cluster.card.memory, self.cluster.host_memory
+        ends = [(self.fullest.total, card)] + ([] if host is None else [(self.host_total, host)])
+        if any(phase.total.low > card for phase in self.phases) or any(used.low > room for used, room in ends):
+            return "does not fit"
+        if any(used.high > room for used, room in ends):
+            return "may not fit"
+        return "fits"
+
+
+def sizes_of(config: Any) -> ModelSizes:
+    """From ``config.json``'s contents, a ``PretrainedConfig``, or sizes."""
+    if isinstance(config, ModelSizes):
+        return config
+    return ModelSizes.of(config if isinstance(config, Mapping) else config.to_dict())
+
+
+def plan_ledger(config: Config, hf_configs: Mapping[str, Any], cluster: Cluster) -> Ledger:
+    """What the job takes.
+
+    Args:
+        config: of the job; layouts that fit the models and the cluster.
+        hf_configs: by role, what its ``config.json`` says (a mapping, a ``PretrainedConfig`` or ``ModelSizes``).
+    """
+    return _Planner(config, {role: sizes_of(values) for role, values in hf_configs.items()}, cluster).ledger()
+
+
+class _Planner:
+    def __init__(self, config: Config, sizes: dict[str, ModelSizes], cluster: Cluster) -> None:
+        self.config, self.sizes, self.cluster = config, sizes, cluster
+        self.roles: dict[Role, RoleConfig] = {"actor": config.actor}
+        if config.critic is not None:
+            self.roles["critic"] = config.critic
+        self.samples = config.stage != "sft"
+        self.longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+        self.layouts = {role: RoleLayout(c.parallel, cluster.world_size) for role, c in self.roles.items()}
+
+    def spec(self, role: RoleConfig) -> Spec:
+        if role.layer_spec != "auto":
+            return role.layer_spec
+        return "torch" if self.cluster.on_cpu else "te"
+
+    @cached_property
+    def peaks(self) -> dict[Role, RolePeaks]:
+        return {
+            role: RolePeaks(self.sizes[role], role, c, self.spec(c), on_cpu=self.cluster.on_cpu)
+            for role, c in self.roles.items()
+        }
+
+    @cached_property
+    def kv(self) -> KVCache | None:
+        if not self.samples:
+            return None
+        return kv_cache(self.sizes["actor"], self.config.rollout, self.longest, on_cpu=self.cluster.on_cpu)
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """One rank for each pair of stages that ranks have in the roles' layouts."""
+        seen: dict[tuple[int, ...], int] = {}
+        shorter = min(layout.per_stage for layout in self.layouts.values())
+        for rank in range(0, self.cluster.world_size, shorter):
+            seen.setdefault(tuple(layout.place(rank).stage for layout in self.layouts.values()), rank)
+        return list(seen.values())
+
+    def stages(self, rank: int) -> dict[Role, int]:
+        return {role: layout.place(rank).stage for role, layout in self.layouts.items()}
+
+    def state(self, role: Role, stage: int) -> StateBytes:
+        """Of the stage's first rank, whose share of the optimizer's states is a full one."""
+        if (role, stage) not in self._states:
+            layout = self.layouts[role]
+            place = layout.place(stage * layout.per_stage)
+            self._states[role, stage] = state_at(self.sizes[role], role, self.roles[role], layout, place)
+        return self._states[role, stage]
+
+    @cached_property
+    def _states(self) -> dict[tuple[Role, int], StateBytes]:
+        return {}
+
+    # --- the whole
+
+    def ledger(self) -> Ledger:
+        names = ["load", *self._phase_names(), "checkpoint"]
+        phases = tuple(self._fullest(name) for name in names)
+        states = {
+            role: max((self.state(role, s) for s in range(self._stages(role))), key=_total) for role in self.roles
+        }
+        host = host_items(self.config, self.cluster, states, self.layouts["actor"], sampled=self.samples)
+        return Ledger(self.cluster, phases, tuple(host), self.kv, states)
+
+    def _stages(self, role: Role) -> int:
+        return self.roles[role].parallel.pipeline_model_parallel_size
+
+    def _phase_names(self) -> list[str]:
+        if not self.samples:
+            return ["m_step"]
+        method, algorithm = METHODS[self.config.stage], self.config.algorithm
+        found = ["rollout"]
+        if method.critic:
+            found += ["values"] + (["e_step"] if algorithm.estep.every is not None else [])
+        found += ["log_probs"] * (algorithm.mstep.minibatches > 1) + ["m_step", SYNC]
+        return found + ["evaluate"] * bool(self.config.evaluation.sets)
+
+    def _fullest(self, name: str) -> Phase:
+        found = []
+        for rank in self.ranks:
+            stages = self.stages(rank)
+            where = ", ".join(f"stage {stages[role]} of {self._stages(role)} ({role})" for role in self.roles)
+            found.append(Phase(name, rank, where, tuple(self._items(name, stages))))
+        return max(found, key=lambda phase: phase.total.high)
+
+    def _items(self, name: str, stages: dict[Role, int]) -> list[Item]:
+        items = [device_overhead(self.cluster, self.roles.values(), sampled=self.samples)]
+        items += self._resident(name, stages)
+        return [item for item in [*items, *self._work(name, stages)] if item.bytes.high]
+
+    # --- what is resident
+
+    def _resident(self, name: str, stages: dict[Role, int]) -> list[Item]:
+        items = []
+        for role in self.roles:
+            state = self.state(role, stages[role])
+            parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+            for part, size in parts.items():
+                if self._is_there(name, f"{role}.{part}"):
+                    items.append(Item(f"{role}.{part}", Bytes(size, size), exact=True))
+        if self.kv is not None:
+            weights = rollout_weights(self.sizes["actor"], self.config.rollout)
+            if self._is_there(name, ROLLOUT_WEIGHTS):
+                # on the CPU linear layers are kept packed, perhaps beside what they were packed of
+                items.append(Item(ROLLOUT_WEIGHTS, Bytes(weights, weights * (2 if self.cluster.on_cpu else 1)), True))
+            if self._is_there(name, KV_CACHE):
+                items.append(Item(KV_CACHE, Bytes(self.kv.bytes, self.kv.bytes), exact=True))
+        return items
+
+    def _is_there(self, phase: str, part: str) -> bool:
+        """By ``loop.residency``: what the phase needs, and what never leaves."""
+        residency = self.config.residency
+        if part.startswith("rollout."):
+            leaves = residency.sleep
+        else:
+            leaves = residency.offload == "all" or (residency.offload == "optimizer" and not part.endswith(".weights"))
+        if not leaves:
+            return True
+        if phase == "load":  # vLLM is built while the trainers sleep, and engines one after the other
+            return part.startswith("rollout.")
+        if phase == "checkpoint":  # one role at a time, after the update of vLLM's weights
+            return part in {ROLLOUT_WEIGHTS, f"{self._largest}.weights", f"{self._largest}.optimizer"}
+        return part in NEEDS[phase]
+
+    @cached_property
+    def _largest(self) -> Role:
+        """The role whose checkpoint takes more."""
+        return max(self.roles, key=lambda role: max(self.state(role, s).total for s in range(self._stages(role))))
+
+    # --- what work takes
+
+    def _work(self, name: str, stages: dict[Role, int]) -> list[Item]:
+        sampling = [rollout_workspace(self.sizes["actor"], self.config.rollout, self.cluster)] if self.samples else []
+        match name:
+            case "rollout":
+                return sampling
+            case "evaluate":
+                critic = [self._activations("critic", stages, forward=True)] if "critic" in self.roles else []
+                return [*sampling, *critic]
+            case "values" | "log_probs":
+                return [self._activations("critic" if name == "values" else "actor", stages, forward=True)]
+            case "e_step" | "m_step":
+                return [self._activations("critic" if name == "e_step" else "actor", stages, forward=False)]
+            case "sync":
+                bucket = self.config.rollout.bucket_mib << 20
+                return [Item("buckets of new weights", Bytes(min(bucket, 2 * bucket), 2 * bucket))]
+            case "load":  # parameters are made before their buffers, and go when they have moved
+                moving = max(self.state(role, stages[role]).weights for role in self.roles)
+                return [*sampling, Item("parameters on their way into buffers", Bytes(0, moving))]
+            case _:
+                return []
+
+    def _activations(self, role: Role, stages: dict[Role, int], *, forward: bool) -> Item:
+        """Between packs that are half full (several are more than that on average) and full ones."""
+
+        def peak(share: float, imbalance: float) -> int:
+            load = Load(self.longest, share, self._microbatches(role), imbalance)
+            peaks: Peaks = self.peaks[role].of_stage(stages[role], load)
+            return peaks.forward if forward else peaks.backward
+
+        what = "forward" if forward else "forward and backward"
+        return Item(f"{role}: {what} of a micro-batch", Bytes(peak(0.5, 1.0), round(peak(1.0, 1.25) * self._fragments)))
+
+    @property
+    def _fragments(self) -> float:
+        return 1.0 if self.cluster.on_cpu else 1.05
+
+    def _microbatches(self, role: Role) -> int:
+        """Most of one optimizer step on a shard: responses of full length."""
+        data, algorithm = self.config.data, self.config.algorithm
+        if self.config.stage == "sft":
+            rows = data.sft_batch_size
+        else:
+            labeled, unlabeled = data.labeled_prompts_per_step, data.unlabeled_prompts_per_step
+            prompts = labeled if role == "critic" else labeled + unlabeled
+            steps = algorithm.estep.minibatches if role == "critic" else algorithm.mstep.minibatches
+            rows = -(-prompts // steps) * self.config.rollout.samples_per_prompt
+        shards = self.layouts[role].data_parallel
+        tokens = -(-rows // shards) * self.longest
+        return max(1, -(-tokens // self.roles[role].max_tokens_per_microbatch))
+
+
+def _total(state: StateBytes) -> int:
+    return state.total
