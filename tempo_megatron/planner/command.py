@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", action="append", default=[], metavar="NAME=X", help="a rate of the card instead, such as bf16=8e14"
     )
+    parser.add_argument("--prompt-tokens", type=float, metavar="X", help="mean; default: a quarter of the longest")
+    parser.add_argument("--response-tokens", type=float, metavar="X", help="mean; default: half of the longest")
+    parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest first, as YAML to paste")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG: a bar for each phase against the card")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything, in bytes, operations and seconds")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file")
 
@@ -42,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from tempo_megatron.planner.advice import suggestions
     from tempo_megatron.planner.ledger import plan_ledger
     from tempo_megatron.planner.request import read_request
-    from tempo_megatron.planner.show import ledger_record, show_ledger
+    from tempo_megatron.planner.show import record, show_ledger, show_proposals, show_suggestions, show_work
+    from tempo_megatron.planner.work import Lengths, step_work
 
     request = read_request(
         arguments.config,
@@ -57,8 +63,26 @@ def run(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         rates=arguments.rate,
     )
+    console = Console()
     ledger = plan_ledger(request.config, request.sizes, request.cluster)
-    show_ledger(request, ledger, Console())
+    lengths = Lengths.of(request.config, arguments.prompt_tokens, arguments.response_tokens)
+    work = step_work(request.config, request.sizes, request.cluster, ledger.states, lengths)
+    show_ledger(request, ledger, console)
+    show_work(work, lengths, request.cluster, console)
+    advised = suggestions(request, ledger) if ledger.verdict != "fits" else []
+    show_suggestions(advised, console)
+    proposals = None
+    if arguments.search:
+        from tempo_megatron.planner.search import search
+
+        proposals = search(request, lengths)
+        show_proposals(proposals, console)
+    if arguments.picture is not None:
+        from tempo_megatron.planner.picture import draw_ledger
+
+        title = f"{arguments.config} on {request.cluster.nodes} x {request.cluster.ranks_per_node} {arguments.gpu}"
+        draw_ledger(ledger, title, arguments.picture)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(ledger_record(request, ledger), indent=1) + "\n")
+        told = record(request, ledger, work, advised, proposals)
+        arguments.json.write_text(json.dumps(told, indent=1) + "\n")
     return 3 if ledger.verdict == "does not fit" else 0

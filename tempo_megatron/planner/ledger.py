@@ -175,7 +175,7 @@ class _Planner:
     def ledger(self) -> Ledger:
         names = ["load", *self._phase_names(), "checkpoint"]
         phases = tuple(self._fullest(name) for name in names)
-        states = {
+        states: dict[str, StateBytes] = {
             role: max((self.state(role, s) for s in range(self._stages(role))), key=_total) for role in self.roles
         }
         host = host_items(self.config, self.cluster, states, self.layouts["actor"], sampled=self.samples)

@@ -8,9 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tempo_megatron.planner.advice import Suggestion
+from tempo_megatron.planner.hardware import EFFICIENCY, Cluster
 from tempo_megatron.planner.ledger import Ledger
 from tempo_megatron.planner.range import Item, gib
 from tempo_megatron.planner.request import PlanRequest
+from tempo_megatron.planner.search import Proposal
+from tempo_megatron.planner.work import Lengths, StepWork
 
 
 def show_ledger(request: PlanRequest, ledger: Ledger, console: Console) -> None:
@@ -76,8 +80,77 @@ def _items(title: str, items: tuple[Item, ...]) -> Table:
     return table
 
 
-def ledger_record(request: PlanRequest, ledger: Ledger) -> dict[str, Any]:
-    """For JSON; bytes."""
+def show_work(work: StepWork, lengths: Lengths, cluster: Cluster, console: Console) -> None:
+    """Tokens, operations and seconds of a step, and what they assume."""
+    table = Table(title="one step of the whole job", title_justify="left")
+    for head in ("phase", "tokens", "PFLOP", "seconds", ""):
+        table.add_column(head, justify="left" if head == "phase" else "right")
+    for phase in work.phases:
+        share = f"{phase.seconds / work.seconds:.0%}"
+        table.add_row(phase.name, f"{phase.tokens:,.0f}", f"{phase.flops / 1e15:,.1f}", f"{phase.seconds:,.1f}", share)
+    table.add_row("together", "", "", f"{work.seconds:,.1f}", "")
+    console.print(table)
+    card = cluster.card
+    reached = ", ".join(f"{name} {share:.0%}" for name, share in EFFICIENCY.items())
+    console.print(
+        f"{work.tokens_per_second_and_rank:,.0f} response tokens a second and rank. Assumed: prompts of "
+        f"{lengths.prompt:,.0f} and responses of {lengths.response:,.0f} tokens; {card.bf16 / 1e12:,.0f} TFLOP/s "
+        f"(bf16), {card.bandwidth / 1e12:.2f} TB/s, links of {card.link / 1e9:,.0f} and {card.network / 1e9:,.0f} "
+        f"GB/s ({card.source}), of which {reached}; verifier, evaluation and checkpoints are not in it",
+        highlight=False,
+    )
+
+
+def show_suggestions(advised: list[Suggestion], console: Console) -> None:
+    if not advised:
+        return
+    table = Table(title="what would help, each planned, GiB on the fullest rank", title_justify="left")
+    for head in ("settings", "from", "to", "", "at the price of"):
+        table.add_column(head, justify="right" if head in ("from", "to") else "left", overflow="fold")
+    for suggestion in advised:
+        low, high = (gib(x) for x in (suggestion.total.low, suggestion.total.high))
+        table.add_row(suggestion.words, low, high, suggestion.verdict, suggestion.price)
+    console.print(table)
+
+
+def show_proposals(proposals: list[Proposal], console: Console) -> None:
+    if not proposals:
+        console.print("search: no layout that was tried fits; more nodes, or larger cards", highlight=False)
+    for number, proposal in enumerate(proposals, 1):
+        work, phase = proposal.work, proposal.ledger.fullest
+        slowest = max(work.phases, key=lambda p: p.seconds)
+        console.print(
+            f"# {number}: {work.seconds:,.0f} s a step, {work.tokens_per_second_and_rank:,.0f} tokens a second and "
+            f"rank, most of it {slowest.name}; {phase.name} takes {phase.total} GiB",
+            highlight=False,
+        )
+        console.print(proposal.lines, highlight=False)
+
+
+def record(
+    request: PlanRequest,
+    ledger: Ledger,
+    work: StepWork,
+    advised: list[Suggestion],
+    proposals: list[Proposal] | None,
+) -> dict[str, Any]:
+    """For JSON; bytes, operations, seconds."""
+    told = _ledger_record(ledger)
+    told["step"] = {
+        "seconds": work.seconds,
+        "tokens_per_second_and_rank": work.tokens_per_second_and_rank,
+        "phases": [asdict(phase) for phase in work.phases],
+        "assumed": EFFICIENCY,
+    }
+    told["suggestions"] = [{**asdict(s), "words": s.words} for s in advised]
+    if proposals is not None:
+        told["proposals"] = [
+            {"changes": p.changes, "seconds": p.work.seconds, **asdict(p.ledger.fullest.total)} for p in proposals
+        ]
+    return told
+
+
+def _ledger_record(ledger: Ledger) -> dict[str, Any]:
     cluster = ledger.cluster
     return {
         "verdict": ledger.verdict,
