@@ -290,6 +290,9 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
             say(done)
         return 0
     check_limits()
+    from tempo_megatron.planner.refuse import local_ranks, refuse_what_cannot_fit
+
+    refuse_what_cannot_fit(config, world_size, local_ranks(world_size, launched=place is not None))
     os.environ.update(rank_environment(config.launch.threads_per_rank))
     save_signal = stop_request.signal_of(config.launch.save_signal)
     if place is None and world_size > 1:

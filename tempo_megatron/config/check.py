@@ -79,6 +79,13 @@ def check_mismatch(config: Config, world_size: int) -> None:
     _check_rollout(config, _check_models(config, world_size, None, packs=True), world_size)
 
 
+def model_folders(config: Config) -> dict[str, Path]:
+    """By role, the folder with the ``config.json`` that a run reads; of a configuration that ``check_config`` takes."""
+    checkpoint = resumed_from(config)
+    roles = {"actor": config.actor} | ({"critic": config.critic} if config.critic is not None else {})
+    return {name: _hf_dir(name, role, checkpoint) for name, role in roles.items()}
+
+
 def check_shapes(config: Config, shapes: Mapping[str, ModelShape], world_size: int) -> None:
     """Refuse models, by role, that layouts, lengths or the rollout's size do not go with; opens no file.
 

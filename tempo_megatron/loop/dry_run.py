@@ -30,10 +30,12 @@ from tempo_megatron.loop.runtime import roles_of
 from tempo_megatron.model.hf_tensors import Role, expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import start
+from tempo_megatron.planner.refuse import short_lines
 from tempo_megatron.rollout.limits import check_model
 
 NOT_CHECKED = (
-    "not checked: the values of weights, the digests of checkpoints, whether it all fits into memory, vLLM itself"
+    "not checked: the values of weights, the digests of checkpoints, the memory of another cluster (tempo-megatron "
+    "plan), vLLM itself"
 )
 
 
@@ -70,6 +72,8 @@ def dry_run(config: Config, world_size: int) -> None:
         _say(line)
     for line in checked:
         _say(f"checked: {line}")
+    for line in short_lines(config, world_size):
+        _say(line)
     _say(NOT_CHECKED)
 
 

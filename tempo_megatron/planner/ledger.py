@@ -7,7 +7,7 @@ opens nothing and knows no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,12 +43,14 @@ class Phase:
 
     Attributes:
         rank: which one; ``where``: its pipeline stages.
+        least: ``certain`` of the rank that holds least.
     """
 
     name: str
     rank: int
     where: str
     items: tuple[Item, ...]
+    least: int = 0
 
     @property
     def total(self) -> Bytes:
@@ -118,8 +120,15 @@ def plan_ledger(config: Config, hf_configs: Mapping[str, Any], cluster: Cluster)
     return _Planner(config, {role: sizes_of(values) for role, values in hf_configs.items()}, cluster).ledger()
 
 
+def certain_ledger(config: Config, hf_configs: Mapping[str, Any], cluster: Cluster) -> Ledger:
+    """The same without what a phase's work takes: only what is there whatever the data are."""
+    sizes = {role: sizes_of(values) for role, values in hf_configs.items()}
+    return _Planner(config, sizes, cluster, working=False).ledger()
+
+
 class _Planner:
-    def __init__(self, config: Config, sizes: dict[str, ModelSizes], cluster: Cluster) -> None:
+    def __init__(self, config: Config, sizes: dict[str, ModelSizes], cluster: Cluster, *, working: bool = True) -> None:
+        self.working = working
         self.config, self.sizes, self.cluster = config, sizes, cluster
         self.roles: dict[Role, RoleConfig] = {"actor": config.actor}
         if config.critic is not None:
@@ -200,12 +209,14 @@ class _Planner:
             stages = self.stages(rank)
             where = ", ".join(f"stage {stages[role]} of {self._stages(role)} ({role})" for role in self.roles)
             found.append(Phase(name, rank, where, tuple(self._items(name, stages))))
-        return max(found, key=lambda phase: phase.total.high)
+        least = min(phase.certain for phase in found)
+        return replace(max(found, key=lambda phase: phase.total.high), least=least)
 
     def _items(self, name: str, stages: dict[Role, int]) -> list[Item]:
         items = [device_overhead(self.cluster, self.roles.values(), sampled=self.samples)]
         items += self._resident(name, stages)
-        return [item for item in [*items, *self._work(name, stages)] if item.bytes.high]
+        items += self._work(name, stages) if self.working else []
+        return [item for item in items if item.bytes.high]
 
     # --- what is resident
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from tempo_megatron.planner.ledger import Ledger  # noqa: E402
-from tempo_megatron.planner.range import GIB  # noqa: E402
-from tempo_megatron.telemetry.style import DPI, LIGHT_GREY, PALETTE, STYLE, WIDTH_IN  # noqa: E402
+from tempo_megatron.planner.ledger import Ledger
+from tempo_megatron.planner.range import GIB
+from tempo_megatron.telemetry.style import DPI, LIGHT_GREY, PALETTE, STYLE, WIDTH_IN
 
 #: Parts of the ledger that have a colour of their own; everything else is work.
 _PARTS = (
@@ -45,12 +45,13 @@ def draw_ledger(ledger: Ledger, title: str, file: Path) -> None:
         axes.errorbar(middle, names, xerr=reach, fmt="none", ecolor="black", elinewidth=1.2, capsize=4)
         card = ledger.cluster.card
         axes.axvline(card.memory / GIB, color="black", linestyle="--", linewidth=1.2)
-        axes.annotate(f"{card.name}: {card.memory / GIB:.1f}", (card.memory / GIB, -0.75), ha="right", fontsize=9)
+        place = card.memory / GIB, len(names) - 0.45
+        axes.annotate(f" {card.name}: {card.memory / GIB:.1f}", place, ha="left", va="bottom", fontsize=9)
         axes.invert_yaxis()
         axes.set_xlabel("GiB on the fullest rank (bars: upper end; whiskers: range)")
         axes.set_title(title)
         figure.legend(loc="lower center", ncols=5, fontsize=8)
-        figure.tight_layout(rect=(0, 0.14, 1, 1))
+        figure.tight_layout(rect=(0, 0.09, 1, 1))
         figure.savefig(file, dpi=DPI)
         plt.close(figure)
 

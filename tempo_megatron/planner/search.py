@@ -14,11 +14,12 @@ import yaml
 
 from tempo_megatron.config.check import check_shapes
 from tempo_megatron.config.layout import divisors
+from tempo_megatron.config.load import flat
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 from tempo_megatron.planner.advice import changed
 from tempo_megatron.planner.ledger import Ledger, plan_ledger
-from tempo_megatron.planner.parameters import RoleLayout
+from tempo_megatron.planner.parameters import Role, RoleLayout
 from tempo_megatron.planner.request import PlanRequest
 from tempo_megatron.planner.state import StateBytes, state_at
 from tempo_megatron.planner.work import Lengths, StepWork, step_work
@@ -38,9 +39,12 @@ _RESIDENCY: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Proposal:
-    """``changes``: dotted keys of the configuration, on which ``ledger`` and ``work`` are."""
+    """``changes``: dotted keys of the configuration; ``different``: those of them that say something else than it does;
+    ``ledger`` and ``work``: with all of them.
+    """
 
     changes: dict[str, Any]
+    different: dict[str, Any]
     ledger: Ledger
     work: StepWork
 
@@ -48,13 +52,13 @@ class Proposal:
     def lines(self) -> str:
         """YAML to paste."""
         tree: dict[str, Any] = {}
-        for key, value in self.changes.items():
+        for key, value in self.different.items():
             *sections, name = key.split(".")
             place = tree
             for section in sections:
                 place = place.setdefault(section, {})
             place[name] = value
-        text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+        text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=1000)
         return text
 
 
@@ -66,8 +70,11 @@ def search(request: PlanRequest, lengths: Lengths) -> list[Proposal]:
 class _Search:
     def __init__(self, request: PlanRequest, lengths: Lengths) -> None:
         self.request, self.lengths = request, lengths
-        self.roles = ["actor"] + ["critic"] * (request.config.critic is not None)
+        self.roles: list[Role] = ["actor"]
+        if request.config.critic is not None:
+            self.roles.append("critic")
         self._trained: dict[str, dict[str, StateBytes]] = {}
+        self._now = dict(flat(request.config.model_dump()))
 
     def run(self) -> list[Proposal]:
         candidates = sorted(self._timed(), key=lambda pair: pair[0])
@@ -81,7 +88,8 @@ class _Search:
             ledger = plan_ledger(config, self.request.sizes, self.request.cluster)
             if ledger.verdict == "fits":
                 layouts.add(layout)
-                found.append(Proposal(changes, ledger, self._work(config, ledger.states)))
+                different = {key: value for key, value in changes.items() if self._now.get(key) != value}
+                found.append(Proposal(changes, different, ledger, self._work(config, ledger.states)))
             if len(found) == WANTED:
                 break
         return found
@@ -123,12 +131,10 @@ class _Search:
                             "context_parallel_size": context,
                             "expert_model_parallel_size": experts,
                         }
-                        found = {
-                            f"{role}.parallel": {**sizes} for role in self.roles
-                        }
-                        flat = {f"{key}.{name}": size for key, some in found.items() for name, size in some.items()}
-                        if self._config(flat) is not None:
-                            yield flat
+                        found = {f"{role}.parallel": {**sizes} for role in self.roles}
+                        layout = {f"{key}.{name}": size for key, some in found.items() for name, size in some.items()}
+                        if self._config(layout) is not None:
+                            yield layout
 
     def _config(self, changes: dict[str, Any]) -> Config | None:
         """None where it is not legal."""
@@ -168,8 +174,7 @@ class _Search:
                 assert settings is not None
                 layout = RoleLayout(settings.parallel, self.request.cluster.world_size)
                 sizes = self.request.sizes[role]
-                name = "actor" if role == "actor" else "critic"
-                self._trained[key][role] = state_at(sizes, name, settings, layout, layout.place(0))
+                self._trained[key][role] = state_at(sizes, role, settings, layout, layout.place(0))
         return self._trained[key]
 
     def _rollouts(self) -> Iterator[tuple[dict[str, Any], float]]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tempo_megatron.config.schema import Config
 from tempo_megatron.planner.advice import Suggestion
 from tempo_megatron.planner.hardware import EFFICIENCY, Cluster
 from tempo_megatron.planner.ledger import Ledger
@@ -26,7 +27,7 @@ def show_ledger(request: PlanRequest, ledger: Ledger, console: Console) -> None:
     if ledger.host and not cluster.on_cpu:
         console.print(_items("a node's memory beside its cards, GiB", ledger.host))
     if ledger.kv is not None:
-        console.print(kv_line(request, ledger), highlight=False)
+        console.print(kv_line(request.config, ledger), highlight=False)
     console.print(f"not modelled: {'; '.join(ledger.unmodelled)}", highlight=False)
     console.print(verdict_line(ledger, card.name), highlight=False)
 
@@ -40,11 +41,11 @@ def verdict_line(ledger: Ledger, card: str) -> str:
     return told
 
 
-def kv_line(request: PlanRequest, ledger: Ledger) -> str:
+def kv_line(config: Config, ledger: Ledger) -> str:
     """How many sequences of full length the cache has room for, against ``max_num_seqs``."""
-    kv, rollout = ledger.kv, request.config.rollout
+    kv, rollout = ledger.kv, config.rollout
     assert kv is not None
-    longest = request.config.data.max_prompt_tokens + request.config.data.max_response_tokens
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     told = (
         f"KV cache: {kv.blocks} blocks of {kv.block} tokens, {gib(kv.bytes)} GiB a rank: room for {kv.sequences:.1f} "
         f"sequences of {longest} tokens at once, rollout.max_num_seqs is {rollout.max_num_seqs}"
@@ -124,7 +125,7 @@ def show_proposals(proposals: list[Proposal], console: Console) -> None:
             f"rank, most of it {slowest.name}; {phase.name} takes {phase.total} GiB",
             highlight=False,
         )
-        console.print(proposal.lines, highlight=False)
+        console.print(proposal.lines or "the configuration as it is", highlight=False, soft_wrap=True)
 
 
 def record(

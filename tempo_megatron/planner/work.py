@@ -1,7 +1,7 @@
 """Operations and bytes of a step's phases, and the seconds that they take at stated rates.
 
-A matrix product of a token with n parameters is 2 n operations; the attention of a token to c others 4 q c in each layer,
-where q is the width of all queries; a backward twice its forward. What is counted besides is said where it is.
+A matrix product of a token with n parameters is 2 n operations; the attention of a token to c others 4 q c in each
+layer, where q is the width of all queries; a backward twice its forward. What is counted besides is said where it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Lengths:
     @classmethod
     def of(cls, config: Config, prompt: float | None = None, response: float | None = None) -> Lengths:
         data = config.data
-        return cls(prompt or PROMPT_SHARE * data.max_prompt_tokens, response or RESPONSE_SHARE * data.max_response_tokens)
+        return cls(
+            prompt or PROMPT_SHARE * data.max_prompt_tokens, response or RESPONSE_SHARE * data.max_response_tokens
+        )
 
     @property
     def total(self) -> float:
@@ -91,7 +93,11 @@ def _context(tokens: float, window: int | None) -> float:
 
 
 def step_work(
-    config: Config, sizes: Mapping[str, ModelSizes], cluster: Cluster, states: Mapping[str, StateBytes], lengths: Lengths
+    config: Config,
+    sizes: Mapping[str, ModelSizes],
+    cluster: Cluster,
+    states: Mapping[str, StateBytes],
+    lengths: Lengths,
 ) -> StepWork:
     """Of one step (of one optimizer step in stage sft).
 
