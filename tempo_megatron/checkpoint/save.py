@@ -150,7 +150,8 @@ class CheckpointSave:
         if self._asynchronous:
             for save in self._roles.values():
                 self._keeping_error(partial(save.write, self._abandon))
-            give_back_freed()
+            if not use_cuda():  # there the memory is pinned, and kept for the next save
+                give_back_freed()
         self._keeping_error(self._write_own)
 
     def _write_own(self) -> None:

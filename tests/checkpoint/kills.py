@@ -1,10 +1,10 @@
 """Runs that are killed at random instants and started again, against one that is not.
 
 ``python -m tests.checkpoint.kills [--kills 50]``: ``train`` with two ranks on the demo's model, a checkpoint after
-every step, written while the next step runs. Whom a kill strikes (the launcher, a rank, both ranks) and when (while it
-starts, while a checkpoint is written, when it takes its place, at any time) follows from the seed. After each kill
-nothing of the run may be left; when the run is through, its last checkpoint must be that of the undisturbed run, byte
-for byte: weights, float32 masters, moments, samplers and random states.
+every phase of every step, written while the next phase runs. Whom a kill strikes (the launcher, a rank, both ranks) and
+when (while it starts, while a checkpoint is written, when it takes its place, at any time) follows from the seed. After
+each kill nothing of the run may be left; when the run is through, its last checkpoint must be that of the undisturbed
+run, byte for byte: weights, float32 masters, moments, samplers and random states.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from tempo_megatron.checkpoint.manifest import find_whole
-from tempo_megatron.locate import CHECKPOINTS, Position, newest_checkpoint, position_of
+from tempo_megatron.locate import CHECKPOINTS, PHASES, Position, newest_checkpoint, position_of
 from tempo_megatron.telemetry.metrics import deterministic_view, read_metrics
 from tests.launching import ROOT, launch_ranks, patience, rank_process, runs
 from tests.loop.cases import Inputs, make_inputs, small_tempo
@@ -30,6 +30,8 @@ WHOM = ("launcher", "rank 0", "rank 1", "both ranks")
 WHEN = ("start", "write", "write", "rename", "any time")
 #: Seconds within which everything of a killed run is gone.
 GONE_S = 20.0
+#: Of one step, those within it and its end.
+POSITIONS = (None, *PHASES)
 #: Steps that a start makes at most before it is killed.
 STEPS_EACH = 2
 
@@ -39,14 +41,14 @@ class Kill:
     """What a kill struck.
 
     Attributes:
-        done: complete steps on disk when it was started.
+        done: what was on disk when it was started.
         in_flight: a checkpoint was being written.
         left: processes that were still there ``GONE_S`` later.
     """
 
     whom: str
     when: str
-    done: int
+    done: Position
     in_flight: bool
     left: tuple[str, ...]
 
@@ -77,6 +79,7 @@ class Trainer:
     def run(self, name: str, while_running: Callable[[psutil.Process], None] | None = None) -> str:
         """Start or go on; returns how it ended."""
         settings = {"output_dir": self.root / name, "steps": self.steps, "checkpoint.every": 1}
+        settings |= {"checkpoint.phases": f"[{','.join(PHASES)}]"}
         settings |= {"launch.nproc_per_node": 2, "launch.timeout_s": 60}
         overrides = [f"{key}={value}" for key, value in small_tempo(self._inputs, **settings).items()]
         config = ["--config", str(ROOT / "configs/demo/tempo.yaml")]
@@ -85,11 +88,10 @@ class Trainer:
         )
         return "" if result.returncode == 0 else f"{result.returncode}: {result.stderr[-2000:]}"
 
-    def done(self, name: str) -> int:
-        """Complete steps on disk."""
+    def done(self, name: str) -> Position:
+        """What is on disk."""
         newest = newest_checkpoint(self.root / name)
-        position = None if newest is None else position_of(newest)
-        return 0 if position is None else position.step
+        return (newest and position_of(newest)) or Position(0)
 
     def differs(self, name: str, other: str) -> list[str]:
         """Files of the last checkpoint that do not hold the same in two runs, and metrics.jsonl if it does not."""
@@ -108,7 +110,9 @@ class Trainer:
 def killed(trainer: Trainer, name: str, draw: random.Random) -> Kill:
     """Start the run, or go on with it, and kill it; the run may not end before."""
     whom, when = draw.choice(WHOM), draw.choice(WHEN)
-    done, delay, further = trainer.done(name), draw.random(), draw.randint(1, STEPS_EACH)
+    done, delay, further = trainer.done(name), draw.random(), draw.randint(1, STEPS_EACH * len(POSITIONS))
+    step, phases = divmod(done.step * len(POSITIONS) + done.phases + further, len(POSITIONS))
+    position = Position(step, phases)
     checkpoints = trainer.root / name / "checkpoints"
     begun = time.time()
     found: list[Kill] = []
@@ -118,11 +122,10 @@ def killed(trainer: Trainer, name: str, draw: random.Random) -> Kill:
         return [path for path in checkpoints.glob(".partial-*") if _is_since(path, begun)]
 
     def wait(launcher: psutil.Process) -> None:
-        step = done + further
-        target = checkpoints / f".partial-{Position(step)}"
+        target = checkpoints / f".partial-{position}"
 
         def late() -> bool:
-            return trainer.done(name) >= step or not runs(launcher)
+            return trainer.done(name) >= position or not runs(launcher)
 
         if when == "start":
             time.sleep(delay * patience(8.0))
@@ -177,7 +180,7 @@ def _victims(launcher: psutil.Process, whom: str) -> list[psutil.Process]:
 def survive(trainer: Trainer, name: str, kills: int, draw: random.Random) -> Outcome:
     """One run with as many kills as it lives through before its last steps, ``kills`` at most."""
     outcome = Outcome()
-    while len(outcome.kills) < kills and trainer.done(name) < trainer.steps - STEPS_EACH:
+    while len(outcome.kills) < kills and trainer.done(name).step < trainer.steps - STEPS_EACH:
         outcome.kills.append(killed(trainer, name, draw))
     ended = trainer.run(name)
     outcome.differs = [ended] if ended else trainer.differs(name, "undisturbed")
@@ -186,7 +189,7 @@ def survive(trainer: Trainer, name: str, kills: int, draw: random.Random) -> Out
 
 def table(outcomes: list[Outcome]) -> str:
     """Markdown; a line for each kill."""
-    lines = ["| kill | run | steps done | whom | when | a write was in flight | left behind | the run's end |"]
+    lines = ["| kill | run | on disk | whom | when | a write was in flight | left behind | the run's end |"]
     lines.append("|---" * 8 + "|")
     kills = [(number, outcome, kill) for number, outcome in enumerate(outcomes) for kill in outcome.kills]
     for count, (number, outcome, kill) in enumerate(kills, 1):

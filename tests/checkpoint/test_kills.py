@@ -9,16 +9,16 @@ import pytest
 
 from tests.checkpoint.kills import Trainer, survive
 
-#: Strikes rank 0 and both ranks while a checkpoint is written or takes its place, and rank 1 at any time.
-SEED = 20
+#: Strikes rank 1 at any time, the launcher when a checkpoint takes its place, both ranks while one is written.
+SEED = 34
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_handful_of_kills(tmp_path: Path) -> None:
-    """``make kills`` has fifty; ``tests/loop/test_nothing_lost.py`` kills the launcher."""
+    """``make kills`` has fifty."""
     trainer = Trainer(tmp_path, steps=6)
     assert trainer.run("undisturbed") == ""
     outcome = survive(trainer, "killed", 3, random.Random(SEED))
     assert outcome.is_good, outcome
-    assert [kill.when for kill in outcome.kills] == ["write", "any time", "rename"]
+    assert [kill.when for kill in outcome.kills] == ["any time", "rename", "write"]
