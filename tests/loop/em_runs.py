@@ -7,11 +7,12 @@ writes ``OUT`` (torch file): what its steps sampled and computed, and the final 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tempo_megatron.loop.collect import Collector  # noqa: E402
 from tempo_megatron.loop.em import EMLoop  # noqa: E402
 from tempo_megatron.loop.session import Session  # noqa: E402
 from tempo_megatron.loop.sft import SFTLoop  # noqa: E402
+from tempo_megatron.parallel.distributed import on_rank0  # noqa: E402
 from tempo_megatron.parallel.parts import awake  # noqa: E402
 from tempo_megatron.rollout.engine import RolloutEngine  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
@@ -182,7 +184,10 @@ def asked_at_boundary(number: int) -> Iterator[None]:
 
 
 def stop_everywhere(config: Any, left_at: list[str]) -> None:
-    """One boundary a start, until only the last step's end is left to the caller; notes the checkpoints."""
+    """One boundary a start, until only the last step's end is left to the caller; notes the checkpoints.
+
+    The first one behind an E-step is kept in ``OUT/left``.
+    """
     while True:
         with Session(config) as session, asked_at_boundary(1):
             done = (SFTLoop(session) if config.stage == "sft" else EMLoop(session)).run()
@@ -191,6 +196,8 @@ def stop_everywhere(config: Any, left_at: list[str]) -> None:
         if done:
             return
         assert newest.name not in left_at
+        if newest.name.endswith("+estep") and not any(name.endswith("+estep") for name in left_at):
+            on_rank0(partial(shutil.copytree, newest, Path(config.output_dir) / "left" / newest.name))
         left_at.append(newest.name)
 
 

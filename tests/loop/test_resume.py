@@ -88,7 +88,9 @@ def test_em_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     others = [Case("sft-again", sft_again, "configs/demo/sft.yaml"), Case("stopped", changes, stops=True), elsewhere]
     resumed = run_cases([*again, *others], 2, tmp_path, 500)
     alone = Case("alone", {**changes, "resume": checkpoints[0]})
-    run_cases([alone], 1, tmp_path, 200)
+    (left,) = (tmp_path / "stopped" / "left").iterdir()
+    within = Case("within", {**changes, "resume": left})
+    run_cases([alone, within], 1, tmp_path, 200)
 
     for step, case in enumerate(again, start=1):
         assert_same_from(step, tmp_path / "whole", tmp_path / case.name)
@@ -101,6 +103,7 @@ def test_em_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_weights(results["sft"]["weights"], resumed["sft-again"]["weights"])
     for case in (elsewhere, alone):
         assert_alike_from(1, tmp_path / "whole", tmp_path / case.name)
+    assert_alike_from(0, tmp_path / "whole", tmp_path / within.name)
 
 
 @pytest.mark.slow
