@@ -58,7 +58,7 @@ parity: $(STAMP) ## compare all models with transformers, write docs/parity.md [
 updates: $(STAMP) ## weights to vLLM between all pairs of layouts, against vLLM's own load [FAMILY=olmo3]
 	$(BIN)/python -m tests.rollout.update_table $(if $(FAMILY),--family $(FAMILY))
 
-kills: $(STAMP) ## kill runs at 50 random instants, also while they write checkpoints, and compare how they end (20 minutes)
+kills: $(STAMP) ## kill runs at 50 random instants, also while they write checkpoints, and compare how they end (half an hour)
 	$(BIN)/python -m tests.checkpoint.kills
 
 bench: $(STAMP) $(OTHERS:%=$(VENV)/bench-%/.complete-$(KEY)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
