@@ -100,11 +100,10 @@ class PlayedEngine(MegatronEngine):
         """The longest, the shortest and the first ones; of interleaved stages as many as there are stages, at least."""
         if limit and self.is_interleaved:
             limit = -(-limit // self.groups.pp_size) * self.groups.pp_size
-        sizes, chosen = microbatches.sizes, dict.fromkeys([] if not limit else range(len(microbatches)))
-        if len(sizes) > limit:
-            by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
-            chosen = dict.fromkeys([by_size[-1], by_size[0], *range(len(sizes))][: limit + 2])
-        at = sorted(list(chosen)[:limit])
+        sizes = microbatches.sizes
+        by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
+        wanted = dict.fromkeys([by_size[-1], by_size[0], *range(len(sizes))])
+        at = sorted(list(wanted)[:limit])
         return replace(microbatches, plan=[microbatches.plan[i] for i in at], sizes=[sizes[i] for i in at])
 
     def _message_shape(self, size: int) -> tuple[int, int, int]:

@@ -62,6 +62,8 @@ def show(found: Found) -> None:
     if found.replicas is not None:
         console.print(_rollout(found, found.replicas))
         console.print(_update_line(found.replicas), highlight=False)
+    for line in _idle(found):
+        console.print(f"warning: {line}", highlight=False)
     for pair in found.pairs:
         line = f"{pair.role}: {pair.messages} messages between ranks {pair.rank} and {pair.following} pair up"
         console.print(line, highlight=False)
@@ -70,6 +72,14 @@ def show(found: Found) -> None:
         f"({time.process_time():.0f} s of CPU), {found.peak_gib:.2f} GiB at most",
         highlight=False,
     )
+
+
+def _idle(found: Found) -> Iterator[str]:
+    """Of shards that have nothing to do while others work."""
+    for rank, one in found.played.items():
+        for alike in _by_phase(one.passes[WALKED]):
+            if any(not p.rows for p in alike):
+                yield f"rank {rank}, {alike[0].phase}: no row for its data-parallel shard: there are more shards than rows"
 
 
 def _table(title: str, *heads: str) -> Table:

@@ -48,6 +48,8 @@ def find_setting(config: Config, job: ScaledJob) -> Setting:
     Raises:
         TempoError: what the job would be refused for; no config.json for a role.
     """
+    if job.json is not None and not job.json.parent.is_dir():
+        raise TempoError(f"command line: --json {job.json}: there is no folder {job.json.parent}")
     notes: list[str] = []
     hf_dirs: dict[Role, Path] = {}
     for role, settings in roles_of(config).items():

@@ -14,7 +14,7 @@ from tempo_megatron.algorithm.rewards import terminal_reward
 from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.checkpoint.planned import PlannedShard, planned_shards
 from tempo_megatron.config.schema import Config, ResidencyConfig
-from tempo_megatron.errors import TempoError
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.locate import InitSource
 from tempo_megatron.loop.batching import critic_values, policy_rows
 from tempo_megatron.loop.estep import recalibrate_critic
@@ -132,7 +132,8 @@ def _told(rank: int, walk: Walk) -> Iterator[None]:
     try:
         yield
     except TempoError as error:
-        raise type(error)(f"rank {rank}, {walk.phase}: {error}") from error
+        kind = RunError if isinstance(error, RunError) else TempoError
+        raise kind(f"rank {rank}, {walk.phase}: {error}") from error
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise TempoError(f"rank {rank}, {walk.phase}: {type(error).__name__}: {' '.join(lines[:1])}") from error
