@@ -48,9 +48,8 @@ def dry_run_at_scale(config: Config, job: ScaledJob) -> None:
             arguments = config, setting.hf_dirs["actor"], holdings["actor"], job.gpus_per_node
             replicas = _in_phase("rollout", partial(foresee_replicas, *arguments))
             took = time.perf_counter() - began
-            _say(
-                f"vLLM: {world // replicas.size} replicas of {replicas.size} ranks, the plan of their weights: {took:.0f} s"
-            )
+            told = f"{world // replicas.size} replicas of {replicas.size} ranks"
+            _say(f"vLLM: {told}, and the plan of their weights, in {took:.0f} s")
     rows = {draw: draw_rows(config, draw, setting.prompts) for draw in DRAWS}
     number = world // config.rollout.tensor_parallel_size
     shares = {draw: queue_shares(some, number, config.rollout.max_num_seqs) for draw, some in rows.items()}

@@ -79,7 +79,7 @@ def _idle(found: Found) -> Iterator[str]:
     for rank, one in found.played.items():
         for alike in _by_phase(one.passes[WALKED]):
             if any(not p.rows for p in alike):
-                yield f"rank {rank}, {alike[0].phase}: its data-parallel shard has no row; there are more of them"
+                yield f"rank {rank}, {alike[0].phase}: its data-parallel shard has no row: there are fewer rows"
 
 
 def _table(title: str, *heads: str) -> Table:
