@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tempo_megatron.cli import main
+from tests.loop.conftest import DemoInputs
 
 #: Attention of a size that vLLM builds on the CPU.
 MODEL = {
@@ -153,3 +154,32 @@ def test_a_job_is_not_started_by_its_nodes(tmp_path: Path, capfd: pytest.Capture
     file.write_text("stage: sft\noutput_dir: x\nsteps: 1\nactor: {init: x}\n")
     assert main(["train", "--config", str(file), "--nodes", "2"]) == 2
     assert "--nodes needs --dry-run" in capfd.readouterr().err
+
+
+@pytest.mark.slow(15)
+def test_prompts_that_are_there_are_read(
+    demo_inputs: DemoInputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    role = {"init": str(demo_inputs.model), "dtype": "float32", "max_tokens_per_microbatch": 256}
+    config = {
+        "stage": "grpo",
+        "output_dir": str(tmp_path / "run"),
+        "steps": 1,
+        "actor": role,
+        "data": {
+            "train_files": [str(demo_inputs.data["train"])],
+            "labeled_prompts_per_step": 4,
+            "max_prompt_tokens": 32,
+            "max_response_tokens": 16,
+        },
+        "rollout": {"samples_per_prompt": 2, "dtype": "float32"},
+    }
+    file, found = tmp_path / "config.yaml", tmp_path / "found.json"
+    file.write_text(yaml.safe_dump(config))
+    words = ["--nodes", "1", "--gpus-per-node", "2", "--ranks", "1", "--json", str(found)]
+    code = main(["train", "--config", str(file), "--dry-run", *words])
+    err = capfd.readouterr().err
+    assert code == 0, err
+    assert f"prompts: the first step's of {demo_inputs.data['train']}" in err
+    sizes = [n for p in json.loads(found.read_text())["ranks"]["1"]["passes"]["longest"] for n in p["sizes"]]
+    assert all(0 < n < 4 * (32 + 16) for n in sizes), "prompts of the demo are shorter than the longest allowed"
