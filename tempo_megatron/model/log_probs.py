@@ -131,8 +131,8 @@ class _Part:
         return hidden.new_empty((size, self.width), dtype=self.dtype)
 
     def block_rows(self, device: torch.device) -> int:
-        """Rows of a chunk that are gone through at a time: on a GPU all of them."""
-        return self.chunk if device.type == "cuda" else max(1, BLOCK_LOGITS // max(self.width, 1))
+        """Rows of a chunk that are gone through at a time: on a GPU (and without numbers) all of them."""
+        return self.chunk if device.type != "cpu" else max(1, BLOCK_LOGITS // max(self.width, 1))
 
     def blocks(self, chunk: slice, device: torch.device) -> list[slice]:
         size = self.block_rows(device)
