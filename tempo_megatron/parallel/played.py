@@ -122,6 +122,10 @@ class _NoNumbers(TorchDispatchMode):
         super().__init__()
         self._wire = wire
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap each operation for the case that it is compiled, at twice the time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "c10d":

@@ -304,6 +304,10 @@ class _Recorder(TorchDispatchMode):
         self._fills: list[tuple[str, Region]] = []
         self._computed: defaultdict[str, set[str]] = defaultdict(set)  # parameters that get more than copies, of what
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap each operation for the case that it is compiled, at twice the time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.is_view:  # of the same storage, which tells what it is of
             return func(*args, **(kwargs or {}))

@@ -79,10 +79,10 @@ def run(overrides: list[str]) -> dict[str, Any]:
 
     step = em.EMLoop._em_step
 
-    def watched_step(loop: em.EMLoop) -> Any:
+    def watched_step(loop: em.EMLoop, begun: Any) -> Any:
         for noted_ones in (collectives, objects, moved):
             noted_ones.clear()
-        result = step(loop)
+        result = step(loop, begun)
         found.update(collectives=list(collectives), largest_object=max(objects), moved=list(moved))
         return result
 
