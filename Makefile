@@ -29,7 +29,7 @@ OTHERS := $(if $(BENCH),$(filter startup trl,$(BENCH)),startup trl)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
-.PHONY: help demo demo-real study test test-slurm parity updates kills bench lint lock clean
+.PHONY: help demo demo-real study test test-slurm parity updates plan-errors kills bench lint lock clean
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -60,6 +60,9 @@ updates: $(STAMP) ## weights to vLLM between all pairs of layouts, against vLLM'
 
 kills: $(STAMP) ## kill runs at 50 random instants, also while they write checkpoints, and compare how they end (half an hour)
 	$(BIN)/python -m tests.checkpoint.kills
+
+plan-errors: $(STAMP) ## planned against measured bytes, into docs/plan.md
+	$(BIN)/python -m tests.planner.error_table
 
 bench: $(STAMP) $(OTHERS:%=$(VENV)/bench-%/.complete-$(KEY)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
 	$(BIN)/python -m benchmarks --rounds $(ROUNDS) $(BENCH)

@@ -22,6 +22,7 @@ cpu_shim.install()
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.model.held import megatron_holdings  # noqa: E402
 from tempo_megatron.model.hf_tensors import expected_tensors  # noqa: E402
+from tempo_megatron.planner.sync import buffer_peak  # noqa: E402
 from tempo_megatron.reshard.plan import Plan, Traffic  # noqa: E402
 from tempo_megatron.rollout.engine import load_vllm  # noqa: E402
 from tempo_megatron.rollout.landings import foreseen_destinations  # noqa: E402
@@ -88,11 +89,21 @@ def show_sync_plan(request: SyncRequest, output: Path | None) -> None:
         f"digest {plan.digest()[:16]}",
         highlight=False,
     )
+    if peaks := _buffer_peaks(request, plan):
+        rank = max(range(request.ranks), key=peaks.__getitem__)
+        console.print(f"buffers on a GPU: {peaks[rank] / 2**20:.1f} MiB at most, on rank {rank}", highlight=False)
     if whole := plan.destinations[0].whole:
         size = plan.destinations[0].whole_bytes / 2**20
         console.print(f"{size:.1f} MiB cannot be taken in parts and come whole: {', '.join(whole)}", highlight=False)
     if output is not None:
         output.write_text(json.dumps(_record(request, plan, traffic), indent=1) + "\n")
+
+
+def _buffer_peaks(request: SyncRequest, plan: Plan) -> list[int]:
+    """Bytes of buffers, rank by rank; none of a large job, where it takes long."""
+    if request.ranks > LISTED:
+        return []
+    return [buffer_peak(plan, rank, dtype=request.dtype) for rank in range(request.ranks)]
 
 
 def _ranks(traffic: Traffic) -> Table:
@@ -138,6 +149,7 @@ def _record(request: SyncRequest, plan: Plan, traffic: Traffic) -> dict[str, Any
         "digest": plan.digest(),
         "buckets": plan.num_buckets,
         "bucket_buffer_bytes": max(plan.buffer_bytes),
+        "buffer_bytes_by_rank": _buffer_peaks(request, plan),
         "bytes": {
             "received": traffic.received.tolist(),
             "sent": traffic.sent.tolist(),

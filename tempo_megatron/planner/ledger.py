@@ -22,7 +22,7 @@ from tempo_megatron.planner.peaks import Load, RolePeaks
 from tempo_megatron.planner.range import Bytes, Item
 from tempo_megatron.planner.rollout import KVCache, kv_cache, rollout_weights
 from tempo_megatron.planner.schedule import Peaks
-from tempo_megatron.planner.sizes import ModelSizes
+from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 from tempo_megatron.planner.state import StateBytes, state_at
 
 KV_CACHE = "rollout.kv_cache"
@@ -272,8 +272,7 @@ class _Planner:
             case "e_step" | "m_step":
                 return [self._activations("critic" if name == "e_step" else "actor", stages, forward=False)]
             case "sync":
-                bucket = self.config.rollout.bucket_mib << 20
-                return [Item("buckets of new weights", Bytes(min(bucket, 2 * bucket), 2 * bucket))]
+                return [Item("buckets of new weights", self._buckets())]
             case "load":  # parameters are made before their buffers, and go when they have moved
                 moving = max(self.state(role, stages[role]).weights for role in self.roles)
                 return [*sampling, Item("parameters on their way into buffers", Bytes(0, moving))]
@@ -290,6 +289,18 @@ class _Planner:
 
         what = "forward" if forward else "forward and backward"
         return Item(f"{role}: {what} of a micro-batch", Bytes(peak(0.5, 1.0), round(peak(1.0, 1.25) * self._fragments)))
+
+    def _buckets(self) -> Bytes:
+        """Two at a time; larger where one module of vLLM's, which is finished as a whole, needs more: all experts of a
+        layer, on the CPU every linear layer. It is received while the one before is, packed once, and sent on at most
+        once.
+        """
+        sizes, rollout = self.sizes["actor"], self.config.rollout
+        width = ITEMSIZE[rollout.dtype] * sizes.hidden // rollout.tensor_parallel_size
+        module = 2 * sizes.intermediate * width if self.cluster.on_cpu else 0
+        if sizes.experts:
+            module = 3 * sizes.expert_intermediate * sizes.experts * width
+        return Bytes(0, max(2 * rollout.bucket_mib << 20, 4 * module))
 
     @property
     def _fragments(self) -> float:

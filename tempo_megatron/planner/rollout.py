@@ -83,7 +83,7 @@ def rollout_weights(sizes: ModelSizes, config: RolloutConfig) -> int:
     if sizes.head_norm:
         layer += 2 * sizes.head_dim
     elif sizes.projection_norm:
-        layer += sizes.q // size + kv
+        layer += sizes.q + sizes.kv  # vLLM cuts the heads, not their norm
     if sizes.experts:
         layer += sizes.mlp_parameters(0) + 3 * hidden * sizes.expert_intermediate * sizes.experts // size
     else:

@@ -9,12 +9,9 @@ from typing import Any
 
 import transformers as hf
 
-from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig
-from tempo_megatron.planner.activations import ChunkRun, chunks_of_stage
-from tempo_megatron.planner.layers import Pack
-from tempo_megatron.planner.parameters import RoleLayout
-from tempo_megatron.planner.schedule import stage_peaks
-from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
+from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig, RolloutConfig
+from tempo_megatron.planner.peaks import Load, RolePeaks
+from tempo_megatron.planner.sizes import ModelSizes
 from tests.model.parity_cases import Layout
 
 #: Wide enough for activations, and not weights, to be what a peak is made of.
@@ -45,7 +42,7 @@ FAMILIES: dict[str, tuple[type[hf.PretrainedConfig], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class PlanCase:
-    """One role in one layout; ``rows``: (prompt, response) tokens of the sequences of a step."""
+    """One role's engine on ``ranks`` ranks; ``layout`` as in ``tests.model.parity_cases``."""
 
     ranks: int
     layout: str
@@ -65,7 +62,7 @@ class PlanCase:
 
     @property
     def rows(self) -> list[tuple[int, int]]:
-        """Two micro-batches for each data-parallel shard."""
+        """(prompt, response) tokens: for each shard two micro-batches of four sequences, twice the stages of them."""
         parallel = Layout(self.layout).parallel
         shards = self.ranks // parallel.model_parallel_size
         packs = 2 * parallel.pipeline_model_parallel_size
@@ -96,6 +93,74 @@ class PlanCase:
         return asdict(self)
 
 
+#: Engines and activations: every layout, family, role, dtype and level of recomputation in some company.
+CASES = [
+    PlanCase(1, "", "qwen3", "actor", "float32"),
+    PlanCase(1, "", "qwen3", "critic", "bfloat16", "full"),
+    PlanCase(1, "", "llama-tied", "actor", "bfloat16", "selective"),
+    PlanCase(1, "", "olmo3", "actor", "bfloat16"),
+    PlanCase(1, "", "qwen2-tied", "actor", "float32", "full"),
+    PlanCase(1, "", "qwen3-moe", "actor", "float32"),
+    PlanCase(1, "", "qwen3-moe", "critic", "bfloat16", "full"),
+    PlanCase(2, "", "qwen3", "critic", "bfloat16"),
+    PlanCase(2, "tp2", "llama", "actor", "float32", distributed=False),
+    PlanCase(2, "tp2 sp", "olmo3", "critic", "float32"),
+    PlanCase(2, "tp2 kv1", "qwen3", "actor", "float32"),
+    PlanCase(2, "pp2", "llama-tied", "actor", "bfloat16"),
+    PlanCase(2, "pp2 layers5", "qwen3", "critic", "float32", "selective"),
+    PlanCase(2, "pp2 vpp2", "qwen2-tied", "actor", "bfloat16", "full", overlap=True),
+    PlanCase(2, "cp2", "qwen3", "actor", "bfloat16"),
+    PlanCase(2, "ep2", "qwen3-moe", "actor", "float32"),
+    PlanCase(2, "tp2 sp ep2", "qwen3-moe", "actor", "bfloat16", "selective"),
+    PlanCase(2, "tp2 sp etp2", "qwen3-moe", "critic", "bfloat16"),
+    PlanCase(4, "tp2 pp2 sp", "qwen3", "actor", "bfloat16"),
+    PlanCase(4, "tp2 cp2 sp", "llama", "critic", "bfloat16", "full"),
+    PlanCase(4, "pp2 vpp2", "llama-tied", "actor", "float32"),
+    PlanCase(4, "pp2 ep2", "qwen3-moe", "actor", "bfloat16"),
+]
+
+#: Tokens of the longest sequence of the replicas that are measured.
+LONGEST = 64
+
+
+@dataclass(frozen=True)
+class RolloutCase:
+    """Replicas of ``size`` ranks that get the weights of a trainer in ``layout``, on two ranks."""
+
+    family: str
+    size: int
+    dtype: str
+    layout: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.dtype}, {self.layout or 'dp'} to tp{self.size}"
+
+    @property
+    def config(self) -> RolloutConfig:
+        return RolloutConfig(
+            dtype=self.dtype,
+            kv_cache_gib=0.0071,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            tensor_parallel_size=self.size,
+            bucket_mib=1,
+        )
+
+
+#: Those of one engine stand together (families of ``tests.rollout.update_cases``).
+ROLLOUT_CASES = [
+    RolloutCase("qwen3", 1, "float32", ""),
+    RolloutCase("qwen3", 1, "float32", "tp2 sp"),
+    RolloutCase("qwen3", 1, "float32", "pp2"),
+    RolloutCase("llama-tied", 2, "bfloat16", "tp2"),
+    RolloutCase("llama-tied", 2, "bfloat16", "pp2 vpp2"),
+    RolloutCase("llama-tied", 2, "bfloat16", "cp2"),
+    RolloutCase("qwen3-moe", 1, "float32", "ep2"),
+    RolloutCase("olmo3", 2, "float32", "tp2 sp"),
+]
+
+
 @cache
 def config_of(family: str, **changes: int) -> hf.PretrainedConfig:
     config_class, own = FAMILIES[family]
@@ -103,18 +168,22 @@ def config_of(family: str, **changes: int) -> hf.PretrainedConfig:
     return config_class(**{**_SHAPE, **own, **changes}, architectures=[architecture])
 
 
-def planned_peaks(case: PlanCase, rank: int, imbalance: float = 1.0) -> dict[str, int]:
-    """Bytes of the forward, and of forward and backward."""
-    parallel = case.config.parallel
-    stage = RoleLayout(parallel, case.ranks).place(rank).stage
+def planned_peaks(case: PlanCase, stage: int, routed: int = 0) -> dict[str, int]:
+    """Bytes of the forward, and of forward and backward, of a rank of a pipeline stage.
+
+    Args:
+        routed: tokens of a micro-batch that come to the rank's experts; 0: an even share.
+    """
+    parallel, sizes = case.config.parallel, case.sizes
     lengths = Counter(sum(row) for row in case.rows[:4])
-    pack = Pack(case.tokens // parallel.context_parallel_size, tuple(sorted(lengths.items())), imbalance)
-    chunks = [
-        ChunkRun(case.sizes, case.role, case.config, "torch", chunk, pack, on_cpu=True).measure()
-        for chunk in chunks_of_stage(case.sizes, case.config, stage)
-    ]
-    message = ITEMSIZE[case.dtype] * pack.tokens * case.sizes.hidden
+    own = case.tokens // parallel.context_parallel_size
     if parallel.sequence_parallel:
-        message //= parallel.tensor_model_parallel_size
-    peaks = stage_peaks(chunks, parallel, stage, 2 * parallel.pipeline_model_parallel_size, message)
+        own //= parallel.tensor_model_parallel_size
+    even = own * sizes.experts_per_token * parallel.expert_tensor_parallel_size
+    load = Load(
+        longest=max(lengths),
+        microbatches=2 * parallel.pipeline_model_parallel_size,
+        imbalance=routed / even if routed else 1.0,
+    )
+    peaks = RolePeaks(sizes, case.role, case.config, "torch", on_cpu=True).of_stage(stage, load)
     return {"forward": peaks.forward, "backward": peaks.backward}

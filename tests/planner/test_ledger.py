@@ -1,0 +1,164 @@
+"""The ledger: what is where in which phase, verdicts, and that it is a pure function of what it is given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tempo_megatron.config.schema import Config
+from tempo_megatron.loop.residency import NEEDS
+from tempo_megatron.planner.hardware import CARDS, Cluster
+from tempo_megatron.planner.ledger import Ledger, Phase, certain_ledger, plan_ledger
+from tempo_megatron.planner.rollout import kv_cache
+from tempo_megatron.planner.sizes import ModelSizes
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "configs" / "models"
+NODE = Cluster(1, 8, CARDS["h100-80gb"], host_memory=1 << 41)
+
+
+def values(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MODELS / name / "config.json").read_text())
+    return found
+
+
+def config(**changes: Any) -> Config:
+    parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+    role = {"init": "-", "parallel": parallel, "recompute": "full"}
+    given = {
+        "stage": "tempo",
+        "output_dir": "-",
+        "steps": 1,
+        "actor": role,
+        "critic": role,
+        "data": {"labeled_prompts_per_step": 64, "unlabeled_prompts_per_step": 64},
+        "rollout": {"kv_cache_gib": 16.0, "tensor_parallel_size": 2},
+        **changes,
+    }
+    return Config.model_validate(given)
+
+
+def ledger(model: str = "Qwen3-8B-Base", cluster: Cluster = NODE, **changes: Any) -> Ledger:
+    return plan_ledger(config(**changes), {"actor": values(model), "critic": values(model)}, cluster)
+
+
+def parts(phase: Phase) -> set[str]:
+    return {item.name for item in phase.items if item.exact}
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
+@pytest.mark.parametrize("sleep", [False, True], ids=["awake", "sleeps"])
+def test_phases_hold_what_residency_says(offload: str, sleep: bool) -> None:
+    """What a phase needs is there; what may leave and is not needed is not."""
+    every = {part for needs in NEEDS.values() for part in needs}
+    of_rollout = {part for part in every if part.startswith("rollout")}
+    kept = {"none": every, "optimizer": {part for part in every if part.endswith("weights")}, "all": set()}
+    stays = (kept[offload] - of_rollout) | (set() if sleep else of_rollout)
+    found = ledger(residency={"offload": offload, "sleep": sleep})
+    for phase in found.phases:
+        if phase.name in NEEDS:
+            assert parts(phase) == stays | NEEDS[phase.name], phase.name
+
+
+def test_the_same_question_has_the_same_answer_whatever_the_model_is_given_as() -> None:
+    sizes = ModelSizes.of(values("Qwen3-8B-Base"))
+    assert plan_ledger(config(), {"actor": sizes, "critic": sizes}, NODE) == ledger()
+
+
+def test_what_leaves_is_pinned_in_powers_of_two_on_the_host() -> None:
+    found = ledger(residency={"offload": "optimizer"})
+    (item,) = [item for item in found.host if item.name == "actor.optimizer, away (pinned)"]
+    size = found.states["actor"].optimizer
+    assert item.bytes.low == item.bytes.high == 8 * (1 << (size - 1).bit_length()) >= 8 * size
+
+
+def test_the_distributed_optimizer_shares_its_states_over_replicas() -> None:
+    one, two = ledger(), ledger(cluster=Cluster(4, 8, CARDS["h100-80gb"]))
+    assert two.states["actor"].weights == pytest.approx(one.states["actor"].weights, rel=1e-4)
+    assert two.states["actor"].optimizer == pytest.approx(one.states["actor"].optimizer / 4, rel=1e-3)
+
+
+def test_weights_gradients_masters_and_moments_of_a_published_model() -> None:
+    """8,190,735,360 parameters over TP 4 x DP 2; norms are on every rank, and buffers are padded."""
+    state, numbers = ledger().states["actor"], 8_190_735_360 / 4
+    assert state.weights == pytest.approx(2 * numbers, rel=1e-3)
+    assert state.gradients == pytest.approx(4 * numbers, rel=1e-3)
+    assert state.optimizer == pytest.approx(12 * numbers / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("memory", "verdict"), [(10**12, "fits"), (1, "does not fit")], ids=["a large card", "a small one"]
+)
+def test_verdicts(memory: int, verdict: str) -> None:
+    found = ledger(cluster=NODE.with_memory(memory))
+    assert found.verdict == verdict
+    between = (found.fullest.total.low + found.fullest.total.high) // 2
+    assert ledger(cluster=NODE.with_memory(between)).verdict == "may not fit"
+
+
+def test_recomputation_and_smaller_micro_batches_take_less() -> None:
+    def m_step(**changes: Any) -> int:
+        role = {"init": "-", "parallel": {"tensor_model_parallel_size": 4, "sequence_parallel": True}, **changes}
+        (phase,) = [p for p in ledger(actor=role).phases if p.name == "m_step"]
+        return phase.total.high
+
+    none, selective, full = (m_step(recompute=level) for level in ("none", "selective", "full"))
+    assert none > selective > full
+    assert full > m_step(recompute="full", max_tokens_per_microbatch=18432)
+
+
+def test_the_fullest_rank_is_of_the_stage_that_holds_most() -> None:
+    """The first stage has the embedding and most micro-batches in flight, the last the logits."""
+    role = {"init": "-", "parallel": {"pipeline_model_parallel_size": 4}, "recompute": "none"}
+    found = {phase.name: phase for phase in ledger(actor=role, critic=role).phases}
+    assert found["m_step"].where.startswith("stage 0 of 4")
+    assert found["m_step"].total.high > found["log_probs"].total.high
+
+
+def test_a_cache_is_judged_by_sequences_of_full_length() -> None:
+    """Qwen3-8B: 8 KV heads of 128, 36 layers, bfloat16: 147,456 bytes a token, in blocks of 16."""
+    sizes, rollout = ModelSizes.of(values("Qwen3-8B-Base")), config(rollout={"kv_cache_gib": 1.0}).rollout
+    cache = kv_cache(sizes, rollout, 4096, on_cpu=False)
+    assert cache.blocks == 2**30 // (16 * 147_456)
+    assert cache.sequences == pytest.approx((cache.blocks - 1) / 256)
+    assert cache.needed_bytes == 257 * 16 * 147_456
+
+
+def test_layers_with_a_window_keep_no_more_than_it() -> None:
+    sizes = ModelSizes.of(values("Olmo-3-1025-7B"))
+    rollout = config(rollout={"max_num_batched_tokens": 1024}).rollout
+    long, longer = (kv_cache(sizes, rollout, n, on_cpu=False).sequence_blocks for n in (16384, 32768))
+    assert longer - long == 16384 // 16  # of the one group in four that attends to everything
+
+
+def test_the_short_form_has_what_is_certain_and_no_more() -> None:
+    given = {"actor": values("Qwen3-8B-Base"), "critic": values("Qwen3-8B-Base")}
+    for short, whole in zip(certain_ledger(config(), given, NODE).phases, ledger().phases, strict=True):
+        assert short.certain == whole.certain <= whole.total.low
+
+
+def test_no_torch_is_loaded_and_a_large_job_takes_a_moment() -> None:
+    program = """
+import json, sys, time
+from pathlib import Path
+from tests.planner.test_ledger import CARDS, Cluster, certain_ledger, config, values
+given = values("Qwen3-235B-A22B")
+parallel = {"tensor_model_parallel_size": 4, "sequence_parallel": True, "pipeline_model_parallel_size": 8,
+            "expert_model_parallel_size": 16}
+role = {"init": "-", "parallel": parallel, "recompute": "full"}
+start = time.process_time()
+certain_ledger(config(actor=role, critic=role), {"actor": given, "critic": given}, Cluster(64, 8, CARDS["h100-80gb"]))
+heavy = [name for name in ("torch", "megatron", "vllm", "transformers") if name in sys.modules]
+print(json.dumps([time.process_time() - start, heavy]))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    seconds, loaded = json.loads(told.stdout)
+    assert loaded == []
+    assert seconds < 1
