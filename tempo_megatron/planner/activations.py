@@ -67,6 +67,9 @@ class ChunkRun:
         self.ops, self.on_cpu = self.layers.ops, on_cpu
 
     def measure(self) -> ChunkBytes:
+        # the micro-batch before is described until the schedule is done with the next
+        before = sum(memory.nbytes for memory in self._description())
+        self.meter.restart()
         self.layers.training = False
         with self.meter.no_grad():
             output = self._forward(self._input()[0])
@@ -85,7 +88,7 @@ class ChunkRun:
         peak = self.meter.peak
         del gradient, output, found, kept_input, self.layers
         assert self.meter.now == 0, "a graph was not released"
-        return ChunkBytes(kept, forward, peak, forward_only)
+        return ChunkBytes(kept, forward, peak + before, forward_only)
 
     def _input(self) -> tuple[Value, list[Memory]]:
         """What comes in: from the stage before, or token ids; and beside it what a pack is described by."""
