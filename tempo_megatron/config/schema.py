@@ -582,7 +582,7 @@ class LaunchConfig(Section):
 
 
 class SlurmConfig(Section):
-    """What `tempo-megatron submit` asks of Slurm; nothing else reads it."""
+    """What `tempo-megatron submit` asks of Slurm; `plan` takes nodes and GPUs from it, a run reads none of it."""
 
     nodes: int = Field(1, ge=1, description="nodes of the job; `submit --nodes N` wins")
     gpus_per_node: int = Field(

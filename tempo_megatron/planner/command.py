@@ -19,8 +19,8 @@ full micro-batches to full ones, and what is assumed of libraries. Exit code 0: 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, as of train")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a node; default: 8")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: slurm.nodes")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks; default: slurm.gpus_per_node")
     parser.add_argument(
         "--gpu", default="h100-80gb", metavar="NAME", help="a100-80gb, h100-80gb (default), h200, b200 or cpu"
     )

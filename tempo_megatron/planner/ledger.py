@@ -16,7 +16,7 @@ from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.loop.residency import NEEDS, ROLLOUT_WEIGHTS, SYNC
 from tempo_megatron.planner.hardware import Cluster
 from tempo_megatron.planner.layers import Spec
-from tempo_megatron.planner.overhead import device_overhead, host_items, rollout_workspace
+from tempo_megatron.planner.overhead import device_overhead, host_items, rollout_workspace, snapshot
 from tempo_megatron.planner.parameters import Role, RoleLayout
 from tempo_megatron.planner.peaks import Load, RolePeaks
 from tempo_megatron.planner.range import Bytes, Item
@@ -93,9 +93,13 @@ class Ledger:
 
     @property
     def verdict(self) -> str:
-        """``fits``, ``may not fit`` (the upper end is beyond a memory) or ``does not fit`` (the lower end is)."""
+        """``fits``, ``may not fit`` (the upper end is beyond a memory) or ``does not fit`` (the lower end is, or the KV
+        cache has no room for one sequence of full length, which vLLM refuses).
+        """
         card, host = self.cluster.card.memory, self.cluster.host_memory
         ends = [(self.fullest.total, card)] + ([] if host is None else [(self.host_total, host)])
+        if self.kv is not None and self.kv.sequences < 1:
+            return "does not fit"
         if any(phase.total.low > card for phase in self.phases) or any(used.low > room for used, room in ends):
             return "does not fit"
         if any(used.high > room for used, room in ends):
@@ -215,6 +219,10 @@ class _Planner:
     def _items(self, name: str, stages: dict[Role, int]) -> list[Item]:
         items = [device_overhead(self.cluster, self.roles.values(), sampled=self.samples)]
         items += self._resident(name, stages)
+        if self.cluster.on_cpu and self.config.checkpoint.asynchronous and self.working:
+            size = snapshot({role: self.state(role, stages[role]) for role in self.roles}, 1)
+            low = size.low if name == "checkpoint" else 0  # it is written while the next step goes on
+            items.append(Item("snapshot of a checkpoint", Bytes(low, size.high)))
         items += self._work(name, stages) if self.working else []
         return [item for item in items if item.bytes.high]
 

@@ -70,7 +70,8 @@ def host_items(
     if not cluster.on_cpu:
         items.append(Item("processes", _times(_HOST_PROCESS, ranks)))
         items += _offloaded(config, states, ranks)
-    items.append(_staging(states, ranks))
+        if config.checkpoint.asynchronous:
+            items.append(Item("snapshot of a checkpoint", snapshot(states, ranks)))
     if sampled:
         workers = max(config.verifier.workers, -(-ranks // config.rollout.tensor_parallel_size))
         items.append(Item("verifier's workers", _times(_WORKER, workers)))
@@ -94,13 +95,13 @@ def _offloaded(config: Config, states: Mapping[str, StateBytes], ranks: int) -> 
     return items
 
 
-def _staging(states: Mapping[str, StateBytes], ranks: int) -> Item:
-    """One snapshot of each rank's shards, roles one after the other or together: its optimizer's, and weights of
-    which the others hold copies.
+def snapshot(states: Mapping[str, StateBytes], ranks: int) -> Bytes:
+    """What a checkpoint is written from while training goes on: each rank's shares of the optimizers' states, and
+    weights, of which others may have the copies that are saved.
     """
-    low = ranks * max(state.optimizer for state in states.values())
-    high = ranks * sum(state.optimizer + state.weights for state in states.values())
-    return Item("snapshot of a checkpoint", Bytes(low, high))
+    low = ranks * sum(state.optimizer for state in states.values())
+    high = low + ranks * sum(state.weights for state in states.values())
+    return Bytes(low, high)
 
 
 def _rollouts(config: Config, cluster: Cluster, layout: RoleLayout) -> Item:

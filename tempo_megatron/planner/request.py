@@ -63,16 +63,23 @@ def read_request(
     config_file: str,
     overrides: list[str],
     *,
-    nodes: int,
-    ranks_per_node: int,
+    nodes: int | None = None,
+    ranks_per_node: int | None = None,
     card: str,
     device_memory_gib: float | None = None,
     host_memory_gib: float | None = None,
     model: Path | None = None,
     rates: list[str] | None = None,
 ) -> PlanRequest:
-    """Raises TempoError for what is wrong with the configuration, its models' sizes or the cluster."""
+    """Nodes and their ranks are those of section ``slurm`` where they are None.
+
+    Raises:
+        TempoError: for what is wrong with the configuration, its models' sizes or the cluster.
+    """
     config = load_config(config_file, overrides)
+    nodes = config.slurm.nodes if nodes is None else nodes
+    if ranks_per_node is None:
+        ranks_per_node = config.slurm.gpus_per_node or config.launch.nproc_per_node
     for option, number in (("--nodes", nodes), ("--gpus-per-node", ranks_per_node)):
         if number < 1:
             raise TempoError(f"command line: {option} {number} must be at least 1")

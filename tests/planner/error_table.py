@@ -17,9 +17,7 @@ from tests.planner.cases import CASES, PlanCase, planned_peaks
 
 PAGE = ROOT / "docs" / "plan.md"
 BEGIN, END = "<!-- errors: made by `make plan-errors` -->", "<!-- /errors -->"
-HEAD = (
-    "| ranks | model, role, dtype, recompute | layout | state | forward, MiB | planned | forward and backward, MiB | planned |"
-)
+HEAD = "| ranks | model | layout | state | forward, MiB | planned | forward and backward, MiB | planned |"
 
 
 def measure() -> list[str]:
