@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tempo_megatron.config.methods import METHODS
+from tempo_megatron.config.residency import NEEDS
 from tempo_megatron.config.schema import Config, ParallelConfig, ResidencyConfig, RoleConfig
 from tempo_megatron.locate import InitSource, newest_checkpoint
 from tempo_megatron.loop.data import Pool, PromptData, SftData
-from tempo_megatron.loop.residency import NEEDS
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.telemetry.findings import critic_findings
 from tempo_megatron.telemetry.labels import evaluation_label

@@ -1,4 +1,4 @@
-"""What each phase of a step needs on the device, and what leaves for it.
+"""What leaves the device for each phase of a step, and comes back for it (``config.residency`` has the table).
 
 Phases that are not in the table change nothing: they work with what is there, or wake one role at a time for as long as
 they need it (a checkpoint: ``EngineParts.awake``).
@@ -10,26 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tempo_megatron.config.residency import NEEDS, ROLLOUT_WEIGHTS, SYNC
 from tempo_megatron.config.schema import ResidencyConfig
 from tempo_megatron.parallel.parts import Part, State
 
 if TYPE_CHECKING:
     from tempo_megatron.rollout.engine import RolloutEngine
     from tempo_megatron.training.engine import MegatronEngine
-
-SYNC = "sync"
-ROLLOUT_WEIGHTS = "rollout.weights"
-
-#: Phase -> the parts that are on the device in it. Whatever else may leave, leaves.
-NEEDS: dict[str, frozenset[str]] = {
-    "rollout": frozenset({ROLLOUT_WEIGHTS, "rollout.kv_cache"}),
-    "values": frozenset({"critic.weights"}),
-    "e_step": frozenset({"critic.weights", "critic.gradients", "critic.optimizer"}),
-    "log_probs": frozenset({"actor.weights"}),
-    "m_step": frozenset({"actor.weights", "actor.gradients", "actor.optimizer"}),
-    SYNC: frozenset({"actor.weights", ROLLOUT_WEIGHTS}),
-    "evaluate": frozenset({ROLLOUT_WEIGHTS, "rollout.kv_cache", "critic.weights"}),
-}
 
 
 class Residency:

@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from tempo_megatron.config.methods import METHODS
+from tempo_megatron.config.residency import KV_CACHE, NEEDS, ROLLOUT_WEIGHTS, SYNC
 from tempo_megatron.config.schema import Config, RoleConfig
-from tempo_megatron.loop.residency import NEEDS, ROLLOUT_WEIGHTS, SYNC
 from tempo_megatron.planner.hardware import Cluster
 from tempo_megatron.planner.layers import Spec
 from tempo_megatron.planner.overhead import device_overhead, host_items, rollout_workspace, snapshot
@@ -24,8 +24,6 @@ from tempo_megatron.planner.rollout import KVCache, kv_cache, rollout_weights
 from tempo_megatron.planner.schedule import Peaks
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 from tempo_megatron.planner.state import StateBytes, state_at
-
-KV_CACHE = "rollout.kv_cache"
 
 #: What no item counts.
 UNMODELLED = (

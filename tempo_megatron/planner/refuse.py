@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tempo_megatron.config.check import model_folders
+from tempo_megatron.config.residency import KV_CACHE
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 from tempo_megatron.planner.hardware import CARDS, Cluster
-from tempo_megatron.planner.ledger import KV_CACHE, Ledger, Phase, certain_ledger, plan_ledger
+from tempo_megatron.planner.ledger import Ledger, Phase, certain_ledger, plan_ledger
 from tempo_megatron.planner.memory import host_memory
 from tempo_megatron.planner.range import gib
 from tempo_megatron.planner.show import kv_line, verdict_line

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tempo_megatron.config.residency import NEEDS
 from tempo_megatron.config.schema import Config
-from tempo_megatron.loop.residency import NEEDS
 from tempo_megatron.planner.hardware import CARDS, Cluster
 from tempo_megatron.planner.ledger import Ledger, Phase, certain_ledger, plan_ledger
 from tempo_megatron.planner.rollout import kv_cache
