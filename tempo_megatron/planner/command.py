@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         from tempo_megatron.planner.search import search
 
         proposals = search(request, lengths)
-        show_proposals(proposals, console)
+        show_proposals(proposals, work, console)
     if arguments.picture is not None:
         from tempo_megatron.planner.picture import draw_ledger
 

@@ -46,7 +46,7 @@ def draw_ledger(ledger: Ledger, title: str, file: Path) -> None:
         card = ledger.cluster.card
         axes.axvline(card.memory / GIB, color="black", linestyle="--", linewidth=1.2)
         place = card.memory / GIB, len(names) - 0.45
-        axes.annotate(f" {card.name}: {card.memory / GIB:.1f}", place, ha="left", va="bottom", fontsize=9)
+        axes.annotate(f"{card.name}: {card.memory / GIB:.1f} ", place, ha="right", va="bottom", fontsize=9)
         axes.invert_yaxis()
         axes.set_xlabel("GiB on the fullest rank (bars: upper end; whiskers: range)")
         axes.set_title(title)

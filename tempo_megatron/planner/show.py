@@ -114,8 +114,11 @@ def show_suggestions(advised: list[Suggestion], console: Console) -> None:
     console.print(table)
 
 
-def show_proposals(proposals: list[Proposal], console: Console) -> None:
-    if not proposals:
+def show_proposals(proposals: list[Proposal], now: StepWork, console: Console) -> None:
+    """With ``now``, what the configuration takes as it stands, beside them."""
+    if proposals:
+        console.print(f"search: {now.seconds:,.0f} s a step as it stands; these fit and take:", highlight=False)
+    else:
         console.print("search: no layout that was tried fits; more nodes, or larger cards", highlight=False)
     for number, proposal in enumerate(proposals, 1):
         work, phase = proposal.work, proposal.ledger.fullest
