@@ -102,14 +102,14 @@ def measured(case: PlanCase, groups: ModelParallelGroups) -> dict[str, int]:
         return tables[key].sum() / 1000, {}
 
     found = {part.name.split(".")[1]: part.nbytes() for part in engine.parts}
-    homes = engine.homes(sequences)
-    engine._run(sequences, homes, loss=None)  # buffers that stay
-    found["forward"] = peak_bytes(lambda: engine._run(sequences, homes, loss=None))
+    packs = engine._microbatches(sequences, engine.homes(sequences))
+    engine._run(packs, loss=None)  # buffers that stay
+    found["forward"] = peak_bytes(lambda: engine._run(packs, loss=None))
     for ddp in engine.ddp:
         ddp.train()
         ddp.zero_grad_buffer()
-    engine._run(sequences, homes, loss=loss)
-    found["backward"] = peak_bytes(lambda: engine._run(sequences, homes, loss=loss))
+    engine._run(packs, loss=loss)
+    found["backward"] = peak_bytes(lambda: engine._run(packs, loss=loss))
     return found | {"routed": routed(engine)}
 
 
