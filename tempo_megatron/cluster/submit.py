@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,7 @@ def chain(files: Sequence[str], overrides: Sequence[str]) -> list[Job]:
         earlier[folder] = _from_the_first(config, earlier)
         try:
             check_config(earlier[folder], config.slurm.nodes * ranks_per_node(config.slurm, config.launch))
+            _check_memory(earlier[folder])
         except TempoError as error:
             raise TempoError(f"{file}: {error}") from None
         command = ["train", "--config", str(Path(config.output_dir) / FOLDER / "config.yaml")]
@@ -127,6 +129,19 @@ def _check_requeue(config: Config, file: str) -> None:
             f"{file}: resume: {config.resume!r} would hold for every start of a job that is requeued; it must be auto "
             "(or slurm.requeue: false)"
         )
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse what cannot fit on the nodes that the settings describe."""
+    slurm = config.slurm
+    if slurm.gpu is None:
+        return
+    from tempo_megatron.planner.hardware import CARDS
+    from tempo_megatron.planner.refuse import Machine, refuse_what_cannot_fit
+
+    host = sys.maxsize if slurm.host_memory_gib is None else int(slurm.host_memory_gib * (1 << 30))
+    node = Machine(CARDS[slurm.gpu].memory, host, f"an {slurm.gpu} (slurm.gpu)", "a node (slurm.host_memory_gib)")
+    refuse_what_cannot_fit(config, slurm.nodes * slurm.gpus_per_node, slurm.gpus_per_node, node)
 
 
 def evaluation_array(models: Sequence[str], file: str | None, overrides: Sequence[str]) -> Job:

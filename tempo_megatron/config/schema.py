@@ -590,6 +590,12 @@ class SlurmConfig(Section):
         ge=0,
         description="GPUs of each node, one rank each; 0: no GPUs, launch.nproc_per_node ranks a node on the CPU",
     )
+    gpu: Literal["a100-80gb", "h100-80gb", "h200", "b200"] | None = Field(
+        None, description="their kind, by the names of `plan`: `submit` refuses what cannot fit there; null: not judged"
+    )
+    host_memory_gib: float | None = Field(
+        None, gt=0, description="memory of a node beside its GPUs, GiB, likewise; null: not judged"
+    )
     cpus_per_task: int | None = Field(None, ge=1, description="CPUs of each rank; null: its share of the node's")
     exclusive: bool = Field(True, description="whole nodes with all of their memory")
     time: str = Field("24:00:00", description="limit of one start, in Slurm's forms (2-00:00:00, 12:30:00, minutes)")
@@ -645,7 +651,9 @@ class SlurmConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _mounts_need_an_image(self) -> SlurmConfig:
+    def _consistent(self) -> SlurmConfig:
+        if self.gpu is not None and self.gpus_per_node == 0:
+            raise ValueError(f"gpu: {self.gpu} with gpus_per_node: 0; it must be null where there are none")
         if self.container_mounts and self.container_image is None:
             raise ValueError(f"container_mounts: {self.container_mounts} need container_image")
         return self

@@ -28,10 +28,12 @@ _DRIVER = Path("/dev/nvidiactl")
 
 @dataclass(frozen=True)
 class Machine:
-    """This node: bytes of its smallest GPU (0: there is none), and of its memory."""
+    """A node: bytes of its smallest GPU (0: there is none), and of its memory; and what messages call them."""
 
     card: int
     host: int
+    card_name: str = "a GPU here"
+    name: str = "this machine"
 
 
 def this_machine() -> Machine:
@@ -68,15 +70,15 @@ def refuse_what_cannot_fit(config: Config, world_size: int, ranks_here: int, mac
     ledger = certain_ledger(config, _sizes(config), cluster)
     for phase in ledger.phases:
         if machine.card:
-            needed, there, whose = phase.certain, machine.card, "a GPU here"
+            needed, there, whose = phase.certain, machine.card, machine.card_name
         else:  # ranks share the memory, and some may need less
-            needed, there, whose = phase.certain + (ranks_here - 1) * phase.least, machine.host, "this machine"
+            needed, there, whose = phase.certain + (ranks_here - 1) * phase.least, machine.host, machine.name
         if needed > there:
             raise TempoError(_reason(config, phase, needed, there, whose, ranks_here if not machine.card else 1))
     if machine.card and ledger.certain_host > machine.host:
         raise TempoError(
             f"residency.offload: {config.residency.offload}: what leaves the GPUs of a node takes at least "
-            f"{gib(ledger.certain_host)} GiB of pinned memory, and this machine has {gib(machine.host)} GiB"
+            f"{gib(ledger.certain_host)} GiB of pinned memory, and {machine.name} has {gib(machine.host)} GiB"
         )
 
 

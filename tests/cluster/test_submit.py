@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 
 from tempo_megatron.cli import main
 from tempo_megatron.config.load import load_config
+from tempo_megatron.config.schema import SlurmConfig
+from tempo_megatron.planner.hardware import CARDS
 from tests.config.test_check import SHAPE
 
 
@@ -119,6 +122,12 @@ def test_evaluations_are_an_array(workplace: Path) -> None:
     assert f"""evaluate "${{elements[$SLURM_ARRAY_TASK_ID]}}" --config first.yaml '{sets}'""" in text
 
 
+def test_kinds_of_gpus_are_the_planners() -> None:
+    assert [*typing.get_args(typing.get_args(SlurmConfig.model_fields["gpu"].annotation)[0])] == [
+        *(name for name in CARDS if name != "cpu")
+    ]  # fmt: skip
+
+
 CONFIG = ("--config", "first.yaml")
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing": ((), "command line: give --config FILE..., or --evaluate MODEL..."),
@@ -130,6 +139,8 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "option": ((*CONFIG, "slurm.options=[reservation]"), "must be options, one an item"),
     "quotes": ((*CONFIG, "slurm.partition='a\"b'"), "Slurm cannot take quotes"),
     "layout": ((*CONFIG, "--nodes", "3", "rollout.tensor_parallel_size=4"), "first.yaml: rollout."),
+    "memory": ((*CONFIG, "slurm.gpus_per_node=2", "slurm.gpu=h200", "rollout.kv_cache_gib=500"), "an h200 (slurm.gpu)"),
+    "no-gpus": ((*CONFIG, "slurm.gpu=h200"), "slurm: gpu: h200 with gpus_per_node: 0"),
     "no-sbatch": (CONFIG, "sbatch: not found"),
     "two-configs": (("--evaluate", "model", *CONFIG, "second.yaml"), "--evaluate takes one --config"),
     "no-sets": (("--evaluate", "model", *CONFIG), "evaluation.sets: [] is empty"),

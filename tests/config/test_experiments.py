@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from tempo_megatron.config.check import check_config
+from tempo_megatron.config.check import check_config, model_folders
 from tempo_megatron.config.load import _merged, _read_with_bases, _Sources, load_config
 from tempo_megatron.config.schema import Config
+from tempo_megatron.planner.hardware import CARDS, GIB, Cluster
+from tempo_megatron.planner.ledger import Ledger, plan_ledger
+from tempo_megatron.planner.sizes import ModelSizes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(f for area in ("aime", "general") for f in CONFIGS.glob(f"{area}/*/*.yaml") if f.stem != "common")
@@ -60,9 +63,19 @@ def check_without_files(file: Path, folder: Path) -> Config:
     return config
 
 
+def memory(config: Config) -> Ledger:
+    """What the planner says of the nodes that the configuration states."""
+    slurm = config.slurm
+    assert slurm.gpu is not None and slurm.host_memory_gib is not None
+    cluster = Cluster(slurm.nodes, slurm.gpus_per_node, CARDS[slurm.gpu], int(slurm.host_memory_gib * GIB))
+    shapes = {role: ModelSizes.read(folder, role, critic=False) for role, folder in model_folders(config).items()}
+    return plan_ledger(config, shapes, cluster)
+
+
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name)
 def test_experiments_pass_every_check_that_needs_no_weights(file: Path, tmp_path: Path) -> None:
     config = check_without_files(file, tmp_path)
+    assert memory(config).verdict == "fits"
     if config.slurm.nodes == 1:
         assert config.launch.nproc_per_node == config.slurm.gpus_per_node  # `train` without a launcher
     run = Path(load_config(file).output_dir)
@@ -74,6 +87,7 @@ def test_layouts_can_be_laid_upon_an_experiment(layout: str, tmp_path: Path) -> 
     config = check_without_files(stacked(layout, tmp_path), tmp_path)
     nodes, gpus = map(int, layout.rpartition("_")[2].split("x"))
     assert (config.slurm.nodes, config.slurm.gpus_per_node) == (nodes, gpus)
+    assert memory(config).verdict == "fits"
 
 
 def test_the_papers_hyperparameters() -> None:

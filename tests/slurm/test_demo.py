@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_two_nodes_give_the_numbers_of_one(cluster: SlurmCluster, tmp_path: Path
         "examples/slurm/demo.sbatch",
         options=[f"--chdir={nodes}", "--output=job.out"],
         cwd=ROOT,
-        env={"OVERRIDES": " ".join(OVERRIDES)},
+        env={"OVERRIDES": " ".join(OVERRIDES), "VENV": sys.prefix},
     )
     assert cluster.wait(job, 600) == "COMPLETED", cluster.output(job)
     _under_torchrun(alone)
