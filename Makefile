@@ -47,7 +47,7 @@ study: $(STAMP) ## the paper's claims on several seeds, resumable [PART=all] [SE
 test: $(STAMP) ## all tests but those that need Slurm, in JOBS processes [JOBS=2] [PYTEST_ARGS="-k name"]
 	$(BIN)/python -m pytest -m "not slurm" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-slurm: $(STAMP) ## tests on a real Slurm cluster of four nodes on loopback; as root, installs Slurm if missing
+test-slurm: $(STAMP) ## tests on a real Slurm cluster of six nodes on loopback; as root, installs Slurm if missing
 	tests/slurm/cluster/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 

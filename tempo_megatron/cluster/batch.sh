@@ -21,12 +21,12 @@ tempo_told=                   # the save signal has come
 tempo_ending=                 # TERM has come
 tempo_interrupted=            # a trap has interrupted `wait`
 
-tempo_say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$(tempo_job_id)" "$*" >&2; }
-
 # An element of an array is requeued by its own id, not by the array's.
-tempo_job_id() {
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "$SLURM_JOB_ID"; fi
-}
+tempo_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+tempo_job=${tempo_job:-$SLURM_JOB_ID}
+
+# No subshell: bash may fail to read a `$(...)` that a trap interrupts.
+tempo_say() { printf '%(%F %T)T job %s: %s\n' -1 "$tempo_job" "$*" >&2; }
 
 tempo_ranks_per_node() {
   if [ -n "${RANKS_PER_NODE:-}" ]; then
@@ -58,7 +58,7 @@ tempo_on_term() {
 # Process ids of this node's ranks: tasks have a LOCALID, their helpers have none.
 tempo_pids() {
   local step
-  step=$(squeue --noheader --steps --jobs="$(tempo_job_id)" --format='%i %j' | awk -v name="$tempo_step" '$2 == name {print $1}')
+  step=$(squeue --noheader --steps --jobs="$tempo_job" --format='%i %j' | awk -v name="$tempo_step" '$2 == name {print $1}')
   [ -z "$step" ] || scontrol listpids "$SLURM_JOB_ID.${step##*.}" 2>/dev/null | awk '$4 ~ /^[0-9]+$/ {print $1}'
 }
 
@@ -75,7 +75,7 @@ tempo_on_save_signal() {
   while pids=$(tempo_pids) && [ -z "$pids" ] && kill -0 "$tempo_srun" 2>/dev/null && [ $((tries += 1)) -le 60 ]; do sleep 1; done
   # shellcheck disable=SC2086  # one word for each
   if [ -n "$pids" ] && kill -s "$SAVE_SIGNAL" $pids 2>/dev/null; then
-    tempo_say "$SAVE_SIGNAL passed on to $(wc -w <<< "$pids") ranks of $(hostname -s): they save and stop"
+    tempo_say "$SAVE_SIGNAL passed on to the ranks of $(hostname -s) ($(wc -w <<< "$pids")): they save and stop"
   else
     tempo_say "$SAVE_SIGNAL, but no rank on $(hostname -s) to pass it on to"
   fi
@@ -115,7 +115,7 @@ tempo_ranks() {
 
 # Whether Slurm ends this job already: it is cancelled, or requeued by Slurm itself.
 tempo_ends() {
-  case $(squeue --noheader --jobs="$(tempo_job_id)" --format=%T 2>/dev/null) in RUNNING | '') return 1 ;; esac
+  case $(squeue --noheader --jobs="$tempo_job" --format=%T 2>/dev/null) in RUNNING | '') return 1 ;; esac
 }
 
 # Does not return: Slurm kills this shell as it requeues the job.
@@ -125,7 +125,7 @@ tempo_requeue() {
   elif [ "${REQUEUE:-1}" = 1 ]; then
     tempo_say "$1: requeued, it goes on from there"
     trap 'exit 75' TERM
-    if scontrol requeue "$(tempo_job_id)"; then sleep 120 & wait; fi
+    if scontrol requeue "$tempo_job"; then sleep 120 & wait; fi
     tempo_say "Slurm does not requeue it; submit it again, it goes on from what is saved"
   else
     tempo_say "$1; submit it again, it goes on from there"

@@ -9,6 +9,6 @@ from tests.slurm.cluster import SlurmCluster
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
-    """Four nodes, for all tests of this folder."""
-    with SlurmCluster(nodes=4) as cluster:
+    """Six nodes, for all tests of this folder."""
+    with SlurmCluster(nodes=6) as cluster:
         yield cluster

@@ -54,6 +54,11 @@ def main() -> None:
     elif what == "deaf" and RESTARTS == 0:  # has no handler yet: the signal ends it
         say("start 1")
         time.sleep(300)
+    elif what == "lost" and RESTARTS == 0:  # ends, as a rank does whose peer is gone
+        say("start 1")
+        while not (folder / "crashed").exists():
+            time.sleep(0.05)
+        sys.exit(4)
     elif what == "fail" and RANK == "1":
         time.sleep(0.5)
         sys.exit(3)

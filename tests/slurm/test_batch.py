@@ -46,7 +46,7 @@ def test_told_to_save_it_stops_and_is_requeued(cluster: SlurmCluster, limited: i
     host = cluster.job(job)["BatchHost"]
     assert told(cluster, job) == [
         f"start 1 on node[1-2]: 2 nodes x 2 ranks, rank 0 on {host}",
-        f"USR1 passed on to 2 ranks of {host}: they save and stop",
+        f"USR1 passed on to the ranks of {host} (2): they save and stop",
         "the run has saved and stopped: requeued, it goes on from there",
         f"start 2 on node[1-2]: 2 nodes x 2 ranks, rank 0 on {host}",
     ]
@@ -122,6 +122,19 @@ def test_a_cancelled_job_stays_so(cluster: SlurmCluster, tmp_path: Path) -> None
     ), cluster.output(job)
 
 
+def test_ranks_that_end_because_a_node_is_gone_do_not_end_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """They end at once; Slurm finds out some 10 s later, and srun waits for that."""
+    job = submit(cluster, tmp_path, "lost", "--exclude=node[1-2]")  # they have the job whose limit is near
+    cluster.until_said(job, "rank 3: start 1", 30)
+    cluster.crash("node4")
+    (tmp_path / "crashed").touch()
+    assert cluster.wait(job, 90) == "COMPLETED", cluster.output(job)
+    cluster.restart("node4")
+    assert "Exited with exit code 4" in cluster.output(job)
+    first, second = (line for line in told(cluster, job) if line.startswith("start"))
+    assert "on node[3-4]: 2 nodes x 2 ranks" in first and "2 nodes x 2 ranks" in second and "4" not in second
+
+
 def test_cancelled_where_term_means_save_it_is_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, "save", "--signal=B:TERM@60", settings="export SAVE_SIGNAL=TERM")
     cluster.until_said(job, "rank 3: start 1", 30)
@@ -146,5 +159,5 @@ def test_a_job_that_gives_way_at_once_is_requeued_by_slurm(cluster: SlurmCluster
 def test_its_time_limit_tells_it(cluster: SlurmCluster, limited: int) -> None:
     """Last: it was submitted first, and Slurm tells it 40 to 60 s after its start."""
     assert cluster.wait(limited, 120) == "COMPLETED", cluster.output(limited)
-    assert "USR1 passed on to 2 ranks" in cluster.output(limited)
+    assert "USR1 passed on to the ranks of " in cluster.output(limited)
     assert cluster.job(limited)["Restarts"] == "1"

@@ -167,7 +167,7 @@ def test_signalled_it_saves_is_requeued_and_goes_on(runs: Runs, whole: Path) -> 
     host = runs.cluster.job(job.id)["BatchHost"]
     assert job.resumed_from() == ["step_00000000+estep"], "what it had done of its step is not lost"
     assert job.told()[1:3] == [
-        f"USR1 passed on to 1 ranks of {host}: they save and stop",
+        f"USR1 passed on to the ranks of {host} (1): they save and stop",
         "the run has saved and stopped: requeued, it goes on from there",
     ]
     assert "Traceback" not in job.output()
