@@ -141,6 +141,9 @@ def whole(runs: Runs, cancelled: Job) -> Path:
     job = runs.submit("whole")
     job.wait()
     assert job.resumed_from() == []
+    before = load_file(runs.folder / "inputs" / "model" / "model.safetensors")
+    after = load_file(job.run / "hf" / "actor" / "model.safetensors")
+    assert any(not before[name].equal(after[name]) for name in before), "nothing was trained"
     return job.run
 
 
@@ -170,7 +173,10 @@ def test_signalled_it_saves_is_requeued_and_goes_on(runs: Runs, whole: Path) -> 
         f"USR1 passed on to the ranks of {host} (1): they save and stop",
         "the run has saved and stopped: requeued, it goes on from there",
     ]
-    assert "Traceback" not in job.output()
+    output = job.output()
+    assert output.count("SIGUSR1: the run saves and ends at the next boundary of its step") == 1
+    assert len(re.findall(r"stopped by SIGUSR1 .*: saved step_00000000\+estep; the same command goes on", output)) == 1
+    assert "Traceback" not in output
 
 
 def test_an_element_of_an_array_is_requeued(runs: Runs, whole: Path) -> None:
