@@ -250,3 +250,25 @@ def test_nodes_die_in_every_phase(runs: Runs, whole: Path) -> None:
 
 def _hosts(cluster: SlurmCluster, nodes: str) -> list[str]:
     return cluster.run("scontrol", "show", "hostnames", nodes).split()
+
+
+def test_examples_of_evaluation_and_conversion(runs: Runs, whole: Path) -> None:
+    examples, folder, inputs = ROOT / "examples" / "slurm", runs.folder / "examples", runs.folder / "inputs"
+    env = {**runs.environment("examples"), "VENV": sys.prefix}
+    words = ["hf-to-megatron", "--hf", str(inputs / "model"), "--megatron", str(folder / "converted"), "--tp", "2"]
+    options = [f"--output={folder}/convert.out"]
+    convert = runs.cluster.sbatch(examples / "convert.sbatch", *words, options=options, cwd=ROOT, env=env)
+    words = [
+        str(whole),
+        "--",
+        f"--set=D_U={inputs}/data/eval_du.parquet",
+        "--samples=2",
+        f"--output={folder}/evaluation",
+    ]
+    words += ["evaluation.pass_k=2", "evaluation.sets.0.limit=8"]
+    options = ["--array=0", "--gpus-per-node=0", "--ntasks-per-node=1", f"--output={folder}/evaluate.out"]
+    evaluate = runs.cluster.sbatch(examples / "evaluate.sbatch", *words, options=options, cwd=ROOT, env=env)
+    for job in (convert, evaluate):
+        assert runs.cluster.wait(job, 200) == "COMPLETED", runs.cluster.output(job)
+    assert (folder / "converted" / "manifest.json").is_file()
+    assert (folder / "evaluation" / "evaluation.json").is_file()
