@@ -22,10 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="default: slurm.nodes")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks; default: slurm.gpus_per_node")
     parser.add_argument(
-        "--gpu", default="h100-80gb", metavar="NAME", help="a100-80gb, h100-80gb (default), h200, b200 or cpu"
+        "--gpu", metavar="NAME", help="a100-80gb, h100-80gb, h200, b200 or cpu; default: slurm.gpu, or h100-80gb"
     )
     parser.add_argument("--device-memory-gib", type=float, metavar="X", help="of one card; default: NAME's")
-    parser.add_argument("--host-memory-gib", type=float, metavar="X", help="of one node; default: not judged")
+    parser.add_argument(
+        "--host-memory-gib", type=float, metavar="X", help="of one node; default: slurm.host_memory_gib"
+    )
     parser.add_argument(
         "--model",
         type=Path,
@@ -80,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.picture is not None:
         from tempo_megatron.planner.picture import draw_ledger
 
-        title = f"{arguments.config} on {request.cluster.nodes} x {request.cluster.ranks_per_node} {arguments.gpu}"
+        cluster = request.cluster
+        title = f"{arguments.config} on {cluster.nodes} x {cluster.ranks_per_node} {cluster.card.name}"
         draw_ledger(ledger, title, arguments.picture)
     if arguments.json is not None:
         told = record(request, ledger, work, advised, proposals)

@@ -65,13 +65,13 @@ def read_request(
     *,
     nodes: int | None = None,
     ranks_per_node: int | None = None,
-    card: str,
+    card: str | None = None,
     device_memory_gib: float | None = None,
     host_memory_gib: float | None = None,
     model: Path | None = None,
     rates: list[str] | None = None,
 ) -> PlanRequest:
-    """Nodes and their ranks are those of section ``slurm`` where they are None.
+    """Nodes, ranks, card and host memory are those of section ``slurm`` where they are None.
 
     Raises:
         TempoError: for what is wrong with the configuration, its models' sizes or the cluster.
@@ -80,6 +80,9 @@ def read_request(
     nodes = config.slurm.nodes if nodes is None else nodes
     if ranks_per_node is None:
         ranks_per_node = config.slurm.gpus_per_node or config.launch.nproc_per_node
+    card = card or config.slurm.gpu or "h100-80gb"
+    if host_memory_gib is None and card != "cpu":
+        host_memory_gib = config.slurm.host_memory_gib
     for option, number in (("--nodes", nodes), ("--gpus-per-node", ranks_per_node)):
         if number < 1:
             raise TempoError(f"command line: {option} {number} must be at least 1")
