@@ -1,8 +1,8 @@
 """The command line: argument parsing, and the one place that ends the process.
 
 Exit codes: 0 done; 1 a fault of the program (with its traceback); 2 bad input or configuration; 3 the run
-failed; 4 another rank has ended or does not answer; 75 saved and ended, as it was asked to: it goes on when it is
-started again; 128 + n a signal (130 Ctrl-C, 143 SIGTERM, 137 a killed rank).
+failed; 4 another rank has ended or does not answer, or one makes no progress; 75 saved and ended, as it was asked to:
+it goes on when it is started again; 128 + n a signal (130 Ctrl-C, 143 SIGTERM, 137 a killed rank).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tempo_megatron import __version__
 from tempo_megatron.cluster import stop_request
 from tempo_megatron.cluster.claim import check_unclaimed
-from tempo_megatron.cluster.launch import RankInfo, rank_environment, rank_from_environment
+from tempo_megatron.cluster.launch import RankInfo, rank_environment, rank_from_environment, ranks_of_node
 from tempo_megatron.cluster.lifetime import (
     EXIT_STOPPED,
     end_on_signals,
@@ -39,6 +39,8 @@ from tempo_megatron.cluster.submit import add_arguments as submit_arguments
 from tempo_megatron.cluster.submit import run_submit
 from tempo_megatron.config.scaled import ScaledJob, add_scaled_arguments, scaled_job
 from tempo_megatron.data.prepare.command import add_arguments as data_arguments
+from tempo_megatron.doctor import run as doctor
+from tempo_megatron.doctor.start import check_start
 from tempo_megatron.errors import TempoError
 from tempo_megatron.failures import tell
 from tempo_megatron.planner.command import HELP as PLAN_HELP
@@ -62,6 +64,7 @@ EXAMPLES = """examples:
   tempo-megatron submit --config configs/x.yaml --nodes 4 the same as a Slurm job
   tempo-megatron evaluate runs/x                          the newest checkpoint of a run, on the run's sets
   tempo-megatron evaluate models/x --set aime=data/aime24.parquet --samples 32 rollout.temperature=0.6
+  tempo-megatron doctor --config configs/x.yaml           what this machine, its folders and the job's network lack
   tempo-megatron doctor --mismatch runs/x                 why vLLM's log-probabilities are not Megatron's
   tempo-megatron convert hf-to-megatron --hf models/x --megatron models/x-megatron --verify
   tempo-megatron sync-plan --hf models/x --ranks 32 --tp 8 --pp 4 --rollout-tp 4
@@ -103,9 +106,7 @@ SYNC_SIZES = {
     "rollout-tp": "ranks of a vLLM replica",
 }
 
-DOCTOR_HELP = """Examine what a run rests on. One mode so far:
-
---mismatch RUN says why vLLM's log-probabilities of its samples are not Megatron's, where mismatch/* or
+DOCTOR_HELP = """--mismatch RUN says why vLLM's log-probabilities of its samples are not Megatron's, where mismatch/* or
 rollout.max_log_prob_diff told that they differ. RUN is a run folder (its newest checkpoint), a checkpoint or an HF
 folder. A few prompts are sampled and scored as the run does, then with one thing done otherwise: weights, kernel,
 temperature, position shift, tokenizer, top_p and top_k. Settings and launching are those of evaluate; prompts are the
@@ -198,21 +199,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_evaluate)
 
-    doctor = commands.add_parser(
+    examine = commands.add_parser(
         "doctor",
-        help="why vLLM and Megatron do not agree on log-probabilities",
-        description=DOCTOR_HELP,
+        help="what a machine, a job and a config lack; why vLLM and Megatron do not agree",
+        description=doctor.HELP + DOCTOR_HELP,
         formatter_class=raw,
     )
-    mode = doctor.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--mismatch", metavar="RUN", help="run folder, checkpoint or HF folder")
-    doctor.add_argument("--config", metavar="FILE", help="YAML file; default: config.yaml of RUN")
-    doctor.add_argument("--set", action="append", default=[], metavar="NAME=FILE[,FILE]", help="prompts, not its sets'")
-    doctor.add_argument("--prompts", type=int, default=8, metavar="N", help="to sample twice each; default: 8")
-    doctor.add_argument("--tokens", type=int, default=64, metavar="N", help="of a response at most; default: 64")
-    doctor.add_argument("--output", type=Path, metavar="DIR", help="for doctor-mismatch.json; default: only the table")
-    doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file")
-    doctor.set_defaults(run=_doctor)
+    examine.add_argument("--mismatch", metavar="RUN", help="run folder, checkpoint or HF folder")
+    examine.add_argument("--config", metavar="FILE", help="YAML file; with --mismatch by default RUN's config.yaml")
+    examine.add_argument("--json", type=Path, metavar="FILE", help="without --mismatch: all that was found")
+    examine.add_argument(
+        "--set", action="append", default=[], metavar="NAME=FILE[,FILE]", help="prompts, not its sets'"
+    )
+    examine.add_argument("--prompts", type=int, metavar="N", help="to sample twice each; default: 8")
+    examine.add_argument("--tokens", type=int, metavar="N", help="of a response at most; default: 64")
+    examine.add_argument("--output", type=Path, metavar="DIR", help="for doctor-mismatch.json; default: only the table")
+    examine.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the file"
+    )
+    examine.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="data, sft, rlvr and tempo on a toy task (or a small real model)")
     demo.add_argument("--seed", type=int, metavar="N", help="default: 0")
@@ -293,6 +298,8 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.planner.refuse import local_ranks, refuse_what_cannot_fit
 
     refuse_what_cannot_fit(config, world_size, local_ranks(world_size, launched=place is not None))
+    if not is_spawned() and (place is None or place.local_rank == 0):
+        check_start(Path(config.output_dir), config.launch.nproc_per_node if place is None else ranks_of_node())
     os.environ.update(rank_environment(config.launch.threads_per_rank))
     save_signal = stop_request.signal_of(config.launch.save_signal)
     if place is None and world_size > 1:
@@ -375,9 +382,10 @@ def _doctor(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.config.check import check_mismatch
     from tempo_megatron.config.evaluation import NO_CRITIC, EvaluationRequest, evaluation_config
 
-    for option in ("prompts", "tokens"):
-        if (given := getattr(arguments, option)) < 1:
-            raise TempoError(f"command line: --{option} {given} must be at least 1")
+    doctor.check_arguments(arguments)
+    if arguments.mismatch is None:
+        return doctor.run_doctor(arguments, place)
+    prompts, tokens = (doctor.positive(arguments, option) for option in ("prompts", "tokens"))
     config = evaluation_config(
         EvaluationRequest(
             model=arguments.mismatch,
@@ -403,7 +411,7 @@ def _doctor(arguments: argparse.Namespace, place: RankInfo | None) -> int:
         _begin(place, "doctor")
     from tempo_megatron.loop import run_mismatch
 
-    run_mismatch(config, arguments.prompts, arguments.tokens, arguments.output)
+    run_mismatch(config, prompts, tokens, arguments.output)
     return 0
 
 

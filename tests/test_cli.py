@@ -20,6 +20,7 @@ from tempo_megatron import __version__, cli, failures
 from tempo_megatron.cluster.claim import claimed
 from tempo_megatron.cluster.launch import RankInfo
 from tempo_megatron.config.load import dump_config, load_config
+from tempo_megatron.doctor import machine
 from tempo_megatron.errors import RunError, TempoError
 from tests.checkpoint.folders import seal
 from tests.launching import patience
@@ -371,9 +372,44 @@ def test_doctor_refuses_bad_arguments_in_one_line(
         assert shown.startswith("error: ")
         assert told in shown
         assert shown.count("\n") == 1
-    assert cli.main(["doctor"]) == 2
-    assert "one of the arguments --mismatch is required" in capsys.readouterr().err
     assert calls == []
+
+
+def test_the_two_modes_of_doctor_have_options_of_their_own(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, config_file: Path
+) -> None:
+    cases = {
+        ("--prompts", "3"): "command line: --prompts belongs to --mismatch",
+        ("--set", "x=y.parquet"): "command line: --set belongs to --mismatch",
+        ("--mismatch", "runs/x", "--json", "x.json"): "command line: --json is not for --mismatch, which has --output",
+        ("steps=3",): "command line: steps=3 needs --config, whose settings it changes",
+        ("--config", str(config_file), "stepz=3"): "command line: unknown key stepz (value 3); did you mean steps?",
+    }
+    for words, told in cases.items():
+        assert cli.main(["doctor", *words]) == 2
+        assert capsys.readouterr().err == f"error: {told}\n"
+    monkeypatch.setattr(cli, "rank_from_environment", lambda: RankInfo(0, 2, 0))
+    monkeypatch.setattr(cli, "_leave", lambda code: None)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: doctor: 2 ranks need --config, which says what groups they make\n"
+
+
+def test_what_would_end_a_run_without_a_word_is_told_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    calls: list[Any] = []
+    stand_in(monkeypatch, "tempo_megatron.loop", run=calls.append, load_libraries=None)
+    monkeypatch.setattr(machine, "SHARED_WARNING", 1 << 60)
+    monkeypatch.setattr(machine, "MEMORY_WARNING", 1 << 60)
+    assert cli.main(["train", "--config", str(config_file)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: memory: ")  # one rank shares memory with nobody
+    assert len(calls) == 1
+    monkeypatch.setattr(machine, "MEMORY_FAULT", 1 << 60)
+    assert cli.main(["train", "--config", str(config_file)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory: ")
+    assert len(calls) == 1
 
 
 # ---------------------------------------------------------------- errors of one process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ def rank_from_environment() -> RankInfo | None:
         os.environ["MASTER_PORT"] = str(_step_port(_integer("SLURM_JOB_ID"), _integer("SLURM_STEP_ID")))
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     return place
+
+
+def ranks_of_node() -> int:
+    """Ranks of this node, on one of them: as torchrun counts them, or srun; 1 where nobody does."""
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 8(x4): as many on each
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or (tasks[0] if tasks else 1))
 
 
 def rank_environment(threads: int) -> Mapping[str, str]:

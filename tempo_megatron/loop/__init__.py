@@ -23,7 +23,7 @@ def load_libraries(config: Config) -> None:
         _tell(f"{run_title(config.stage, config.output_dir)} importing torch, Megatron and vLLM")
         _told = True
     with uncollected():
-        _load_megatron()
+        load_megatron()
         if config.stage == "sft":
             importlib.import_module("tempo_megatron.loop.sft")
         else:
@@ -33,15 +33,34 @@ def load_libraries(config: Config) -> None:
 def load_evaluation_libraries() -> None:
     """Import what a rank of an evaluation needs, once in a process; changes nothing but that."""
     with uncollected():
-        _load_megatron()
+        load_megatron()
         _load_with_vllm("tempo_megatron.loop.evaluate_model")
 
 
 def load_doctor_libraries() -> None:
     """Import what a rank of ``doctor --mismatch`` needs, once in a process; changes nothing but that."""
     with uncollected():
-        _load_megatron()
+        load_megatron()
         _load_with_vllm("tempo_megatron.loop.doctor")
+
+
+def load_examination() -> None:
+    """Import what a rank of ``doctor`` needs, once in a process; changes nothing but that."""
+    with uncollected():
+        load_megatron()
+        importlib.import_module("tempo_megatron.loop.examine_job")
+
+
+def run_examination(config: Config, json_file: Path | None) -> None:
+    """Look at what a run of ``config`` rests on; every rank of the job calls it.
+
+    Raises:
+        RunError: there is a fault.
+    """
+    load_examination()
+    from tempo_megatron.loop.examine_job import examine_job
+
+    examine_job(config, json_file)
 
 
 def _load_with_vllm(module: str) -> None:
@@ -51,7 +70,8 @@ def _load_with_vllm(module: str) -> None:
     load_vllm()
 
 
-def _load_megatron() -> None:
+def load_megatron() -> None:
+    """Prepare the import of Megatron, on the CPU by its shim."""
     from tempo_megatron.parallel import cpu_shim
 
     cpu_shim.install()  # before anything imports megatron.core
@@ -83,7 +103,7 @@ def run(config: Config) -> bool:
 
 def run_dry(config: Config, world_size: int) -> None:
     """Check what can be checked of a job on ``world_size`` ranks, in this process. Raises TempoError on bad input."""
-    _load_megatron()
+    load_megatron()
     from tempo_megatron.loop.dry_run import dry_run
 
     dry_run(config, world_size)
@@ -92,7 +112,7 @@ def run_dry(config: Config, world_size: int) -> None:
 def run_dry_at_scale(config: Config, job: ScaledJob) -> None:
     """Walk through one step of a job of any size, in this process. Raises TempoError for what it would end with."""
     with uncollected():
-        _load_megatron()
+        load_megatron()
         from tempo_megatron.loop.scale.command import dry_run_at_scale
 
     dry_run_at_scale(config, job)
