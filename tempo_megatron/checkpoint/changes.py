@@ -49,6 +49,7 @@ LISTED = (
     "residency",
     "launch",
     "slurm",
+    "watchdog",
 )
 #: Told by the line that says where the run goes on from.
 UNTOLD = ("output_dir", "resume", "resume_with_changes")

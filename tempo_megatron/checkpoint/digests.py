@@ -11,6 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tempo_megatron.cluster.pulse import ping
+
+#: Bytes that are read at a time.
+CHUNK = 1 << 22
+
 
 class FileDigest(BaseModel):
     """Size in bytes and SHA-256 (hex) of a file's content."""
@@ -31,7 +36,10 @@ def digest_file(path: Path, *, sync: bool = False) -> FileDigest:
         sync: also wait until its content is on disk.
     """
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            ping()
         if sync:
             os.fsync(file.fileno())
         return FileDigest(size=file.tell(), sha256=digest.hexdigest())

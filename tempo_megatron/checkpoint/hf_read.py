@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.data.tokenizer import check_token_ids, read_object
 from tempo_megatron.errors import TempoError
 from tempo_megatron.lfs import refuse_lfs_pointer
@@ -172,6 +173,7 @@ class HFTensors:
         return str(self._of(name))
 
     def __call__(self, name: str) -> Tensor:
+        ping()
         return self._of(name).read()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tempo_megatron.checkpoint.safetensors_stream import SafetensorsWriter
+from tempo_megatron.cluster.pulse import ping
 
 CONFIG = "config.json"
 #: Name of a config.json that is not complete.
@@ -118,6 +119,7 @@ class HFWriter:
                 shards.append(SafetensorsWriter(self.partial / f"shard-{len(shards)}"))
             shards[-1].add(name, tensor.cpu())
             parameters += tensor.numel()
+            ping()
             del tensor  # the stream makes its next one now
         shards[-1].close()
         metadata = {"total_parameters": parameters, "total_size": sum(shard.data_bytes for shard in shards)}

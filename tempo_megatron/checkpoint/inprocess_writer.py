@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tempo_megatron.checkpoint.digests import FileDigest
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.errors import TempoError
 from tempo_megatron.patching import replace_value
 
@@ -117,6 +118,7 @@ class _Digesting:
             raise Abandoned
         self._file.update(data)
         self._size += memoryview(data).nbytes
+        ping()
         if self._item is not None:
             self._item.update(data)
 

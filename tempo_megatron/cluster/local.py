@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tempo_megatron.cluster.board import BOARD, open_board, posted
 from tempo_megatron.cluster.forked import Forked, fork_module, may_fork
 from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, EXIT_STOPPED, LAUNCHER, STACK_SIGNALS, say, stop_message
 from tempo_megatron.cluster.stop_request import asked_message
@@ -46,10 +47,15 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes] | Forked
     sent: set[int] = field(default_factory=set)  # ending signals that it had from here
+    board: int | None = None  # where it posts its phase
 
     @property
     def is_alive(self) -> bool:
         return self.process.poll() is None
+
+    def __str__(self) -> str:
+        phase = posted(self.board, self.number) if self.board is not None else ""
+        return f"rank {self.number} (host {socket.gethostname()}){f', in phase {phase},' if phase else ''}"
 
     def ended_by_itself(self) -> bool:
         """Whether its exit code is no mere consequence of what it was sent."""
@@ -101,8 +107,25 @@ def spawn_ranks(
     Raises:
         RunError: a rank could not be started.
     """
-    ranks: list[_Rank] = []
     killed_for_memory = oom_kills()
+    with open_board() as board:
+        ranks: list[_Rank] = []
+        stop = _run(ranks, nproc, argv, board, load_libraries, save_signal)
+        if stop is not None:
+            say(stop_message(stop, argv[0]))
+            return 128 + stop
+        return first_cause(ranks, killed_for_memory, argv[0])
+
+
+def _run(
+    ranks: list[_Rank],
+    nproc: int,
+    argv: Sequence[str],
+    board: int,
+    load_libraries: Callable[[], None] | None,
+    save_signal: signal.Signals | None,
+) -> signal.Signals | None:
+    """From the start of the ranks, which are put into ``ranks``, to the end of all; the signal that asked for it."""
     with _received_signals() as inbox:
         try:
             forks = load_libraries is not None and may_fork()
@@ -111,19 +134,15 @@ def spawn_ranks(
                 load_libraries()
                 inbox.interrupts = False
                 forks = may_fork()
-            _start(ranks, nproc, argv, inbox if forks else None)
-            stop = _watch(ranks, inbox.received, save_signal)
+            _start(ranks, nproc, argv, board, inbox if forks else None)
+            return _watch(ranks, inbox.received, save_signal)
         except _Stopped:
-            stop = inbox.received[-1]
+            return inbox.received[-1]
         finally:
             _end(ranks, signal.SIGTERM)
-    if stop is not None:
-        say(stop_message(stop, argv[0]))
-        return 128 + stop
-    return first_cause(ranks, killed_for_memory, argv[0])
 
 
-def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], forked_with: _Inbox | None) -> None:
+def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], board: int, forked_with: _Inbox | None) -> None:
     # bound here and served by rank 0: no other program can take the port in between
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as server, _held(STACK_SIGNALS):
         for number in range(nproc):
@@ -135,6 +154,7 @@ def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], forked_with: _In
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(server.getsockname()[1]),
                 LAUNCHER: str(os.getpid()),
+                BOARD: str(board),
             }
             if number == 0:
                 environment[STORE_SOCKET] = str(server.fileno())
@@ -145,7 +165,7 @@ def _start(ranks: list[_Rank], nproc: int, argv: Sequence[str], forked_with: _In
                     f"launch: rank {number} of {nproc} could not be started: {error.strerror} (limits on processes, "
                     "files and memory: ulimit -a)"
                 ) from None
-            ranks.append(_Rank(number, process))
+            ranks.append(_Rank(number, process, board=board))
 
 
 @contextmanager
@@ -170,7 +190,7 @@ def _rank_process(
         [sys.executable, "-m", "tempo_megatron", *argv],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
-        pass_fds=(store,) if serves else (),
+        pass_fds=(int(environment[BOARD]), *((store,) if serves else ())),
         start_new_session=True,  # Ctrl-C comes from here alone; its helpers are one group with it
     )
 
@@ -246,7 +266,7 @@ def first_cause(ranks: Sequence[_Rank], killed_for_memory: int | None, command: 
     if code >= 0:
         return code
     reason = _reason(signal.Signals(-code), killed_for_memory) if causes else ""
-    say(f"error: rank {rank.number} was killed by {signal.Signals(-code).name}{reason}")
+    say(f"error: {rank} was killed by {signal.Signals(-code).name}{reason}")
     return 128 - code
 
 

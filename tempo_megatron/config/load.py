@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -322,16 +322,19 @@ def _common_prefix(one: str, other: str) -> str:
 
 def _section_at(at: KeyPath) -> type[Section] | None:
     section: type[Section] | None = Config
+    named = False  # the next part is a key of a mapping
     for part in at:
-        if isinstance(part, int):
-            continue  # an item of a list has the keys of the list's own annotation
+        if isinstance(part, int) or named:
+            named = False
+            continue  # an item of a list or a mapping has the keys of its own annotation
         found = section.model_fields.get(part) if section else None
         section = _section_in(found.annotation) if found else None
+        named = found is not None and get_origin(found.annotation) is dict
     return section
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    """The ``Section`` inside ``X``, ``X | None`` or ``list[X]``."""
+    """The ``Section`` inside ``X``, ``X | None``, ``list[X]`` or ``dict[..., X]``."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
@@ -352,7 +355,7 @@ def _description(at: KeyPath) -> str:
 
 
 def _dotted(at: KeyPath) -> str:
-    return ".".join(map(str, at))
+    return ".".join(str(part) for part in at if part != "[key]")  # pydantic's mark of a mapping's key
 
 
 def _shown(value: Any) -> str:

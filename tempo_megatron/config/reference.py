@@ -50,10 +50,12 @@ def render() -> str:
 
 
 def leaf_fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted key, field) of every setting that is not a section of its own; items of lists as ``key[]``."""
+    """(dotted key, field) of every setting that is not a section of its own; items of lists as ``key[]``, of
+    mappings as ``key.NAME``.
+    """
     for name, field in section.model_fields.items():
         inner, path = _inner_section(field.annotation), prefix + name
-        if inner is None or get_origin(field.annotation) is list:
+        if inner is None or get_origin(field.annotation) in (list, dict):
             yield path, field
         if inner is not None:
             yield from leaf_fields(inner, _inner_path(field, path) + ".")
@@ -79,7 +81,7 @@ def _sections(section: type[Section], path: str, written: dict[type[Section], st
     rows = [
         _row(name, field)
         for name, field in fields.items()
-        if _inner_section(field.annotation) is None or get_origin(field.annotation) is list
+        if _inner_section(field.annotation) is None or get_origin(field.annotation) in (list, dict)
     ]
     if rows:
         lines.append("| key | type | default | description |\n|---|---|---|---|\n" + "".join(rows))
@@ -110,6 +112,8 @@ def _type_name(annotation: Any) -> str:
     """A type as a user of YAML would name it."""
     if annotation is NoneType:
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " / ".join(f"`{value}`" for value in arguments)
@@ -138,14 +142,14 @@ def _shown(value: Any) -> str:
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:
-    """The section in ``X``, ``X | None`` or ``list[X]``; None for a plain setting."""
+    """The section in ``X``, ``X | None``, ``list[X]`` or ``dict[..., X]``; None for a plain setting."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := _inner_section(part))), None)
 
 
 def _inner_path(field: FieldInfo, path: str) -> str:
-    return f"{path}[]" if get_origin(field.annotation) is list else path
+    return path + {list: "[]", dict: ".NAME"}.get(get_origin(field.annotation), "")  # type: ignore[arg-type]
 
 
 def _presets() -> str:

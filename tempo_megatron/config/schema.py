@@ -659,6 +659,49 @@ class SlurmConfig(Section):
         return self
 
 
+#: What a run can be at, by the names of ``time/*_s`` and of the watchdog's lines.
+PHASES = (
+    *("start", "load", "tokenizer", "data", "verify", "move", "train", "rollout", "place", "values", "advantages"),
+    *("log_probs", "e_step", "m_step", "statistics", "sync", "record", "evaluate", "checkpoint", "rollback"),
+    "reference",
+)
+if TYPE_CHECKING:
+    PhaseName = str
+else:
+    PhaseName = Literal[PHASES]
+
+
+class PhaseDeadlines(Section):
+    first_s: int | None = Field(None, ge=1, description="instead of watchdog.first_s; null: that")
+    later_s: int | None = Field(None, ge=1, description="instead of watchdog.later_s; null: that")
+
+
+class WatchdogConfig(Section):
+    """A rank that makes no progress for so long ends the job. A phase that gets on may take as long as it takes."""
+
+    first_s: int = Field(
+        1800,
+        ge=1,
+        description="longest time without progress in a phase that comes for the first time (it loads, compiles, warms "
+        "up), s",
+    )
+    later_s: int = Field(600, ge=1, description="the same from the second time on, s")
+    phases: dict[PhaseName, PhaseDeadlines] = Field(
+        {}, description="other deadlines by phase, such as `{rollout: {later_s: 900}}`"
+    )
+
+    @property
+    def shortest_s(self) -> int:
+        own = [s for phase in self.phases.values() for s in (phase.first_s, phase.later_s) if s is not None]
+        return min(self.first_s, self.later_s, *own)
+
+    def deadline(self, phase: str, *, first: bool) -> tuple[int, str]:
+        """Seconds, and the key that says so."""
+        key = "first_s" if first else "later_s"
+        own = getattr(self.phases[phase], key) if phase in self.phases else None
+        return (getattr(self, key), f"watchdog.{key}") if own is None else (own, f"watchdog.phases.{phase}.{key}")
+
+
 class Config(Section):
     stage: Stage = Field(description=describe_stages())
     output_dir: str = Field(description="everything the run writes: metrics.jsonl, checkpoints/, ...")
@@ -684,3 +727,4 @@ class Config(Section):
     residency: ResidencyConfig = ResidencyConfig()
     launch: LaunchConfig = LaunchConfig()
     slurm: SlurmConfig = SlurmConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()

@@ -188,7 +188,7 @@ def examine_mismatch(config: Config, prompts: int, max_tokens: int, output: Path
         TempoError: the model or the prompts cannot be used.
         RunError: the log-probabilities differ by more than the bound; the message names the most likely cause.
     """
-    start(config.launch.threads_per_rank, config.launch.timeout_s)
+    start(config.launch.threads_per_rank, config.launch.timeout_s, config.watchdog, output)
     with ExitStack() as closing:
         if output is not None:
             claim_output(output, closing)

@@ -64,7 +64,7 @@ def evaluate_model(config: Config, compare_with: Path | None) -> None:
         TempoError: a set, the model or ``compare_with`` cannot be used.
         RunError: sampling or verifying failed, or the folder cannot be written.
     """
-    start(config.launch.threads_per_rank, config.launch.timeout_s)
+    start(config.launch.threads_per_rank, config.launch.timeout_s, config.watchdog, Path(config.output_dir))
     with ExitStack() as closing:
         claim_output(Path(config.output_dir), closing)
         runtime = EvaluationRuntime(config)

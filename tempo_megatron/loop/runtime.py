@@ -102,7 +102,7 @@ class Runtime(Trainers):
 
     def _enter_phase(self, name: str) -> None:
         self.progress.phase(name)
-        enter_phase(name)
+        enter_phase(name, first=self.ledger.is_first)
 
     def find_sources(self) -> dict[Role, InitSource]:
         """Where each role's config, tokenizer and weights are taken from. Collective."""

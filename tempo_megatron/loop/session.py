@@ -54,7 +54,7 @@ class Session(Runtime):
     """
 
     def __init__(self, config: Config) -> None:
-        start(config.launch.threads_per_rank, config.launch.timeout_s)
+        start(config.launch.threads_per_rank, config.launch.timeout_s, config.watchdog, Path(config.output_dir))
         self._began = time.monotonic()
         self._started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.writer: MetricsWriter | None = None

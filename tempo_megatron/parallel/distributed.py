@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import itertools
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, is_spawned, leave
-from tempo_megatron.cluster.local import STORE_SOCKET
+from tempo_megatron.cluster.board import post
+from tempo_megatron.config.schema import WatchdogConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel import device as dev
 from tempo_megatron.parallel.gloo import share_devices
+from tempo_megatron.parallel.joining import connected, join_store
+from tempo_megatron.parallel.meeting import Meeting
+from tempo_megatron.parallel.stacks import set_flight_recorder, stacks_folder
 from tempo_megatron.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 
-#: Seconds after ``timeout_s`` at which joining is given up even if the store itself never returns.
-JOIN_SLACK_S = 30.0
-
 _watchdog: Watchdog | None = None
 _store: dist.Store | None = None  # of the job; None in a world of one
+_meeting: Meeting | None = None  # likewise
 _serials = itertools.count()  # of the shared counters, which all ranks make in the same order
 
 
-def start(threads: int, timeout_s: int) -> None:
+def start(
+    threads: int, timeout_s: int, deadlines: WatchdogConfig | None = None, output_dir: Path | None = None
+) -> None:
     """Join the world of this job (the launcher's environment, or a world of one).
 
     Also sets this rank's CPU threads, and has the ranks watch each other.
 
+    Args:
+        timeout_s: longest wait in a collective, and longest silence of a rank.
+        deadlines: longest times without progress; None: any.
+        output_dir: stacks of a job that hangs are written to a folder in it; None: nowhere.
+
     Raises:
-        TempoError: another program has the port where the ranks meet.
-        RunError: not all ranks came.
+        TempoError: another program has the port where the ranks meet, or its host's name means nothing here.
+        RunError: not all ranks came, or they cannot reach each other.
     """
     torch.set_num_threads(threads)
     if dist.is_initialized():
@@ -47,71 +55,52 @@ def start(threads: int, timeout_s: int) -> None:
     if dev.use_cuda():
         torch.cuda.set_device(dev.device())
     timeout = datetime.timedelta(seconds=timeout_s)
-    if "RANK" in os.environ:
-        _join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
-    else:
-        dist.init_process_group(dev.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    store = join_store(rank, world_size, timeout) if "RANK" in os.environ else dist.HashStore()
+    _join(store, rank, world_size, timeout, deadlines, output_dir)
 
 
-def _join(rank: int, world_size: int, timeout: datetime.timedelta) -> None:
-    global _watchdog, _store
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    limit = f"launch.timeout_s: {timeout.total_seconds():g}"
-    with _ended_after(timeout.total_seconds() + JOIN_SLACK_S, f"error: no answer from {place}, where the ranks meet"):
-        try:
-            store = _connect(rank, world_size, timeout)
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" in str(error):
-                raise TempoError(
-                    f"environment: MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens there on this "
-                    "machine; set another one"
-                ) from error
-            raise RunError(f"launch: no answer from rank 0 at {place}, where the ranks meet ({limit})") from error
-        except dist.DistStoreError as error:
-            raise RunError(f"launch: not all of {world_size} ranks came to {place} ({limit})") from error
-        if world_size > 1:
-            _watchdog = Watchdog(store, rank, world_size, timeout.total_seconds())
-            _watchdog.announce()
+def _join(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    timeout: datetime.timedelta,
+    deadlines: WatchdogConfig | None,
+    output_dir: Path | None,
+) -> None:
+    global _watchdog, _store, _meeting
+    shared = store if world_size > 1 else None
+    folder = stacks_folder(store, rank, output_dir)
+    set_flight_recorder(folder)
+    faulthandler.enable(file=2, all_threads=True)  # a crash prints its stacks; sys.stderr may be replaced
+    watched = shared is not None or deadlines is not None
+    watchdog = Watchdog(shared, rank, world_size, timeout.total_seconds(), deadlines=deadlines, folder=folder)
+    watchdog.announce()
+    with connected(rank, timeout):
         dist.init_process_group(dev.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
-        _store = store
+    _store = shared
+    _meeting = Meeting(store, rank, world_size) if shared is not None else None
+    if watched:
+        _watchdog = watchdog
+        watchdog.start()
+
+
+def enter_phase(name: str, *, first: bool = True) -> None:
+    """Tell the other ranks and the launcher what this one is at, for the case that it hangs or dies.
+
+    Args:
+        first: it comes for the first time, so that the first of its deadlines counts.
+    """
+    post(name)
     if _watchdog is not None:
-        _watchdog.start()
-
-
-def _connect(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    if is_spawned():
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size,
-            is_master=rank == 0,
-            timeout=timeout,
-            master_listen_fd=int(os.environ[STORE_SOCKET]) if rank == 0 else None,
-        )
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    return store
-
-
-@contextmanager
-def _ended_after(seconds: float, text: str) -> Iterator[None]:
-    """A request to a store whose host is stopped never returns, whatever its own time limit."""
-    timer = threading.Timer(seconds, leave, [text, EXIT_LOST_PEER])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def enter_phase(name: str) -> None:
-    """Tell the other ranks what this one is at, for the case that they wait for it in vain."""
-    if _watchdog is not None:
-        _watchdog.enter(name)
+        _watchdog.enter(name, first=first)
 
 
 def missing_ranks() -> str:
-    """After a collective that took longer than its time limit: the ranks that did not take part, with their phase."""
+    """After a collective that took longer than its time limit: the ranks that did not take part, with their phase.
+
+    Says where the stacks of all ranks are, which were written meanwhile.
+    """
     return _watchdog.who_is_missing() if _watchdog is not None else "another rank"
 
 
@@ -119,6 +108,12 @@ def finish() -> None:
     """This rank is done: the others may go on without it."""
     if _watchdog is not None:
         _watchdog.stop()
+
+
+def come_together() -> None:
+    """Wait for all ranks, for as long as they get on: ahead of a collective, where some may be hours behind."""
+    if _meeting is not None:
+        _meeting.come_together()
 
 
 def rank() -> int:
@@ -144,6 +139,7 @@ def on_rank0(fn: Callable[[], T]) -> T:
             box[1] = error
         except OSError as error:
             box[1] = RunError(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    come_together()
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]
@@ -161,6 +157,7 @@ def on_all_ranks(fn: Callable[[], T]) -> T:
         result = fn()
     except TempoError as e:
         error = e
+    come_together()
     first = next((e for e in gather_objects(error) if e is not None), None)
     if first is not None:
         raise first

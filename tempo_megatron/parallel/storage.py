@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, UntypedStorage
 
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.errors import RunError
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.parts import State
@@ -154,6 +155,7 @@ class FileStore:
                 if moved == 0:
                     raise OSError(0, "the file is shorter than what was written to it", str(self._folder()))
                 left, position = left[moved:], position + moved
+                ping()
 
 
 def _as_bytes(storage: UntypedStorage) -> Tensor:

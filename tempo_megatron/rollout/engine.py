@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.imports import absent, uncollected
@@ -278,6 +279,7 @@ class RolloutEngine:
                 if len(samples) != wanted:
                     raise RunError(f"rollout: vLLM returned {len(samples)} responses, asked for {wanted}")
                 on_finished(index, partial(_responses, samples, version))
+            ping()
             # some had to wait although there were places: no KV cache is left, or no tokens of the step
             waiting = self._llm.engine_core.engine_core.scheduler.get_request_counts()[1]
             crowded = waiting > 0 and unfinished - waiting < self.max_num_seqs

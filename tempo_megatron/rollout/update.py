@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import device
@@ -91,6 +92,7 @@ class WeightUpdater:
             nonlocal proof_s
             start = time.perf_counter()
             proof.see(target, matrix, is_lent)
+            ping()
             proof_s += time.perf_counter() - start
 
         receiver.on_arrived = see

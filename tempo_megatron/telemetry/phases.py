@@ -47,6 +47,7 @@ class PhaseLedger:
         self.residency: Residency | None = None
         self._memory = _CudaPeak() if torch.cuda.is_available() else _HostPeak()
         self._stack: list[tuple[str, str]] = []  # name, and what to show
+        self._completed: set[str] = set()  # of the whole run, by what is shown
         self._seconds: dict[str, float] = {}
         self._peak_bytes: dict[str, int] = {}
         self._resident: dict[str, dict[str, int]] = {}  # of the whole run: phase -> part -> bytes
@@ -59,6 +60,11 @@ class PhaseLedger:
     def current(self) -> str | None:
         """The innermost open phase."""
         return self._stack[-1][0] if self._stack else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the innermost open phase comes for the first time: none like it (and its detail) is through yet."""
+        return bool(self._stack) and self._stack[-1][1] not in self._completed
 
     @property
     def peak_gib(self) -> float:
@@ -76,7 +82,7 @@ class PhaseLedger:
             yield
         finally:
             self._close_segment()
-            self._stack.pop()
+            self._completed.add(self._stack.pop()[1])
             self._open_segment()
         if self._stack and name != MOVE:
             self._move_for(self._stack[-1][0])  # the outer one goes on

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.errors import RunError
@@ -193,7 +194,9 @@ class MegatronEngine:
             group["lr"] *= self.lr_scale
         lr = float(self.optimizer.param_groups[0]["lr"])
         with self.groups.active():
+            ping()
             _, grad_norm, _ = self.optimizer.step()
+        ping()
         grad_norm = float(grad_norm)
         if not math.isfinite(grad_norm):
             raise RunError(f"{self.role} gradient norm is {grad_norm}; go on from the last checkpoint")
@@ -259,6 +262,7 @@ class MegatronEngine:
         return results
 
     def _forward_step(self, loss: LossFunction | None, data: Iterator[MicroBatch], model: Any) -> Any:
+        ping()
         mb = next(data)
         # Float16Module would turn hidden states into float32
         as_they_are = {"fp32_output": False} if self.megatron_config.bf16 else {}

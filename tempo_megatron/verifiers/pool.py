@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.verifiers.process import recv_json, send_json, spawn_child
 from tempo_megatron.verifiers.worker import EXIT_OUT_OF_MEMORY, serve
@@ -186,6 +187,7 @@ class WorkerPool:
 
     def _take(self, worker: _Worker, reply: Reply, replies: list[Reply | None], chunks: deque[_Chunk]) -> None:
         assert worker.chunk is not None
+        ping()
         worker.deadline = time.monotonic() + self._patience_s
         if not worker.begun and "ready" in reply:
             worker.begun = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,12 +28,14 @@ from tempo_megatron.cluster.local import first_cause, oom_kills, spawn_ranks
 from tempo_megatron.errors import RunError
 from tests.launching import patience
 
+HOST = socket.gethostname()
 REPOSITORY = Path(__file__).parents[2]
 
 INIT = f"__path__.append({str(REPOSITORY / 'tempo_megatron')!r})\n"  # all but __main__ is the real package
 
 STAND_IN = """
 import os, signal, socket, sys, tempfile, time
+from tempo_megatron.cluster.board import post
 from tempo_megatron.cluster.lifetime import end_on_signals, follow_launcher, print_stacks_on_signal
 from tempo_megatron.cluster.lifetime import use_own_temporary_folder
 from tempo_megatron.cluster import stop_request
@@ -65,6 +68,7 @@ def main():
     if command == "fail" and rank == "1":
         sys.stderr.write("error: the one line\\n"); os._exit(3)
     if command in ("killed", "segv") and rank == "1":
+        post("rollout")
         os.kill(os.getpid(), signal.SIGKILL if command == "killed" else signal.SIGSEGV)
     if command == "lost" and rank == "0":
         os._exit(4)
@@ -212,8 +216,9 @@ def test_launches_that_end_well_fail_and_are_killed(spawn: Callable[..., Launche
     assert code == 129
     # the line of the rank that failed stands alone; for the one that could not speak the launcher does
     lines = err.splitlines()
-    assert lines[:2] == ["error: the one line", "error: rank 1 was killed by SIGSEGV"]
-    assert re.fullmatch("error: rank 1 was killed by SIGKILL(; out of memory[?]| from outside; memory .*)", lines[2])
+    assert lines[:2] == ["error: the one line", f"error: rank 1 (host {HOST}), in phase rollout, was killed by SIGSEGV"]
+    killed = f"error: rank 1 (host {HOST}), in phase rollout, was killed by SIGKILL"
+    assert re.fullmatch(re.escape(killed) + "(; out of memory[?]| from outside; memory .*)", lines[2])
     assert lines[3:] == ["stopped by SIGHUP"]
 
 
@@ -411,7 +416,7 @@ def test_memory_is_blamed_where_the_kernel_says_so(
 ) -> None:
     monkeypatch.setattr(local, "oom_kills", lambda: now)
     assert first_cause(_ranks(4, -9), before, "train") == 137
-    assert capsys.readouterr().err == f"error: rank 1 was killed by SIGKILL{told}\n"
+    assert capsys.readouterr().err == f"error: rank 1 (host {HOST}) was killed by SIGKILL{told}\n"
 
 
 @pytest.mark.parametrize(

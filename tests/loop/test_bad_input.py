@@ -513,7 +513,9 @@ def test_a_rank_that_is_killed(bad: Bad, tmp_path: Path) -> None:
     ended = _two_ranks(bad, "tempo", tmp_path / "run", FOR_EVER, kill)
     (told,) = ended.messages  # by what the kernel counts of kills for lack of memory, where it does
     assert re.fullmatch(
-        r"error: rank 1 was killed by SIGKILL(; out of memory\?| from outside; .* did not run out)", told
+        r"error: rank 1 \(host .*\), in phase checkpoint, was killed by SIGKILL"
+        r"(; out of memory\?| from outside; .* did not run out)",
+        told,
     )
     assert ended.code == 128 + signal.SIGKILL
     assert ended.seconds < patience(DEADLINE_S)

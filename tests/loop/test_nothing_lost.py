@@ -166,7 +166,10 @@ def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: P
         assert time.monotonic() - began < patience(40)
         place = rf"rank {rank} \(host {socket.gethostname()}\), in phase .+ for \d+ s, stopped by a signal \(SIGSTOP\)"
         waited = f"no sign of life from {place}; launch.timeout_s: 15|the ranks waited longer than .* for {place}"
-        assert re.fullmatch(f"error: ({waited})", line)
+        assert re.fullmatch(f"error: ({waited}); stacks: {runs[rank]}/stacks/.*", line)
+        (stacks,) = (runs[rank] / "stacks").iterdir()
+        assert {file.name for file in stacks.glob("*.txt")} == {"rank-0.txt", "rank-1.txt"}
+        assert "tempo_megatron/loop/driver.py" in (stacks / f"rank-{1 - rank}.txt").read_text()
         assert list(runs[rank].glob(".claim-*")) == []
 
 

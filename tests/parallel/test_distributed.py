@@ -15,42 +15,60 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, patience
+from tests.launching import ROOT, launch_ranks, patience
 
-JOIN = """
-import sys
-from tempo_megatron.errors import TempoError
-from tempo_megatron.parallel.distributed import start
-try:
-    start(1, 3)
-except TempoError as error:
-    print(error.exit_code, error)
-"""
+LOCAL = "127.0.0.1"
 
 
-def join(rank: int, port: int) -> str:
+def join(rank: int | str, port: int | str, *address: str, nproc: int = 1) -> str:
     """What a rank of two tells that waits at most 3 s for the other one."""
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", JOIN]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
-    return done.stdout
+    words = (str(rank), str(port), *address)
+    return launch_ranks("tests.parallel.join_worker", *words, nproc=nproc, timeout_s=60).stdout
 
 
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         told = f"2 environment: MASTER_PORT={port}: another program listens there on this machine; set another one\n"
-        assert join(0, port) == told
+        assert join(0, port, LOCAL) == told
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_alone(rank: int) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    problem = ("not all of 2 ranks came to", "no answer from rank 0 at")[rank]
-    assert join(rank, port).startswith(f"3 launch: {problem} 127.0.0.1:{port}")
+        return probe.getsockname()[1]
+
+
+def test_a_rank_that_never_comes() -> None:
+    port = free_port()
+    come = f"did not come to 127.0.0.1:{port} (launch.timeout_s: 3); the others did, on host {socket.gethostname()}\n"
+    assert join(0, port, LOCAL) == f"3 launch: rank 1 of 2 {come}"
+
+
+@pytest.mark.parametrize("address", [LOCAL, "203.0.113.1"], ids=["refuses", "does not answer"])
+def test_rank_0_is_not_to_be_reached(address: str) -> None:
+    """The second is one of TEST-NET-3 (RFC 5737), which nobody has."""
+    port = free_port()
+    place = f"{address}:{port}, where the ranks meet, to rank 1 (host {socket.gethostname()}) (launch.timeout_s: 3)\n"
+    assert join(1, port, address) == f"3 launch: no answer from rank 0 at {place}"
+
+
+def test_a_host_name_that_does_not_resolve() -> None:
+    told = join(1, 29500, "no-such-host.invalid")
+    finds = rf"environment: MASTER_ADDR=no-such-host.invalid: host {socket.gethostname()} finds no address of that name"
+    assert re.match(rf"2 {finds} \(.*\); set it to a name or address of rank 0's node that all nodes know\n$", told)
+
+
+def test_a_rank_that_does_not_tell_its_address() -> None:
+    told = join("mute", free_port(), nproc=2)
+    why = "cannot connect to all other ranks: some did not tell their address"
+    assert told == f"3 launch: rank 0 (host {socket.gethostname()}) {why} (launch.timeout_s: 3)\n"
+
+
+@pytest.mark.parametrize("port", ["", "65536", "http"])
+def test_a_port_that_is_none(port: str) -> None:
+    told = join(1, port, LOCAL)
+    assert told.startswith("2 environment: MASTER_PORT") and told.count("\n") == 1
 
 
 WATCHED = """

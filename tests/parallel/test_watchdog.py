@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import signal
@@ -11,12 +12,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
+from tempo_megatron.cluster.pulse import ping
+from tempo_megatron.config.schema import PHASES, PhaseDeadlines, WatchdogConfig
+from tempo_megatron.parallel import device as dev
+from tempo_megatron.parallel import stacks, watchdog
 from tempo_megatron.parallel.watchdog import Watchdog
-from tests.launching import patience
+from tests.launching import ROOT, patience
 
 HOST = socket.gethostname()
 Ended = list[tuple[str, int]]
@@ -32,11 +40,15 @@ def watch(server: TCPStore) -> Iterator[Callable[..., tuple[Watchdog, Ended]]]:
     """Starts the watchdogs of some ranks of a world; what each would have ended with."""
     started: list[Watchdog] = []
 
-    def _watch(*ranks: int, world_size: int = 3, timeout_s: float = 1.0) -> list[tuple[Watchdog, Ended]]:
+    def _watch(
+        *ranks: int, world_size: int = 3, timeout_s: float = 1.0, **options: Any
+    ) -> list[tuple[Watchdog, Ended]]:
         made = []
         for rank in ranks:
             ended: Ended = []
-            dog = Watchdog(server, rank, world_size, timeout_s, lambda *told, ended=ended: ended.append(told))
+            dog = Watchdog(
+                server, rank, world_size, timeout_s, end=lambda *told, ended=ended: ended.append(told), **options
+            )
             dog.announce()
             made.append((dog, ended))
         started.extend(dog for dog, _ in made)
@@ -109,6 +121,102 @@ def test_who_is_missing_after_a_collective_that_took_too_long(watch: Callable, m
     assert missing.startswith(f"rank 2 (host {HOST}), in phase rollout for ")
     assert "rank 1" not in missing
     assert one.who_is_missing().count("rank") == 2  # neither 0 nor 2 waits
+
+
+def test_ranks_that_all_wait_in_different_places(watch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the program: each waits where ranks come together, or in a collective, for what never comes."""
+    dogs = watch(0, 1, 2)
+    for dog, _ in dogs[:2]:
+        monkeypatch.setattr(dog, "_waits_for_others", lambda: True)
+    for dog, _ in dogs:
+        dog.start()
+    time.sleep(2.5)
+    assert [ended for _, ended in dogs] == [[], [], []]  # the third works, and they wait for it
+    monkeypatch.setattr(dogs[2][0], "_waits_for_others", lambda: True)
+    wait_for(lambda: dogs[0][1])
+    ((text, code),) = dogs[0][1]
+    assert text.startswith(f"error: all ranks wait for each other: rank 0 (host {HOST}), in phase start for ")
+    assert text.count("rank ") == 3 and code == 4
+    assert dogs[1][1] == dogs[2][1] == []
+
+
+def test_deadlines_are_by_phase_and_by_first_and_later(watch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread of the tests stands for that of every rank: it makes no progress while it sleeps."""
+    deadlines = WatchdogConfig(first_s=60, later_s=60, phases={"rollout": PhaseDeadlines(later_s=1)})
+    ((one, ended),) = watch(0, world_size=1, timeout_s=60, deadlines=deadlines)
+    one.enter("rollout", first=True)
+    one.start()
+    time.sleep(2.0)
+    assert ended == []
+    one.enter("rollout aime", first=False)  # a detail behind the name
+    wait_for(lambda: ended)
+    ((text, code),) = ended
+    place = rf"rank 0 \(host {HOST}\), in phase rollout aime for \d s"
+    still = r"has made no progress for \d s \(since [\d:]+\)"
+    assert re.fullmatch(rf"error: {place}, {still}; watchdog.phases.rollout.later_s: 1", text) and code == 4
+
+
+def test_pings_of_any_thread_are_progress(watch: Callable) -> None:
+    deadlines = WatchdogConfig(first_s=1, later_s=1)
+    ((one, ended),) = watch(0, world_size=1, timeout_s=60, deadlines=deadlines)
+    one.start()
+    for _ in range(12):
+        time.sleep(0.2)
+        ping()
+    assert ended == []
+    wait_for(lambda: ended)
+
+
+def test_a_folder_that_cannot_be_written_does_not_hinder_the_end(watch: Callable, tmp_path: Path) -> None:
+    (tmp_path / "stacks").touch()
+    deadlines = WatchdogConfig(first_s=1, later_s=1)
+    ((one, ended),) = watch(0, world_size=1, deadlines=deadlines, folder=tmp_path / "stacks" / "now")
+    one.start()
+    wait_for(lambda: ended)
+    assert ended[0][0].endswith(f"; no stacks: {tmp_path}/stacks/now: Not a directory")
+
+
+def test_a_folder_that_does_not_answer_does_not_hinder_the_end(
+    watch: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "write_own", lambda *_: time.sleep(30))
+    monkeypatch.setattr(watchdog, "STACKS_S", 0.5)
+    ((one, ended),) = watch(0, world_size=1, deadlines=WatchdogConfig(first_s=1, later_s=1), folder=tmp_path)
+    one.start()
+    wait_for(lambda: ended)
+    assert ended[0][0].endswith(f"; no stacks: {tmp_path}: it does not answer")
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["gloo", "nccl"])
+def test_the_flight_recorder_is_set_before_there_are_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    monkeypatch.setattr(dev, "use_cuda", lambda: cuda)
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
+    folder = tmp_path / "stacks" / "now"
+    stacks.set_flight_recorder(folder)
+    expected = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_BUFFER_SIZE": "2000"}  # what is set stays
+    if cuda:
+        expected["TORCH_FR_DUMP_TEMP_FILE"] = f"{folder}/flight_recorder_rank_"
+    assert os.environ == expected
+    assert folder.exists() == cuda  # NCCL makes no folders
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"})
+    stacks.set_flight_recorder(None)
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+
+
+def test_the_flight_recorders_names_are_torchs() -> None:
+    """In the library that reads them."""
+    with (Path(torch.__file__).parent / "lib" / "libtorch_cpu.so").open("rb") as file:
+        library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        assert all(library.find(name) >= 0 for name in (b"TORCH_FR_BUFFER_SIZE", b"TORCH_FR_DUMP_TEMP_FILE"))
+
+
+def test_every_phase_may_have_a_deadline() -> None:
+    package = ROOT / "tempo_megatron"  # the dry run at scale has phases of its own
+    sources = [path.read_text() for path in package.rglob("*.py") if "scale" not in path.parts]
+    named = {name for text in sources for name in re.findall(r'\.phase\("(\w+)"', text)}
+    assert named | {"start", "move"} == set(PHASES)
 
 
 STOPPED = """
