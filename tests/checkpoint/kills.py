@@ -10,6 +10,7 @@ run, byte for byte: weights, float32 masters, moments, samplers and random state
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
@@ -107,8 +108,8 @@ class Trainer:
         )
 
 
-def killed(trainer: Trainer, name: str, draw: random.Random) -> Kill:
-    """Start the run, or go on with it, and kill it; the run may not end before."""
+def killed(trainer: Trainer, name: str, draw: random.Random) -> list[Kill]:
+    """Start the run, or go on with it, and kill it; no kill if it had ended before."""
     whom, when = draw.choice(WHOM), draw.choice(WHEN)
     done, delay, further = trainer.done(name), draw.random(), draw.randint(1, STEPS_EACH * len(POSITIONS))
     step, phases = divmod(done.step * len(POSITIONS) + done.phases + further, len(POSITIONS))
@@ -116,6 +117,7 @@ def killed(trainer: Trainer, name: str, draw: random.Random) -> Kill:
     checkpoints = trainer.root / name / "checkpoints"
     begun = time.time()
     found: list[Kill] = []
+    struck: list[psutil.Process] = []
 
     def hidden() -> list[Path]:
         """What this start is writing; earlier ones may have left some."""
@@ -145,13 +147,16 @@ def killed(trainer: Trainer, name: str, draw: random.Random) -> Kill:
         everyone = [launcher, *_children(launcher)]
         in_flight = bool(hidden())
         for victim in _victims(launcher, whom):
-            victim.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                struck.append(victim)
         psutil.wait_procs(everyone, patience(GONE_S))
         left = tuple(f"{process.pid}" for process in everyone if runs(process))
-        found.append(Kill(whom, when, done, in_flight, left))
+        if struck:
+            found.append(Kill(whom, when, done, in_flight, left))
 
     trainer.run(name, strike)
-    return found[0]
+    return found
 
 
 def _is_since(path: Path, begun: float) -> bool:
@@ -181,7 +186,7 @@ def survive(trainer: Trainer, name: str, kills: int, draw: random.Random) -> Out
     """One run with as many kills as it lives through before its last steps, ``kills`` at most."""
     outcome = Outcome()
     while len(outcome.kills) < kills and trainer.done(name).step < trainer.steps - STEPS_EACH:
-        outcome.kills.append(killed(trainer, name, draw))
+        outcome.kills += killed(trainer, name, draw)
     ended = trainer.run(name)
     outcome.differs = [ended] if ended else trainer.differs(name, "undisturbed")
     return outcome
