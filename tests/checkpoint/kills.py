@@ -186,7 +186,9 @@ def survive(trainer: Trainer, name: str, kills: int, draw: random.Random) -> Out
     """One run with as many kills as it lives through before its last steps, ``kills`` at most."""
     outcome = Outcome()
     while len(outcome.kills) < kills and trainer.done(name).step < trainer.steps - STEPS_EACH:
-        outcome.kills += killed(trainer, name, draw)
+        if not (struck := killed(trainer, name, draw)):
+            break
+        outcome.kills += struck
     ended = trainer.run(name)
     outcome.differs = [ended] if ended else trainer.differs(name, "undisturbed")
     return outcome
@@ -220,12 +222,12 @@ def main() -> int:
         if ended := trainer.run("undisturbed"):
             print(ended, file=sys.stderr)
             return 1
-        while left > 0:
+        while left > 0 and (not outcomes or outcomes[-1].is_good):
             outcomes.append(survive(trainer, f"run-{len(outcomes)}", left, draw))
             left -= len(outcomes[-1].kills)
             print(f"{arguments.kills - left} kills: {outcomes[-1]}", file=sys.stderr, flush=True)
     print(table(outcomes))
-    return int(not all(outcome.is_good for outcome in outcomes))
+    return int(left > 0 or not all(outcome.is_good for outcome in outcomes))
 
 
 if __name__ == "__main__":
