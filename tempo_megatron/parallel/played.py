@@ -121,6 +121,7 @@ class _NoNumbers(TorchDispatchMode):
     def __init__(self, wire: Wire) -> None:
         super().__init__()
         self._wire = wire
+        self._made: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -140,7 +141,23 @@ class _NoNumbers(TorchDispatchMode):
         on_meta = {x.is_meta for x in _tensors((*args, *kwargs.values()))}
         if len(on_meta) == 2:
             args, kwargs = tree_map_only(Tensor, lambda x: x.to(_META) if x.dim() else x, (args, kwargs))
+        elif on_meta == {True} and not func._schema.is_mutable and not func.is_view:
+            return self._like_before(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _like_before(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Of an operator that makes a new tensor: of the shape that it made of equal shapes before.
+
+        Layers are alike, and torch takes a millisecond to find out what many an operator gives on this device.
+        """
+        key = func, _signature(args), _signature(tuple(kwargs.items()))
+        if (known := self._made.get(key)) is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.is_meta and not any(made is x for x in args):
+            self._made[key] = made.shape, made.stride(), made.dtype
+        return made
 
     def _said(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A collective: the fake process group gives each rank what this one has."""
@@ -164,6 +181,15 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (x for x in value if isinstance(x, Tensor))
+
+
+def _signature(value: Any) -> Any:
+    """What an operator's result depends on, hashable; 1, 1.0 and True are not the same."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    return type(value), value
 
 
 #: Collective -> the position of what a rank puts in.
