@@ -255,7 +255,7 @@ def _hosts(cluster: SlurmCluster, nodes: str) -> list[str]:
 
 def test_examples_of_evaluation_and_conversion(runs: Runs, whole: Path) -> None:
     examples, folder, inputs = ROOT / "examples" / "slurm", runs.folder / "examples", runs.folder / "inputs"
-    env = {**runs.environment("examples"), "VENV": sys.prefix}
+    env = {**runs.environment("examples"), "VENV": sys.prefix, "RANKS_PER_NODE": "1"}
     words = ["hf-to-megatron", "--hf", str(inputs / "model"), "--megatron", str(folder / "converted"), "--tp", "2"]
     options = [f"--output={folder}/convert.out"]
     convert = runs.cluster.sbatch(examples / "convert.sbatch", *words, options=options, cwd=ROOT, env=env)
@@ -267,7 +267,7 @@ def test_examples_of_evaluation_and_conversion(runs: Runs, whole: Path) -> None:
         f"--output={folder}/evaluation",
     ]
     words += ["evaluation.pass_k=2", "evaluation.sets.0.limit=8"]
-    options = ["--array=0", "--gpus-per-node=0", "--ntasks-per-node=1", f"--output={folder}/evaluate.out"]
+    options = ["--array=0", f"--output={folder}/evaluate.out"]
     evaluate = runs.cluster.sbatch(examples / "evaluate.sbatch", *words, options=options, cwd=ROOT, env=env)
     for job in (convert, evaluate):
         assert runs.cluster.wait(job, 200) == "COMPLETED", runs.cluster.output(job)
