@@ -61,6 +61,16 @@ def note_start(run_dir: Path, ranks: int, goes_on_from: str | None, max_idle_res
         lines.write(("\n" if broken else "") + json.dumps(asdict(start)) + "\n")
 
 
+def forget_start(run_dir: Path) -> None:
+    """Take this start's line back: the run is refused, and leaves everything as it was. By the rank that noted it."""
+    file = run_dir / STARTS_FILE
+    lines = file.read_text().splitlines(keepends=True)
+    if lines[:-1]:
+        file.write_text("".join(lines[:-1]))
+    else:
+        file.unlink()
+
+
 def read_starts(file: Path) -> list[Start]:
     """Those that can be read: a process may have been killed while it wrote its line."""
     starts = []

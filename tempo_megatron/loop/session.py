@@ -20,9 +20,10 @@ from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights
 from tempo_megatron.checkpoint.resume import Resumption, find_resumption
 from tempo_megatron.checkpoint.run import RunCheckpoints
 from tempo_megatron.checkpoint.save import RunRecord
-from tempo_megatron.cluster.starts import note_start
+from tempo_megatron.cluster.starts import forget_start, note_start
 from tempo_megatron.config.load import dump_config
 from tempo_megatron.config.schema import Config
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.locate import InitSource, Phase, hf_name, newest_checkpoint
 from tempo_megatron.loop.announce import outcome, plan
 from tempo_megatron.loop.data import read_data
@@ -61,9 +62,12 @@ class Session(Runtime):
         self._notes: list[str] = []  # of the files that it goes on with, on rank 0
         self._closing = ExitStack()
         self._claim = claim_output(Path(config.output_dir), self._closing)
+        self._noted = False  # this start, on rank 0
         try:
             self._build(config)
-        except BaseException:
+        except BaseException as error:
+            if self._noted and isinstance(error, TempoError) and not isinstance(error, RunError):
+                forget_start(self.output)
             self._closing.close()
             raise
 
@@ -73,13 +77,17 @@ class Session(Runtime):
         with self.ledger.phase("data"):
             self.data = read_data(config, self.tokenizer)
         self._tell_plan()
-        place = None if self._resumption is None else self._resumption.checkpoint.folder.name
-        on_rank0(partial(note_start, self.output, world_size(), place, config.launch.max_idle_restarts))
+        on_rank0(self._note_start)
         self._finished: Finished | None = None
         self._stopped: str | None = None
         self.build_engines(trainable=True)
         self.checkpoints = self._run_checkpoints()
         self.resumed = self._load_engines()
+
+    def _note_start(self) -> None:
+        place = None if self._resumption is None else self._resumption.checkpoint.folder.name
+        note_start(self.output, world_size(), place, self.config.launch.max_idle_restarts)
+        self._noted = True
 
     def find_sources(self) -> dict[Role, InitSource]:
         with self.ledger.phase("verify"):

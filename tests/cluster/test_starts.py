@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tempo_megatron.cluster.starts import STARTS_FILE, note_start, read_starts
+from tempo_megatron.cluster.starts import STARTS_FILE, forget_start, note_start, read_starts
 from tempo_megatron.errors import RunError
 
 
@@ -54,3 +54,13 @@ def test_the_limit_is_a_setting_and_a_broken_line_is_passed_over(start, tmp_path
         start("7", 1, None, allowed=0)
     start("8", 0, None)
     assert [s.job for s in read_starts(tmp_path / STARTS_FILE)] == ["7", "8"]
+
+
+def test_a_start_that_is_refused_leaves_no_line(start, tmp_path: Path) -> None:
+    start("7", 0, None)
+    before = (tmp_path / STARTS_FILE).read_text()
+    start("7", 1, None)
+    forget_start(tmp_path)
+    assert (tmp_path / STARTS_FILE).read_text() == before
+    forget_start(tmp_path)
+    assert list(tmp_path.iterdir()) == []
