@@ -66,8 +66,7 @@ class Session(Runtime):
         try:
             self._build(config)
         except BaseException as error:
-            if self._noted and isinstance(error, TempoError) and not isinstance(error, RunError):
-                forget_start(self.output)
+            self._forget_if_refused(error)
             self._closing.close()
             raise
 
@@ -88,6 +87,12 @@ class Session(Runtime):
         place = None if self._resumption is None else self._resumption.checkpoint.folder.name
         note_start(self.output, world_size(), place, self.config.launch.max_idle_restarts)
         self._noted = True
+
+    def _forget_if_refused(self, error: BaseException | None) -> None:
+        """A run that is refused leaves its folder as it was."""
+        refused = isinstance(error, TempoError) and not isinstance(error, RunError)
+        if self._noted and self.writer is None and refused:
+            forget_start(self.output)
 
     def find_sources(self) -> dict[Role, InitSource]:
         with self.ledger.phase("verify"):
@@ -263,6 +268,7 @@ class Session(Runtime):
         if self.writer is not None and self._claim is not None and self._claim.is_held:
             with suppress(*(OSError,) if error is not None else ()):  # a full disk has been told
                 self.write_info()
+        self._forget_if_refused(error)
         self._closing.close()
         if self._stopped is not None:
             self.progress.note(self._stopped)
