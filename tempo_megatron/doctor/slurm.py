@@ -65,7 +65,8 @@ def _check_preemption(config: Mapping[str, str], partitions: Sequence[Mapping[st
     if kind == "preempt/none" or mode == "OFF":
         return [ok(CHECK, "jobs are not preempted (PreemptType preempt/none or PreemptMode OFF)")]
     findings = []
-    signals = "send_user_signal" in config.get("PreemptParameters", "")
+    # Slurm 22.05 has the one in the second place, later versions in the first
+    signals = any("send_user_signal" in config.get(key, "") for key in ("PreemptParameters", "SlurmctldParameters"))
     for partition in partitions:
         name, grace = partition.get("PartitionName", "?"), _seconds(partition.get("GraceTime", "0"))
         way = partition.get("PreemptMode", mode)
@@ -82,7 +83,11 @@ def _check_preemption(config: Mapping[str, str], partitions: Sequence[Mapping[st
         elif not signals:
             told = f"{told}: SIGCONT and SIGTERM announce it, no user signal"
             findings.append(
-                warning(CHECK, told, "ask for PreemptParameters=send_user_signal, so that --signal's comes ahead of it")
+                warning(
+                    CHECK,
+                    told,
+                    "ask for SlurmctldParameters=preempt_send_user_signal, or set launch.save_signal: TERM",
+                )
             )
         else:
             findings.append(ok(CHECK, f"{told}, --signal's signal announces it"))

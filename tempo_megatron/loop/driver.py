@@ -69,8 +69,12 @@ class Driver(ABC):
         are in it.
         """
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the evaluation sets; a stage without a rollout engine has none."""
+    def evaluate(self, outcome: StepOutcome | None) -> dict[str, float]:
+        """Metrics of the evaluation sets; a stage without a rollout engine has none.
+
+        Args:
+            outcome: of the step behind which it is; None: before the first one.
+        """
         return {}
 
     @property
@@ -95,8 +99,12 @@ class Driver(ABC):
 
     def begin(self) -> None:
         """Before the first step of this process."""
-        if self.session.resumed is None and self.config.evaluation.at_start and (metrics := self.evaluate()):
+        if self.session.resumed is None and self.config.evaluation.at_start and (metrics := self.evaluate(None)):
             self._record(metrics, {})
+        self.stop_before_training()
+
+    def stop_before_training(self) -> None:
+        """This process has changed nothing yet: a run that is asked to end just does. Collective."""
         if (why := stop_is_wanted()) is not None:
             raise StopHere(why, new=False)
 
@@ -109,7 +117,7 @@ class Driver(ABC):
         last = self.is_done()
         metrics = dict(outcome.metrics)
         if self._evaluation_is_due(outcome, last):
-            metrics |= self.evaluate()
+            metrics |= self.evaluate(outcome)
         # the record first: a run killed in between drops it again when it resumes from the step before
         self._record(metrics, outcome.shown)
         every = self.config.checkpoint.every

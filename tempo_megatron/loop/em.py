@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -167,10 +168,15 @@ class EMLoop(Driver):
             )
         super().end()
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, outcome: StepOutcome | None) -> dict[str, float]:
         if not self.evaluator.sets:
             return {}
-        return self.evaluator.run(self.step, self.policy_updates, self.version)
+        stop: Callable[[], None] = self.stop_before_training
+        if outcome is not None:
+            # a step without an M-step has no place within it to go on from
+            within = partial(self.phase_boundary, "mstep", partial(pack_outcome, outcome), on_request_only=True)
+            stop = within if outcome.policy_updated else lambda: None
+        return self.evaluator.run(self.step, self.policy_updates, self.version, stop)
 
     def protected_checkpoints(self, *, within_step: bool = False) -> set[int]:
         return self.control.protected if within_step else self.control.saving(self.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -98,12 +99,16 @@ class Evaluator:
         self.sets = runtime.data.eval_sets
         self._expected: dict[str, ExpectedLengths] = {}  # by set, whose ids are its own
 
-    def run(self, step: int, updates: int, version: int) -> dict[str, float]:
-        """Metrics ``eval/<set>/<name>`` of every set, for the record of ``step``."""
+    def run(self, step: int, updates: int, version: int, between_sets: Callable[[], None]) -> dict[str, float]:
+        """Metrics ``eval/<set>/<name>`` of every set, for the record of ``step``; nothing stays of what is cut short
+        by ``between_sets``.
+        """
         metrics: dict[str, float] = {}
         outcomes: dict[str, Any] = {}
         with self.runtime.ledger.phase("evaluate"):
-            for prompts in self.sets:
+            for number, prompts in enumerate(self.sets):
+                if number:
+                    between_sets()
                 result = self.evaluate(prompts, updates, version)
                 name, config = prompts.settings.name, self.runtime.config
                 figures = training_metrics(result.samples, config.evaluation.pass_k, config.seed)

@@ -13,7 +13,7 @@ CONFIG = """Configuration data as of 2026-11-27T08:00:00
 JobRequeue              = 1
 KillWait                = 30 sec
 PreemptMode             = REQUEUE
-PreemptParameters       = send_user_signal
+SlurmctldParameters     = preempt_send_user_signal
 PreemptType             = preempt/partition_prio
 Prolog                  = (null)
 SLURM_VERSION           = 22.05.8
@@ -50,7 +50,7 @@ def test_a_cluster_that_announces_a_preemption_in_time() -> None:
     [
         ("GraceTime=300", "GraceTime=0", "preempts by REQUEUE, GraceTime 0 s; a save may take 120 s"),
         ("PreemptMode=REQUEUE", "PreemptMode=GANG,SUSPEND", "a job is stopped where it is; its GPU memory stays taken"),
-        ("send_user_signal", "(null)", "SIGCONT and SIGTERM announce it, no user signal; ask for PreemptParameters"),
+        ("preempt_send_user_signal", "(null)", "SIGCONT and SIGTERM announce it, no user signal; ask for Slurmctld"),
         ("= 30 sec", "= 5 sec", "KillWait 5 s between SIGTERM and SIGKILL"),
         ("JobRequeue              = 1", "JobRequeue = 0", "JobRequeue 0); sbatch --requeue"),
     ],

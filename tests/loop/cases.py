@@ -29,7 +29,9 @@ class Case:
     overrides: dict[str, Any]
     config: str = "configs/demo/tempo.yaml"
     ends_in_error: bool = False
-    stops: bool = False  # the last rank is asked to save and end at every boundary, and the run started again
+    #: The last rank is asked to save and end at every boundary, or first at the boundary of this number, and the run
+    #: started again.
+    stops: bool | int = False
 
 
 def make_inputs(folder: Path, layers: int = 2) -> Inputs:

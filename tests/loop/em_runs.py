@@ -183,13 +183,12 @@ def asked_at_boundary(number: int) -> Iterator[None]:
         stopping.asked_by = asked_by
 
 
-def stop_everywhere(config: Any, left_at: list[str]) -> None:
-    """One boundary a start, until only the last step's end is left to the caller; notes the checkpoints.
-
-    The first one behind an E-step is kept in ``OUT/left``.
+def stop_everywhere(config: Any, left_at: list[str], number: int) -> None:
+    """One boundary a start, until only the last step's end is left to the caller, or once at that of this ``number``;
+    notes the checkpoints, and keeps the first one behind an E-step in ``OUT/left``.
     """
-    while True:
-        with Session(config) as session, asked_at_boundary(1):
+    while not (number > 1 and left_at):
+        with Session(config) as session, asked_at_boundary(number):
             done = (SFTLoop(session) if config.stage == "sft" else EMLoop(session)).run()
         newest = newest_checkpoint(Path(config.output_dir))
         assert newest is not None
@@ -201,7 +200,7 @@ def stop_everywhere(config: Any, left_at: list[str]) -> None:
         left_at.append(newest.name)
 
 
-def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool, stops: bool) -> None:
+def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool, stops: bool | int) -> None:
     config = load_config(config_file, overrides)
     samples: list[dict[str, Any]] = []
     seen: dict[str, list[dict[str, Any]]] = {"actor": [], "critic": []}
@@ -209,7 +208,7 @@ def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error
     error = ""
     left_at: list[str] = []
     if stops:
-        stop_everywhere(config, left_at)
+        stop_everywhere(config, left_at, int(stops))
     with Session(config) as session:
         for role, engine in session.engines.items():
             watch(engine, seen[role], layer_calls[role])

@@ -32,7 +32,7 @@ class Counting(Driver):
         self.moved |= {"actor"} if self.step % 2 == 0 else set()
         return StepOutcome({"x": self.step}, {"x": self.step}, policy_updated=self.step % 2 == 0)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, outcome: StepOutcome | None) -> dict[str, float]:
         return {"score": float(self.updates)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,6 +46,22 @@ def test_stopped_behind_every_phase(tmp_path: Path) -> None:
         assert not list((stopped / "checkpoints").glob("*+*"))
 
 
+def test_an_evaluation_is_left_between_two_sets(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    files = f"[{inputs.folder / 'data' / 'eval_du.parquet'}]"
+    sets = ", ".join(f"{{name: {name}, files: {files}, samples_per_prompt: 2, limit: 3}}" for name in "ab")
+    evaluation = {"evaluation.sets": f"[{sets}]", "evaluation.pass_k": 2, "evaluation.at_start": "false"}
+    changes = small_tempo(inputs, steps=1, **evaluation)
+    between_sets = 5  # behind the start, rollout, E-step, M-step and sync
+    cases = [Case("whole", changes), Case("left", changes, stops=between_sets)]
+    results = run_cases(cases, 1, tmp_path, 200)
+    assert results["left"]["left_at"] == ["step_00000000+mstep"]
+    assert_same_from(0, tmp_path / "whole", tmp_path / "left")
+    assert_same_weights(results["whole"]["weights"], results["left"]["weights"])
+    for name in ("evaluations.jsonl", "rollouts.jsonl"):
+        assert (tmp_path / "left" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
 def test_steps_are_saved_within_by_settings(tmp_path: Path) -> None:
     """Nothing but that changes: not a number of the run."""
     inputs = make_inputs(tmp_path / "inputs")
