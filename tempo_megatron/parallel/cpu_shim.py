@@ -94,7 +94,9 @@ def _patch_torch_cuda() -> None:
         replace_function(torch.cuda, name, lambda *_, **__: _NoStream(), ("device",))
     replace_function(torch.cuda, "stream", lambda *_, **__: contextlib.nullcontext(), ("stream",))
     # clip_grads.py, tensor_parallel/data.py
-    replace_function(torch.Tensor, "cuda", lambda self, *_, **__: self.to(current_device()), None)
+    replace_function(
+        torch.Tensor, "cuda", lambda self, *_, **__: self if self.is_meta else self.to(current_device()), None
+    )
 
 
 def _patch_factories() -> None:

@@ -6,6 +6,7 @@ Written against vLLM 0.32 (CPU) with 0.22 (CUDA) in mind; each item names the li
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import random
@@ -187,7 +188,8 @@ def _name_shared_memory(token: str) -> None:
 
     def init_cpu_shm(shared: _CPUSHMDistributed) -> int:
         handle: int = original(shared)
-        for segment in SHARED_MEMORY.glob(f"tempo-{token}-*_{shared.communicator.rank}"):
+        # the rank counts in its group: other replicas of this host have segments of the same number
+        for segment in SHARED_MEMORY.glob(f"{glob.escape(shared.group_name)}*_{shared.communicator.rank}"):
             segment.unlink()
         return handle
 

@@ -24,6 +24,8 @@ class Label:
 #: Phases of the ledger: what is being done.
 PHASES = {
     "tokenizer": "loading the tokenizer",
+    "groups": "process groups",
+    "weight_map": "names of the weights",
     "data": "reading the data",
     "load": "loading",
     "train": "training",

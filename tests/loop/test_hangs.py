@@ -85,6 +85,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase(bad: Bad, tmp_path: Path, pha
         rf"error: no sign of life from {who}, stopped by a debugger; launch.timeout_s: {limit}",
         rf"error: {who}, has made no progress for \d+ s \(since .*\); watchdog.later_s: {limit}",
         rf"error: the ranks waited longer than launch.timeout_s for {who}(, stopped by a debugger)?",
+        rf"error: all ranks wait for each other: .*{who}.*",  # it was halted where it waited
     )
     stacks = rf"; stacks: {tmp_path}/run/stacks/[\d-]+"
     assert re.fullmatch(f"({'|'.join(how)}){stacks}", line)

@@ -169,7 +169,9 @@ def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: P
         assert re.fullmatch(f"error: ({waited}); stacks: {runs[rank]}/stacks/.*", line)
         (stacks,) = (runs[rank] / "stacks").iterdir()
         assert {file.name for file in stacks.glob("*.txt")} == {"rank-0.txt", "rank-1.txt"}
-        assert "tempo_megatron/loop/driver.py" in (stacks / f"rank-{1 - rank}.txt").read_text()
+        written = (stacks / f"rank-{1 - rank}.txt").read_text()
+        # in the step, or where the collective's own time limit has ended it
+        assert "tempo_megatron/loop/driver.py" in written or "tempo_megatron/failures.py" in written
         assert list(runs[rank].glob(".claim-*")) == []
 
 

@@ -120,7 +120,7 @@ def main() -> None:
             stop_token_ids=settings["stop_token_ids"],
         )
         engine.update_weights(_loaded(folder), 1)
-        dist.barrier()
+        distributed.on_rank0(lambda: None)  # the keys of the last meeting stay until the next one
         keys = distributed._store.num_keys()
         ordinary, engine._sampling_params = engine._sampling_params, partial(_to_the_limit, engine._sampling_params)
         forced = {name: _forced(engine, settings["forced"], dealt=name == "dealt") for name in ("dealt", "drawn")}
@@ -136,7 +136,7 @@ def main() -> None:
             rollout(engine, draws, **sizes, version=1, decode=partial(_decode_failing_on_last_replica, engine))
         except RunError as error:
             result["failure"] = str(error)
-        dist.barrier()  # rank 0 has cleared up
+        distributed.on_rank0(lambda: None)  # rank 0 has cleared up
         result["counters"] = distributed._store.num_keys() - keys
         (results / f"{model}-tp{tensor_parallel_size}-rank{dist.get_rank()}.json").write_text(json.dumps(result))
         engine.close()

@@ -40,7 +40,7 @@ def dry_run_at_scale(config: Config, job: ScaledJob) -> None:
     hf_configs = {role: load_hf_config(folder) for role, folder in setting.hf_dirs.items()}
     with uncollected():  # millions of small objects that stay
         holdings = {
-            role: _in_phase("weight map", partial(megatron_holdings, hf_configs[role], role, settings.parallel, world))
+            role: _in_phase("weight_map", partial(megatron_holdings, hf_configs[role], role, settings.parallel, world))
             for role, settings in roles_of(config).items()
         }
         replicas = None

@@ -168,7 +168,7 @@ def _role(trainers: PlayedTrainers, role: Role, holdings: Holdings, rank: int, w
     groups = engine.groups
     with ledger.phase("groups", f"of the {role}"):
         members = group_members(groups, rank)
-    with ledger.phase("weight map", f"of the {role}"):
+    with ledger.phase("weight_map", f"of the {role}"):
         parameters = check_weight_map(engine, holdings, rank)
     with ledger.phase("checkpoint", f"of the {role}"), wire.empty_host():
         shards = planned_shards(engine)
