@@ -27,6 +27,8 @@ from tempo_megatron.planner.state import StateBytes, state_at
 
 #: What no item counts.
 UNMODELLED = (
+    "host memory in which a save gathers the optimizer states of a rank's whole model-parallel part, a role at a time: "
+    "12 to 30 bytes a parameter with the distributed optimizer",
     "fragmentation of the allocator beyond 5 %",
     "NCCL buffers beyond the overhead's range, and cuBLAS workspaces of unusual shapes",
     "what other processes have on the card",
