@@ -295,9 +295,9 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
             say(done)
         return 0
     check_limits()
-    from tempo_megatron.planner.refuse import local_ranks, refuse_what_cannot_fit
+    from tempo_megatron.planner.refuse import refuse_what_cannot_fit
 
-    refuse_what_cannot_fit(config, world_size, local_ranks(world_size, launched=place is not None))
+    refuse_what_cannot_fit(config, world_size, world_size if place is None else ranks_of_node())
     if not is_spawned() and (place is None or place.local_rank == 0):
         check_start(Path(config.output_dir), config.launch.nproc_per_node if place is None else ranks_of_node())
     os.environ.update(rank_environment(config.launch.threads_per_rank))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tempo_megatron.errors import TempoError
 
 if TYPE_CHECKING:
-    from tempo_megatron.config.schema import LaunchConfig, SlurmConfig
+    from tempo_megatron.config.job import LaunchConfig, SlurmConfig
 
 HERE = Path(__file__).resolve().parent
 

@@ -19,7 +19,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from tempo_megatron.config.schema import Config, Section
+from tempo_megatron.config.schema import Config
+from tempo_megatron.config.section import Section
 from tempo_megatron.errors import TempoError
 
 KeyPath = tuple[str | int, ...]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tempo_megatron.cluster.board import post
-from tempo_megatron.config.schema import WatchdogConfig
+from tempo_megatron.config.job import WatchdogConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel import device as dev
 from tempo_megatron.parallel.gloo import share_devices

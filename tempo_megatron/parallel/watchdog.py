@@ -27,7 +27,7 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, leave
 from tempo_megatron.cluster.pulse import last_ping
-from tempo_megatron.config.schema import WatchdogConfig
+from tempo_megatron.config.job import WatchdogConfig
 from tempo_megatron.parallel import stacks
 from tempo_megatron.parallel.peers import ENDED, Peer, listed
 

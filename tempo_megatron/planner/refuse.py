@@ -6,7 +6,6 @@ libraries.
 
 from __future__ import annotations
 
-import os
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,13 +47,6 @@ def _smallest_card() -> int:
         return min((int(words) << 20 for words in told), default=0)
     except (OSError, ValueError, subprocess.SubprocessError):
         return 0
-
-
-def local_ranks(world_size: int, launched: bool) -> int:
-    """Ranks of this node, as far as the launcher says: at least one of them is this."""
-    if not launched:
-        return world_size
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def refuse_what_cannot_fit(config: Config, world_size: int, ranks_here: int, machine: Machine | None = None) -> None:

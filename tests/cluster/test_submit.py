@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tempo_megatron.cli import main
+from tempo_megatron.config.job import SlurmConfig
 from tempo_megatron.config.load import load_config
-from tempo_megatron.config.schema import SlurmConfig
 from tempo_megatron.planner.hardware import CARDS
 from tests.config.test_check import SHAPE
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tempo_megatron import failures
 from tempo_megatron.cluster.launch import rank_from_environment
 from tempo_megatron.cluster.pulse import ping
-from tempo_megatron.config.schema import PhaseDeadlines, WatchdogConfig
+from tempo_megatron.config.job import PhaseDeadlines, WatchdogConfig
 from tempo_megatron.parallel import distributed
 from tempo_megatron.parallel.distributed import enter_phase, on_all_ranks, on_rank0, rank, start, sum_over_world
 

@@ -20,7 +20,7 @@ import torch
 from torch.distributed import TCPStore
 
 from tempo_megatron.cluster.pulse import ping
-from tempo_megatron.config.schema import PHASES, PhaseDeadlines, WatchdogConfig
+from tempo_megatron.config.job import PHASES, PhaseDeadlines, WatchdogConfig
 from tempo_megatron.parallel import device as dev
 from tempo_megatron.parallel import stacks, watchdog
 from tempo_megatron.parallel.watchdog import Watchdog

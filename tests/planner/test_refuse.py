@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tempo_megatron import cli
+from tempo_megatron.cluster.launch import ranks_of_node
 from tempo_megatron.config.load import load_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
-from tempo_megatron.planner.refuse import Machine, local_ranks, refuse_what_cannot_fit
+from tempo_megatron.planner.refuse import Machine, refuse_what_cannot_fit
 from tests.model.published import write_config
 
 GIB = 1 << 30
@@ -82,10 +83,10 @@ def test_pinned_memory_of_what_leaves(run: dict[str, Any]) -> None:
 
 def test_a_launcher_that_does_not_say_how_many_ranks_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert local_ranks(16, launched=True) == 1
+    monkeypatch.delenv("SLURM_STEP_TASKS_PER_NODE", raising=False)
+    assert ranks_of_node() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert local_ranks(16, launched=True) == 8
-    assert local_ranks(2, launched=False) == 2
+    assert ranks_of_node() == 8
 
 
 def test_train_says_so_and_starts_nothing(
