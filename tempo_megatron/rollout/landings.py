@@ -28,6 +28,7 @@ from tempo_megatron.patching import kept, replace_function, replace_value
 from tempo_megatron.reshard.fp8 import BLOCK, CODES, scale_name, scale_shape
 from tempo_megatron.reshard.plan import Destination, Landing, Target
 from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
+from tempo_megatron.rollout import patches
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +56,7 @@ def _apart(config: VllmConfig) -> Iterator[VllmConfig]:
     own.compilation_config.static_all_moe_layers = []
     ropes = dict(rotary_embedding._ROPE_DICT)
     try:
-        with set_current_vllm_config(own), _experts_known():
+        with set_current_vllm_config(own), _experts_known(), patches.hf_classes_left_alone():
             yield own
     finally:
         rotary_embedding._ROPE_DICT.clear()
@@ -140,7 +141,8 @@ def foreseen_ranks(
     Raises:
         TempoError: vLLM cannot cut the model so, or its KV cache has no room for one longest sequence.
     """
-    from vllm import EngineArgs
+    with patches.shielded_import():
+        from vllm import EngineArgs
 
     size = settings.tensor_parallel_size
     args = EngineArgs(
@@ -154,7 +156,8 @@ def foreseen_ranks(
         block_size=KV_BLOCK,
     )
     try:
-        config = args.create_engine_config()
+        with patches.shielded_import():
+            config = args.create_engine_config()
         config.parallel_config.tensor_parallel_size = size
         config.parallel_config.enable_expert_parallel = settings.expert_parallel
         for rank in range(size):

@@ -119,7 +119,7 @@ def _preserved_streams() -> Iterator[None]:
 
 @contextmanager
 def shielded_import() -> Iterator[None]:
-    """Around an import of vLLM on the CPU: keep the trainer's process state."""
+    """Around an import of vLLM, or the making of its settings, on the CPU: keep the trainer's process state."""
     with preserved_rng(), _preserved_environment(), _preserved_threads(), _preserved_streams():
         yield
 
@@ -215,6 +215,10 @@ def _repack_experts_on_reload() -> None:
     replace_function(UnquantizedFusedMoEMethod, "_setup_kernel", set_up_kernel, ("self", "layer", "w13", "w2"))
 
 
+def _leave_undecorated(model: object, cls: type, *args: object, **kwargs: object) -> None:
+    """vLLM reads nothing of what the decorator would have added when the model is eager."""
+
+
 def _leave_hf_classes_alone() -> None:
     """Keep transformers' model classes usable for models that are not vLLM's.
 
@@ -226,15 +230,18 @@ def _leave_hf_classes_alone() -> None:
     """
     from vllm.model_executor.models.transformers.base import Base
 
-    def leave_undecorated(model: Base, cls: type, *args: object, **kwargs: object) -> None:
-        """vLLM reads nothing of what the decorator would have added when the engine is eager."""
+    parameters = ("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder")
+    replace_function(Base, "_decorate_cls_for_torch_compile", _leave_undecorated, parameters)
 
-    replace_function(
-        Base,
-        "_decorate_cls_for_torch_compile",
-        leave_undecorated,
-        ("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder"),
-    )
+
+@contextmanager
+def hf_classes_left_alone() -> Iterator[None]:
+    """Around the building of a model of vLLM that nothing will run: ``_leave_hf_classes_alone``, on every device."""
+    from vllm.model_executor.models.transformers.base import Base
+
+    with kept(Base, "_decorate_cls_for_torch_compile"):
+        _leave_hf_classes_alone()
+        yield
 
 
 def _rebind_kernels_by_identity() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -74,6 +75,23 @@ def test_places_that_do_not_exist_are_foreseen(family: str, size: int, request: 
         for _, name, mapped in destination.landings:
             mapped.region.of(times[name]).add_(1)
     assert all((count >= 1).all() for count in times.values())
+
+
+def _environment() -> dict[str, str]:
+    """But for what only vLLM reads."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+
+
+def test_the_process_stays_as_it_was(olmo3: TinyModel) -> None:
+    """OLMo-3 is built of transformers' class, which its other instances, and new ones, are of too."""
+    tokens, before = torch.tensor([[1, 2, 3]]), _environment()
+    logits = olmo3.first(tokens).logits
+    _foreseen(olmo3, 2)
+    assert _environment() == before
+    again = type(olmo3.first)(olmo3.first.config)
+    again.load_state_dict(olmo3.first.state_dict())
+    assert torch.equal(olmo3.first(tokens).logits, logits)
+    assert torch.equal(again(tokens).logits, logits)
 
 
 def test_experts_are_dealt_whole(qwen3_moe: TinyModel) -> None:
