@@ -134,6 +134,12 @@ class WatchdogConfig(Section):
         {}, description="other deadlines by phase, such as `{rollout: {later_s: 900}}`"
     )
 
+    clock_s: int = Field(
+        240,
+        ge=1,
+        description="most by which the hosts' clocks may differ, s; Slurm's credentials live for 300 s by default",
+    )
+
     @property
     def shortest_s(self) -> int:
         own = [s for phase in self.phases.values() for s in (phase.first_s, phase.later_s) if s is not None]

@@ -24,7 +24,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups
 REDUCED, REPEATS = (GIB // 4, 8) if torch.cuda.is_available() else (8 * MIB, 5)
 #: Groups of one kind whose rate is less than the median's part of so many are told.
 SLOWER = 3.0
-#: Seconds by which the clocks of hosts may differ: Slurm's credentials and people comparing logs bear that much.
+#: Seconds by which the clocks of hosts may differ without a word: people comparing logs bear that much.
 SKEW_S = 5.0
 
 
@@ -43,7 +43,7 @@ def examine_job(config: Config, json_file: Path | None) -> None:
     if is_first:
         mine += check_host_name([socket.gethostname(), *dict.fromkeys(hosts)], os.environ.get("MASTER_ADDR"))
     findings = merged({host: found for host, found in zip(hosts, gather_objects(mine), strict=True) if found})
-    findings += check_clocks(hosts)
+    findings += check_clocks(hosts, config.watchdog.clock_s)
     if world_size() > 1:
         findings += check_groups(config, hosts)
     on_rank0(lambda: show(findings, json_file))
@@ -65,10 +65,14 @@ def merged(by_host: dict[str, list[Finding]]) -> list[Finding]:
     return [Finding(f"{f.check}{where}", f.verdict, f.told, f.remedy) for f, where in shown.items()]
 
 
-def check_clocks(hosts: list[str]) -> list[Finding]:
-    """All hosts' clocks, read behind one barrier. Collective."""
+def check_clocks(hosts: list[str], most_s: float) -> list[Finding]:
+    """All hosts' clocks, read behind one barrier; a fault beyond ``most_s``, by which a run would end. Collective."""
     dist.barrier()
-    clocks = gather_objects(time.time())
+    return judge_clocks(hosts, gather_objects(time.time()), most_s)
+
+
+def judge_clocks(hosts: list[str], clocks: list[float], most_s: float) -> list[Finding]:
+    """By host name and clock, s since the epoch, of each rank."""
     skew = max(clocks) - min(clocks)
     fast, slow = hosts[clocks.index(max(clocks))], hosts[clocks.index(min(clocks))]
     if skew <= SKEW_S:
@@ -76,7 +80,10 @@ def check_clocks(hosts: list[str]) -> list[Finding]:
             ok("clocks", f"of {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)} differ by less than {SKEW_S:g} s")
         ]
     told = f"{fast} is {skew:.0f} s ahead of {slow}"
-    return [warning("clocks", told, "let both follow one time server (chronyc tracking)")]
+    remedy = "let both follow one time server (chronyc tracking)"
+    if skew > most_s:
+        return [fault("clocks", f"{told}; watchdog.clock_s: {most_s:g}", remedy)]
+    return [warning("clocks", told, remedy)]
 
 
 def check_groups(config: Config, hosts: list[str]) -> list[Finding]:

@@ -1,5 +1,7 @@
 """Ranks watch each other and themselves: one that is stopped, hangs, or gets nowhere ends the job with its name.
 
+So does one whose host's clock is far from the others': logs, leases of files and Slurm's credentials go by clocks.
+
 Every rank keeps a short status in the job's store (torch's TCPStore): a counter that shows life, its phase, how long it
 has made no progress, and whether its main thread waits for others. Rank 0 looks at all, the others at rank 0; each
 looks at its own progress (``cluster/pulse.py``). A rank that waits for others is excused: those have to get on.
@@ -29,7 +31,7 @@ from tempo_megatron.cluster.lifetime import EXIT_LOST_PEER, leave
 from tempo_megatron.cluster.pulse import last_ping
 from tempo_megatron.config.job import WatchdogConfig
 from tempo_megatron.parallel import stacks
-from tempo_megatron.parallel.peers import ENDED, Peer, listed
+from tempo_megatron.parallel.peers import ENDED, Peer, listed, wrong_clocks
 
 #: Longest time between two statuses, seconds; a quarter of the time limit where that is less.
 PERIOD_S = 5.0
@@ -63,6 +65,7 @@ class Watchdog:
         deadlines: longest times without progress; None: this rank does not look at its own.
         folder: where stacks are written, agreed by all ranks; None: nowhere.
         end: called with the one line and the exit code; for tests.
+        clock: of this host, s since the epoch; for tests.
     """
 
     def __init__(
@@ -75,11 +78,12 @@ class Watchdog:
         deadlines: WatchdogConfig | None = None,
         folder: Path | None = None,
         end: Callable[[str | None, int], None] | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._store, self._rank, self._world_size, self._timeout_s = store, rank, world_size, timeout_s
         self._deadlines = deadlines
         self._folder = folder
-        self._end = end or _leave_for_sure
+        self._end, self._clock = end or _leave_for_sure, clock or time.time
         self._period_s = min(PERIOD_S, timeout_s / 4, PERIOD_S if deadlines is None else deadlines.shortest_s / 4)
         self._phase, self._first, self._phase_began = "start", True, time.monotonic()
         self._still_s, self._waits_s = 0.0, 0.0  # without progress: while it worked, while it waited for others
@@ -171,7 +175,7 @@ class Watchdog:
             for rank, status in zip(ranks, found, strict=True):
                 peer = self._peers[rank]
                 if status["beat"] != peer.status.get("beat"):
-                    peer.status, peer.silent_s = status, 0.0
+                    peer.heard(status, self._clock())
         if everyone:
             self._look_at_all.clear()
             self._looked.set()
@@ -224,6 +228,8 @@ class Watchdog:
             if self._rank == 0 and self._all_wait():
                 told = f"all ranks wait for each other: {listed({0: self._as_peer(), **self._peers})}"
                 return self._end_job(f"{told}; launch.timeout_s: {self._timeout_s:g}", {})
+            if self._rank == 0 and (wrong := self._wrong_clocks()):
+                return self._end_job(wrong, {})
             if self._deadlines is not None:
                 deadline, key = self._deadlines.deadline(self._phase.split()[0], first=self._first)
                 if self._still_s > deadline:
@@ -243,6 +249,14 @@ class Watchdog:
         with self._lock:
             waits = [self._waits_s, *(p.status.get("waits_s", 0.0) for p in self._peers.values())]
         return self._store is not None and min(waits) > self._timeout_s
+
+    def _wrong_clocks(self) -> str | None:
+        if self._deadlines is None:
+            return None
+        limit = self._deadlines.clock_s
+        with self._lock:
+            told = wrong_clocks(self._as_peer(), self._peers.values(), limit)
+        return told and f"{told}; let all hosts follow one time server; watchdog.clock_s: {limit}"
 
     def _as_peer(self) -> Peer:
         return Peer(self._rank, self._status())
@@ -312,6 +326,7 @@ class Watchdog:
         self._beats += 1
         return {
             "beat": self._beats,
+            "clock": self._clock(),
             "phase": self._phase,
             "in_phase_s": round(time.monotonic() - self._phase_began, 1),
             "still_s": round(self._still_s, 1),

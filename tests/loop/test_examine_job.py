@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tempo_megatron.doctor.finding import Finding, ok, warning
-from tempo_megatron.loop.examine_job import merged
+from tempo_megatron.loop.examine_job import judge_clocks, merged
 from tests.launching import LaunchResult, launch_ranks
 from tests.loop.conftest import Bad
 
@@ -57,3 +57,17 @@ def test_what_all_hosts_say_is_said_once() -> None:
         Finding("driver on b, c", "warning", "500", "a newer one"),
     ]
     assert merged({"a": [own]}) == [own]
+
+
+@pytest.mark.parametrize(
+    ("clocks", "verdict", "told"),
+    [
+        ([100.0, 104.0, 101.0], "ok", "of 2 hosts differ by less than 5 s"),
+        ([100.0, 130.0, 101.0], "warning", "n1 is 30 s ahead of n0"),
+        ([400.0, 130.0, 101.0], "fault", "n0 is 299 s ahead of n1; watchdog.clock_s: 240"),
+    ],
+    ids=["alike", "seconds", "minutes"],
+)
+def test_clocks_of_hosts(clocks: list[float], verdict: str, told: str) -> None:
+    (found,) = judge_clocks(["n0", "n1", "n1"], clocks, 240)
+    assert (found.verdict, found.told) == (verdict, told)

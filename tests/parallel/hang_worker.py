@@ -55,6 +55,13 @@ def hangs_before_a_collective() -> None:
     sum_over_world(torch.ones(1))
 
 
+def has_a_clock_that_jumps() -> None:
+    """As a time server that was misled sets it; this process only."""
+    assert distributed._watchdog is not None
+    distributed._watchdog._clock = lambda: time.time() - 1000
+    takes_its_time()
+
+
 def takes_its_time() -> None:
     """Longer than every limit, in parts each of which is short; the others wait where ranks come together."""
     end = time.monotonic() + 2 * LIMIT_S
@@ -70,6 +77,7 @@ KINDS = {
     "stop": is_stopped,
     "crash": crashes,
     "slow": takes_its_time,
+    "clock": has_a_clock_that_jumps,
 }
 
 
@@ -98,7 +106,7 @@ def main() -> int:
         dist.barrier()
     except RuntimeError as error:
         return failures.tell(error, place)
-    print(f"rank {rank()} is done", flush=True)
+    os.write(1, f"rank {rank()} is done\n".encode())  # in one piece, beside the other's
     return 0
 
 

@@ -98,6 +98,22 @@ def test_of_a_stopped_rank_the_kernel_tells(run: Callable, culprit: int) -> None
     assert text.endswith("none; it is stopped\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_clock_that_jumps_in_a_phase(run: Callable, culprit: int) -> None:
+    """Of two ranks nobody knows whose is right: it is told of rank 1's."""
+    result, folder = run("clock", culprit)
+    assert result.returncode == 4
+    place = rf"rank 1 \(host {HOST}\), in phase rollout for \d+ s"
+    word = "behind" if culprit else "ahead of"
+    assert re.fullmatch(
+        rf"error: the clock of {place} is (99\d|100\d) s {word} that of rank 0 \(host {HOST}\); let all hosts follow "
+        rf"one time server; watchdog.clock_s: 240; stacks: {folder}/.*",
+        the_line(result),
+    )
+    assert "in has_a_clock_that_jumps" in stacks(folder)[f"rank-{culprit}.txt"]
+
+
 def test_a_rank_that_the_others_wait_for_in_a_collective(run: Callable) -> None:
     result, folder = run("collective", 1)
     assert result.returncode == 4

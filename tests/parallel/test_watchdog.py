@@ -23,6 +23,7 @@ from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.config.job import PHASES, PhaseDeadlines, WatchdogConfig
 from tempo_megatron.parallel import device as dev
 from tempo_megatron.parallel import stacks, watchdog
+from tempo_megatron.parallel.peers import Peer
 from tempo_megatron.parallel.watchdog import Watchdog
 from tests.launching import ROOT, patience
 
@@ -121,6 +122,43 @@ def test_who_is_missing_after_a_collective_that_took_too_long(watch: Callable, m
     assert missing.startswith(f"rank 2 (host {HOST}), in phase rollout for ")
     assert "rank 1" not in missing
     assert one.who_is_missing().count("rank") == 2  # neither 0 nor 2 waits
+
+
+def test_a_clock_that_is_far_off_is_named(watch: Callable) -> None:
+    limits = WatchdogConfig(clock_s=30)
+    ((_, alone),) = away = watch(1, deadlines=limits, clock=lambda: time.time() - 40)
+    dogs = [*watch(0, deadlines=limits), *away, *watch(2, deadlines=limits, clock=lambda: time.time() + 25)]
+    for dog, _ in dogs:
+        dog.start()
+    wait_for(lambda: dogs[0][1])
+    place = rf"rank 1 \(host {HOST}\), in phase start for \d s"
+    told = rf"error: the clock of {place} is (39|4\d) s behind that of rank 0 \(host {HOST}\); let all hosts .*: 30"
+    ((text, code),) = dogs[0][1]
+    assert re.fullmatch(told, text) and code == 4
+    assert alone == []
+
+
+def test_the_clock_of_rank_0_where_it_differs_from_most(watch: Callable) -> None:
+    limits = WatchdogConfig(clock_s=30)
+    ((zero, ended),) = watch(0, deadlines=limits, clock=lambda: time.time() + 90)
+    others = watch(1, 2, deadlines=limits)
+    for dog, _ in ((zero, ended), *others):
+        dog.start()
+    wait_for(lambda: ended)
+    assert f"the clock of rank 0 (host {HOST}), in phase start for " in ended[0][0]
+    assert re.search(r"is \d+ s ahead of that of rank \d \(host .* and of 1 more; ", ended[0][0])
+
+
+def test_a_clock_is_not_judged_by_a_sign_of_life_that_was_read_late() -> None:
+    peer = Peer(1)
+    for behind in (700, 3, 0):  # rank 0 was stopped for 700 s, then reads what lay there
+        peer.heard({"clock": 1000.0 - behind}, 1000.0)
+        assert peer.clock_ahead_s == 0
+    peer.heard({"clock": 960.0}, 1000.0)
+    peer.heard({"clock": 955.0}, 1000.0)
+    assert peer.clock_ahead_s == 0
+    peer.heard({"clock": 955.0}, 1000.0)
+    assert peer.clock_ahead_s == -40
 
 
 def test_ranks_that_all_wait_in_different_places(watch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +260,7 @@ def test_every_phase_may_have_a_deadline() -> None:
 STOPPED = """
 import datetime, sys, time
 import torch.distributed as dist
+from tempo_megatron.parallel.peers import Peer
 from tempo_megatron.parallel.watchdog import Watchdog
 store = dist.TCPStore("localhost", int(sys.argv[1]), is_master=sys.argv[2] == "0", wait_for_workers=False,
                       timeout=datetime.timedelta(seconds=20))
