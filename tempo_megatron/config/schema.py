@@ -131,7 +131,8 @@ class RoleConfig(Section):
         "bfloat16", description="of weights and activations; the optimizer's masters are float32"
     )
     layer_spec: Literal["auto", "torch", "te"] = Field(
-        "auto", description="auto: te where installed on a GPU, else torch"
+        "auto",
+        description="auto: te where installed on a GPU, but for float32, which te multiplies in TF32; else torch",
     )
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -73,15 +73,19 @@ def model_dims(config: PretrainedConfig) -> ModelDims:
     return ModelDims(config.num_attention_heads, config.num_key_value_heads, head_dim(config), config.vocab_size)
 
 
-def layer_spec_name(requested: str) -> Literal["torch", "te"]:
-    """Resolve ``auto``; TempoError when ``te`` is asked for where Transformer Engine is not installed."""
+def layer_spec_name(requested: str, dtype: str) -> Literal["torch", "te"]:
+    """Resolve ``auto``; TempoError when ``te`` is asked for where Transformer Engine is not installed.
+
+    Transformer Engine multiplies float32 matrices in TF32 (common/gemm/cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32),
+    whatever torch is told: who asks for float32 and not for ``te`` gets float32.
+    """
     available = importlib.util.find_spec("transformer_engine") is not None
     if requested == "te" and not available:
         raise TempoError(
             "layer_spec: te needs the package transformer-engine, which is not installed; use torch or auto"
         )
     if requested == "auto":
-        return "te" if available and use_cuda() else "torch"
+        return "te" if available and use_cuda() and dtype != "float32" else "torch"
     return "te" if requested == "te" else "torch"
 
 
@@ -97,8 +101,9 @@ def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
 def transformer_config(config: PretrainedConfig, role: RoleConfig) -> TransformerConfig:
     """Megatron's config for this HF model, layout and dtype; no dropout, no biases but for what the family adds."""
     dtype, layout = DTYPES[role.dtype], role.parallel
-    te = layer_spec_name(role.layer_spec) == "te"
+    te = layer_spec_name(role.layer_spec, role.dtype) == "te"
     family = family_of(config)
+    of_family = family.transformer_config(config)
     chunks = layout.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -135,14 +140,30 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         calculate_per_token_loss=True,  # losses arrive divided by their global count: nothing else may scale them
         masked_softmax_fusion=False,
         bias_activation_fusion=te,
+        cp_comm_type=_dealt_heads(config, layout) if te and "window_size" in of_family else None,
         bias_dropout_fusion=False,
         apply_rope_fusion=te,
         # a kernel of Apex; on the CPU parallel.cpu_shim has one in its place
         gradient_accumulation_fusion=tensor_parallel_layers._grad_accum_fusion_available,
         persist_layer_norm=False,
         **RECOMPUTE[role.recompute],
-        **family.transformer_config(config),
+        **of_family,
     )
+
+
+def _dealt_heads(config: PretrainedConfig, layout: ParallelConfig) -> str | None:
+    """Of Transformer Engine's ways of context parallelism the one that knows windows; TempoError if heads do not go."""
+    cp, tp = layout.context_parallel_size, layout.tensor_model_parallel_size
+    if cp == 1:
+        return None
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name)
+        if heads % (tp * cp):
+            raise TempoError(
+                f"context_parallel_size: {cp} x tensor_model_parallel_size {tp} must divide {name} {heads}: where "
+                "layers have windows Transformer Engine deals heads to the context ranks (layer_spec: torch does not)"
+            )
+    return "a2a"
 
 
 def _pipeline_layout(layers: int, layout: ParallelConfig) -> list[list[str]] | None:
@@ -295,7 +316,7 @@ def _build_chunk(
     last = groups.holds_output(chunk)
     model = GPTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(config, megatron_config, layer_spec_name(role.layer_spec), chunk),
+        transformer_layer_spec=block_spec(config, megatron_config, layer_spec_name(role.layer_spec, role.dtype), chunk),
         vocab_size=padded_vocab_size(config.vocab_size, groups.tp_size),
         max_sequence_length=config.max_position_embeddings,
         pre_process=groups.holds_embedding(chunk),

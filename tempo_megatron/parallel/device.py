@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tempo_megatron.errors import TempoError
+
 _without_numbers = False
 
 
@@ -17,12 +19,27 @@ def use_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """This rank's device: its local GPU, or the CPU; of a rank that is only played, ``meta``."""
+    """This rank's device: its local GPU, or the CPU; of a rank that is only played, ``meta``.
+
+    TempoError if the node shows this process fewer GPUs than it has ranks.
+    """
     if _without_numbers:
         return torch.device("meta")
     if use_cuda():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", _local_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     return torch.device("cpu")
+
+
+def _local_gpu(local_rank: int, visible: int) -> int:
+    """Its number among the visible ones. Slurm's ``--gpus-per-task=1`` shows each rank its own alone."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise TempoError(
+            f"environment: LOCAL_RANK={local_rank}: this process sees {visible} GPUs; start at most {visible} ranks on "
+            "a node, or show each rank one GPU, its own (Slurm: --gpus-per-task=1)"
+        )
+    return local_rank
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:

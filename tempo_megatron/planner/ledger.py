@@ -144,7 +144,7 @@ class _Planner:
     def spec(self, role: RoleConfig) -> Spec:
         if role.layer_spec != "auto":
             return role.layer_spec
-        return "torch" if self.cluster.on_cpu else "te"
+        return "torch" if self.cluster.on_cpu or role.dtype == "float32" else "te"
 
     @cached_property
     def peaks(self) -> dict[Role, RolePeaks]:

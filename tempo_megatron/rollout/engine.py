@@ -365,9 +365,10 @@ def _build_engine(
         expert_parallel=config.expert_parallel,
     )
     patches.prepare_process()
-    # under torchrun the external launcher tells vLLM this rank's device and tensor-parallel place; the plain
-    # executor would put every replica of a node on GPU 0
-    external = config.tensor_parallel_size > 1 or (use_cuda() and dist.get_world_size() > 1)
+    # the external launcher is how vLLM learns of this rank's device and place; the plain executor would put every
+    # replica of a node on GPU 0
+    external = dist.get_world_size() > 1
+    kv_bytes = int(config.kv_cache_gib * GIB)
     token = torch.tensor(secrets.randbits(62))
     dist.broadcast(token, src=0)
     with patches.shielded(f"{token.item():x}"):
@@ -392,7 +393,8 @@ def _build_engine(
                 # v1/worker/gpu_model_runner.py), and without chunks a step must hold the longest prompt
                 enable_chunked_prefill=use_cuda(),
                 max_num_batched_tokens=max(config.max_num_batched_tokens, 0 if use_cuda() else max_model_len),
-                kv_cache_memory_bytes=int(config.kv_cache_gib * GIB),
+                kv_cache_memory_bytes=kv_bytes,
+                gpu_memory_utilization=_needed_share(kv_bytes),
                 enable_prefix_caching=True,  # the samples of one prompt share its keys and values
                 block_size=None if use_cuda() else 32,  # the CPU's default of 128 shares no prompt below that length
                 logprobs_mode="processed_logprobs",
@@ -403,3 +405,15 @@ def _build_engine(
         except ValueError as error:  # vLLM's own checks of the settings: length, KV cache, divisibility
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise TempoError(f"rollout: vLLM cannot run {hf_dir}: {' '.join(lines)}") from error
+
+
+def _needed_share(kv_bytes: int) -> float:
+    """Of the device's memory, what must be free as vLLM starts.
+
+    v1/worker/utils.py, request_memory, asks for 0.92 of a GPU by default, also where the size of the KV cache is given:
+    beside a trainer that holds a tenth of it vLLM would not start.
+    """
+    if not use_cuda():  # nothing is asked there
+        return 1.0
+    _, total = torch.cuda.mem_get_info()
+    return min(1.0, kv_bytes / total)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.parallel.device import device, use_cuda
 from tempo_megatron.patching import kept, replace_function, replace_value
 
 #: By which a user has vLLM log (envs.py).
@@ -93,6 +93,20 @@ def _preserved_environment() -> Iterator[None]:
 
 
 @contextmanager
+def _own_gpu() -> Iterator[None]:
+    """v1/executor/uniproc_executor.py, _distributed_args, takes LOCAL_RANK for the number of the GPU to use."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device().index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+@contextmanager
 def _preserved_threads() -> Iterator[None]:
     """v1/worker/cpu_worker.py, init_device, binds threads and makes ``torch.set_num_threads`` do nothing."""
     threads = torch.get_num_threads()
@@ -134,7 +148,8 @@ def shielded(shm_token: str) -> Iterator[None]:
     with preserved_rng():
         if use_cuda():
             _guard_process_group()
-            yield
+            with _own_gpu():
+                yield
             return
         with _preserved_environment(), _preserved_threads(), _preserved_streams():
             _guard_process_group()
