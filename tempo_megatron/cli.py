@@ -298,8 +298,7 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.planner.refuse import refuse_what_cannot_fit
 
     refuse_what_cannot_fit(config, world_size, world_size if place is None else ranks_of_node())
-    if not is_spawned() and (place is None or place.local_rank == 0):
-        check_start(Path(config.output_dir), config.launch.nproc_per_node if place is None else ranks_of_node())
+    _check_node(config, place)
     os.environ.update(rank_environment(config.launch.threads_per_rank))
     save_signal = stop_request.signal_of(config.launch.save_signal)
     if place is None and world_size > 1:
@@ -315,6 +314,12 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.loop import run
 
     return EXIT_STOPPED if run(config) else 0
+
+
+def _check_node(config: Config, place: RankInfo | None) -> None:
+    """By one process of each node, before ranks are started."""
+    if not is_spawned() and (place is None or place.local_rank == 0):
+        check_start(Path(config.output_dir), config.launch.nproc_per_node if place is None else ranks_of_node())
 
 
 def _dry_run(config: Config, place: RankInfo | None, world_size: int) -> int:
@@ -365,6 +370,7 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     check_output(Path(config.output_dir), resolve_init(config.actor.init, "actor.init").path, arguments.compare)
     if arguments.compare is not None:
         read_evaluation(arguments.compare)  # what is wrong with it is told before the models are loaded
+    _check_node(config, place)
     if place is None and world_size > 1:
         check_unclaimed(Path(config.output_dir))
         from tempo_megatron.loop import load_evaluation_libraries

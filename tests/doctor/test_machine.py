@@ -161,7 +161,7 @@ def test_memory_of_this_node_is_read() -> None:
 
 @needs_mounts
 def test_shared_memory_that_is_full(tmp_path: Path) -> None:
-    """``train`` itself, before it starts anything."""
+    """``train`` and ``evaluate`` themselves, before they start anything."""
     (tmp_path / "model").mkdir()
     shape = '"num_attention_heads": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2'
     shape += ', "vocab_size": 10, "max_position_embeddings": 64'
@@ -173,12 +173,14 @@ def test_shared_memory_that_is_full(tmp_path: Path) -> None:
         f"data: {{train_files: [{tmp_path}/train.parquet], max_prompt_tokens: 8, max_response_tokens: 8}}\n"
         "launch: {nproc_per_node: 2}\n"
     )
-    train = ("-m", "tempo_megatron", "train", "--config", str(tmp_path / "sft.yaml"))
-    done = with_tmpfs("/dev/shm", "size=20m", *train)
-    assert done.returncode == 3
-    assert done.stderr.startswith("error: /dev/shm: 20 MiB of 20 MiB free, for 2 ranks; 16 MiB a rank are needed: ")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    evaluate = ["evaluate", tmp_path / "model", "--set", f"aime={tmp_path}/train.parquet", "--output", tmp_path / "out"]
+    evaluate += ["data.max_prompt_tokens=8", "data.max_response_tokens=8", "launch.nproc_per_node=2"]
+    for words in (["train", "--config", tmp_path / "sft.yaml"], evaluate):
+        done = with_tmpfs("/dev/shm", "size=20m", "-m", "tempo_megatron", *map(str, words))
+        assert done.returncode == 3
+        assert done.stderr.startswith("error: /dev/shm: 20 MiB of 20 MiB free, for 2 ranks; 16 MiB a rank are needed: ")
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_shared_memory_that_is_little(tmp_path: Path) -> None:
