@@ -299,7 +299,7 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
 
     refuse_what_cannot_fit(config, world_size, world_size if place is None else ranks_of_node())
     _check_node(config, place)
-    os.environ.update(rank_environment(config.launch.threads_per_rank))
+    _set_environment(config)
     save_signal = stop_request.signal_of(config.launch.save_signal)
     if place is None and world_size > 1:
         check_unclaimed(Path(config.output_dir))  # told before ranks are started; rank 0 claims it
@@ -314,6 +314,12 @@ def _train(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     from tempo_megatron.loop import run
 
     return EXIT_STOPPED if run(config) else 0
+
+
+def _set_environment(config: Config) -> None:
+    """Of this process and of ranks that it starts, before torch is imported."""
+    launch = config.launch
+    os.environ.update(rank_environment(launch.threads_per_rank, deterministic=launch.deterministic))
 
 
 def _check_node(config: Config, place: RankInfo | None) -> None:
@@ -337,7 +343,7 @@ def _dry_run_at_scale(config: Config, place: RankInfo | None, job: ScaledJob) ->
     if place is not None and place.world_size > 1:
         raise TempoError(f"train --dry-run --nodes: runs as one process, not as one of {place.world_size} ranks")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what it builds has no numbers, on a machine with GPUs too
-    os.environ.update(rank_environment(config.launch.threads_per_rank))
+    _set_environment(config)
     from tempo_megatron.loop import run_dry_at_scale
 
     run_dry_at_scale(config, job)
@@ -364,7 +370,7 @@ def _evaluate(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     world_size = place.world_size if place else config.launch.nproc_per_node
     check_evaluation(config, world_size)
     check_limits()
-    os.environ.update(rank_environment(config.launch.threads_per_rank))
+    _set_environment(config)
     from tempo_megatron.evaluation.record import check_output, read_evaluation
 
     check_output(Path(config.output_dir), resolve_init(config.actor.init, "actor.init").path, arguments.compare)
@@ -406,7 +412,7 @@ def _doctor(arguments: argparse.Namespace, place: RankInfo | None) -> int:
     world_size = place.world_size if place else config.launch.nproc_per_node
     check_mismatch(config, world_size)
     check_limits()
-    os.environ.update(rank_environment(config.launch.threads_per_rank))
+    _set_environment(config)
     if place is None and world_size > 1:
         if arguments.output is not None:
             check_unclaimed(arguments.output)

@@ -50,13 +50,26 @@ def ranks_of_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or (tasks[0] if tasks else 1))
 
 
-def rank_environment(threads: int) -> Mapping[str, str]:
+#: What Transformer Engine, cuBLAS and NCCL read as they are loaded: only ways that give the same bits each time. The
+#: first tells this package too (``parallel.device.is_deterministic``).
+SAME_BITS = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+}
+
+
+def rank_environment(threads: int, *, deterministic: bool = False) -> Mapping[str, str]:
     """What has to be set before torch and NumPy are imported: bounds on the CPU threads of one rank, and silence.
 
     Each connection to a peer that has ended prints a C++ stack; a TORCH_CPP_LOG_LEVEL that is set stays.
+
+    Args:
+        deterministic: ``launch.deterministic``, which is of GPUs; nothing of it is read on the CPU.
     """
     bounds = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return {**bounds, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    return {**bounds, **quiet, **(SAME_BITS if deterministic else {})}
 
 
 # ---------------------------------------------------------------- srun

@@ -14,6 +14,11 @@ from tempo_megatron.config.section import Section
 class LaunchConfig(Section):
     nproc_per_node: int = Field(1, ge=1, description="ranks that `train` starts itself on one node")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of one rank")
+    deterministic: bool = Field(
+        False,
+        description="on GPUs: only kernels that give the same bits each time, in training (attention's backward, "
+        "cuBLAS, NCCL's ring) and sampling (vLLM's batch-invariant ones); slower. On the CPU it is always so",
+    )
     timeout_s: int = Field(600, ge=1, description="longest wait in one collective, and longest silence of a rank, s")
     save_signal: Literal["USR1", "USR2", "TERM"] = Field(
         "USR1",

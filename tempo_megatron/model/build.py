@@ -48,7 +48,7 @@ from tempo_megatron.model.layers import (
 from tempo_megatron.model.log_probs import OutputWeight
 from tempo_megatron.model.rope import ModelRope, head_dim, rope_of_layer, ropes
 from tempo_megatron.model.weight_map import ModelDims, padded_vocab_size
-from tempo_megatron.parallel.device import use_cuda
+from tempo_megatron.parallel.device import is_deterministic, use_cuda
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.patching import replace_value
 
@@ -138,6 +138,7 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         moe_token_dispatcher_type="alltoall",  # TransformerConfig demands it with variable_seq_lengths, dense or not
         moe_grouped_gemm=te and family.moe,
         calculate_per_token_loss=True,  # losses arrive divided by their global count: nothing else may scale them
+        deterministic_mode=is_deterministic(),
         masked_softmax_fusion=False,
         bias_activation_fusion=te,
         cp_comm_type=_dealt_heads(config, layout) if te and "window_size" in of_family else None,

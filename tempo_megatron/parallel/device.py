@@ -18,6 +18,11 @@ def use_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def is_deterministic() -> bool:
+    """Whether this rank's GPU is to give the same bits each time (``launch.deterministic``)."""
+    return use_cuda() and os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
+
+
 def device() -> torch.device:
     """This rank's device: its local GPU, or the CPU; of a rank that is only played, ``meta``.
 

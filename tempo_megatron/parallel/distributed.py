@@ -54,6 +54,8 @@ def start(
     share_devices()
     if dev.use_cuda():
         torch.cuda.set_device(dev.device())
+    if dev.is_deterministic():
+        torch.use_deterministic_algorithms(True)  # what has only other ways raises and names itself
     timeout = datetime.timedelta(seconds=timeout_s)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store = join_store(rank, world_size, timeout) if "RANK" in os.environ else dist.HashStore()

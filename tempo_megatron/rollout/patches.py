@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempo_megatron.parallel.device import device, use_cuda
+from tempo_megatron.parallel.device import device, is_deterministic, use_cuda
 from tempo_megatron.patching import kept, replace_function, replace_value
 
 #: By which a user has vLLM log (envs.py).
@@ -46,6 +46,8 @@ def prepare_process() -> None:
         logging.getLogger("vllm").setLevel(logging.ERROR)
     # triton_utils/dispatcher.py walks all modules' attributes at import and touches deprecated ones
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.reduce_op.*")
+    if is_deterministic():
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     if not use_cuda():
         # v1/sample/ops/logprobs.py, batched_count_greater_than is torch.compile'd: 10 s of C++ compilation on the
         # first step, per process. torch reads the variable at its own import, hence also the attribute.

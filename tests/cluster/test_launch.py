@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tempo_megatron.cluster.launch import RankInfo, rank_environment, rank_from_environment
+from tempo_megatron.cluster.launch import SAME_BITS, RankInfo, rank_environment, rank_from_environment
 from tempo_megatron.errors import TempoError
 
 # What srun sets in a task, and what a batch script sees of it (seen on Slurm 22.05)
@@ -102,3 +102,8 @@ def test_node_list_that_cannot_be_resolved(environment: Callable) -> None:
 
 def test_threads() -> None:
     assert rank_environment(4)["OMP_NUM_THREADS"] == "4"
+
+
+def test_what_gpus_need_to_give_the_same_bits_is_set_where_it_is_asked_for() -> None:
+    assert not SAME_BITS.keys() & rank_environment(1).keys()
+    assert SAME_BITS.items() <= rank_environment(1, deterministic=True).items()
