@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -26,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch.distributed.checkpoint import FileSystemReader
 
-from tempo_megatron.checkpoint import inprocess_writer
+from tempo_megatron.checkpoint import inprocess_writer, own_state
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.inprocess_writer import WrittenShard
 from tempo_megatron.errors import TempoError
@@ -35,6 +36,7 @@ from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 from tempo_megatron.training.engine import MegatronEngine
 
 inprocess_writer.install()
+own_state.install()
 
 
 class _OneSave(TorchDistSaveShardedStrategy):
@@ -97,7 +99,7 @@ class RoleSave:
 
 
 def _metadata(engine: MegatronEngine) -> dict[str, Any]:
-    """How Megatron lays out optimizer state: ``fully_reshardable`` loads into any layout."""
+    """How Megatron lays out optimizer state: ``fully_reshardable`` loads into any layout (see ``own_state``)."""
     metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
     if engine.config.optimizer.distributed:
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
@@ -124,8 +126,11 @@ def plan_role(engine: MegatronEngine, folder: Path) -> RoleSave:
     strategy = _OneSave("torch_dist", 1)
     with engine.groups.active():
         data_parallel = mpu.get_data_parallel_group(with_context_parallel=True)
+        state = sharded_state(engine, optimizer=True, loading=False)
+        apply_factories(state)
+        own_state.require_each_once(state)
         request = dist_checkpointing.save(
-            sharded_state(engine, optimizer=True, loading=False),
+            state,
             str(folder),
             sharded_strategy=FullyParallelSaveStrategyWrapper(strategy, data_parallel),
             async_sharded_save=True,
@@ -135,9 +140,15 @@ def plan_role(engine: MegatronEngine, folder: Path) -> RoleSave:
 
 
 def _stored_names(folder: Path) -> set[str]:
-    """Asked before torch reads them (state_dict_loader.py), which logs a traceback and goes on to a worse message."""
+    """Asked before torch reads them (state_dict_loader.py), which logs a traceback and goes on to a worse message.
+
+    Raises:
+        TempoError: they cannot be read, or a tensor has not all of its elements.
+    """
     with one_line(TempoError, f"{folder}: {UNREADABLE}"):
-        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+        metadata = FileSystemReader(folder).read_metadata()
+    own_state.check_stored(metadata, folder)
+    return set(metadata.state_dict_metadata)
 
 
 def _check_complete(folder: Path, wanted: dict[str, Any], stored: set[str]) -> None:
@@ -160,6 +171,8 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
             for i in range(len(engine.models)):
                 wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}
         on_all_ranks(lambda: _check_complete(folder, wanted, stored))
+        # masters come after the weights: of a float32 model they are the same memory
+        state = {"optimizer": wanted.pop("optimizer")} if optimizer else {}
         with one_line(TempoError, f"{folder}: {UNREADABLE}"):
             loaded = dist_checkpointing.load(wanted, str(folder), strategy)
         for i, model in enumerate(engine.models):
@@ -170,6 +183,8 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
                     f"{folder}: does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
                 )
         if optimizer:
+            with one_line(TempoError, f"{folder}: {UNREADABLE}"):
+                loaded = dist_checkpointing.load(state, str(folder), strategy)
             engine.optimizer.load_state_dict(loaded["optimizer"])
 
 
