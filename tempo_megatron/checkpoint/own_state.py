@@ -1,9 +1,10 @@
 """The distributed optimizer's state in checkpoints, of which each rank saves and loads what it owns, and nothing else.
 
-A rank owns a contiguous range of the elements of each parameter that touches its shares of the gradient buffers. Megatron
-(0.16.1, ``fully_reshardable``) gathers whole parameters on every rank before it saves them, and loads whole ones; here the
-range is taken as rectangles of the tensors that Megatron would save, under the same names and of the same shapes, so that
-either reads what the other wrote. Megatron calls such shards uneven: they have no ``axis_fragmentations``.
+A rank owns a contiguous range of the elements of each parameter that touches its shares of the gradient buffers.
+Megatron (0.16.1, ``fully_reshardable``) gathers whole parameters on every rank before it saves them, and loads whole
+ones; here the range is taken as rectangles of the tensors that Megatron would save, under the same names and of the same
+shapes, so that either reads what the other wrote. Megatron calls such shards uneven: they have no
+``axis_fragmentations``.
 
 Rectangles are views of the optimizer's own memory: what is saved is read there, and what is loaded lands there.
 """
@@ -65,7 +66,9 @@ def _own_rectangles(
     found: dict[int, Any] = {}
     for parameter, start, stop in _owned(optimizer):
         if parameter not in of_parameter:
-            raise TempoError(f"a parameter of shape {list(parameter.shape)} is in no checkpoint: the model names it not")
+            raise TempoError(
+                f"a parameter of shape {list(parameter.shape)} is in no checkpoint: the model names it not"
+            )
         own = optimizer._get_main_param_and_optimizer_states(parameter)
         found[len(found)] = {
             state: dict(enumerate(_rectangles_of(of_parameter[parameter], state, own[state], start, stop)))
@@ -94,7 +97,9 @@ def _rectangles_of(
     key = f"optimizer.state.{state}.{entry.key}"
     if own.dtype != torch.float32 or own.shape != (stop - start,) or not own.is_contiguous():
         what = f"{own.dtype}, of shape {list(own.shape)}"
-        raise TempoError(f"{key}: the optimizer holds {what}; checkpoints have float32, here of {stop - start} elements")
+        raise TempoError(
+            f"{key}: the optimizer holds {what}; checkpoints have float32, here of {stop - start} elements"
+        )
     found = [part for tensor, view in _views(entry, key) for part in _parts(tensor, view, own.detach(), start, stop)]
     numel = sum(part.data.numel() for part in found)
     if numel != stop - start:

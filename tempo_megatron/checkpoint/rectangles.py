@@ -168,4 +168,6 @@ class Cover(NamedTuple):
         if self.numel < 0:
             return "parts are of tensors of different shapes"
         count = f"parts have {self.numel} elements of {everything.numel}"
-        return count if self.numel != everything.numel else f"{count}, but some twice or beyond it and others not at all"
+        return (
+            count if self.numel != everything.numel else f"{count}, but some twice or beyond it and others not at all"
+        )

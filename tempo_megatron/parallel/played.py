@@ -71,29 +71,15 @@ class Wire:
 
     Attributes:
         traffic: what is being said now; whoever wants to see it puts a new one in its place before.
-        host_bytes: of the host's floating-point tensors that were made while it was without numbers too.
     """
 
     def __init__(self) -> None:
         self.traffic = Traffic()
-        self.host_bytes = 0
-        self.is_host_empty = False
         self._coming: dict[Neighbour, Iterator[tuple[int, ...]]] = {}
 
     def expect(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """The shapes of what one schedule's micro-batches bring, in their order, from either side."""
         self._coming = {"previous": iter(shapes), "next": iter(shapes)}
-
-    @contextmanager
-    def empty_host(self) -> Iterator[None]:
-        """In the block the host has no numbers either, where they are floating-point: a model's states are brought
-        there, for which a machine that plays a rank has no room.
-        """
-        self.is_host_empty, self.host_bytes = True, 0
-        try:
-            yield
-        finally:
-            self.is_host_empty = False
 
     def shape_from(self, neighbour: Neighbour) -> list[int]:
         return list(next(self._coming[neighbour]))
@@ -131,11 +117,6 @@ class _NoNumbers(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self._said(func, args, kwargs)
-        if self._wire.is_host_empty and _goes_to_host(kwargs):
-            kwargs = {**kwargs, "device": _META}
-            made = func(*args, **kwargs)
-            self._wire.host_bytes += made.nbytes if made.dtype.is_floating_point else 0
-            return made
         if (special := _SPECIAL.get(func)) is not None and (found := special(*args, **kwargs)) is not NotImplemented:
             return found
         on_meta = {x.is_meta for x in _tensors((*args, *kwargs.values()))}
@@ -203,12 +184,6 @@ _INPUTS = {
     "reduce_scatter_tensor_coalesced": 1,
     "allgather_into_tensor_coalesced": 1,
 }
-
-
-def _goes_to_host(kwargs: dict[str, Any]) -> bool:
-    """A factory, or a copy, that asks for the host and for floating-point numbers (where it asks for a type)."""
-    where, dtype = kwargs.get("device"), kwargs.get("dtype")
-    return where is not None and torch.device(where).type == "cpu" and (dtype is None or dtype.is_floating_point)
 
 
 def _to_copy(x: Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **rest: Any) -> Any:

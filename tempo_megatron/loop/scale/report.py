@@ -178,9 +178,7 @@ def _of_all(passes: list[Pass], walked: Mapping[Kind, Pass], way: Literal["sent"
 
 
 def _checkpoints(found: Found) -> Table:
-    table = _table(
-        "A checkpoint", "rank", "role", "shards", "weights", "optimizer", "written, on average", "brought to the host"
-    )
+    table = _table("A checkpoint", "rank", "role", "shards", "weights", "optimizer", "written, on average")
     for rank, role, one, _ in _roles(found):
         table.add_row(rank, role, str(len(one.shards)), *map(_size, _saved(one).values()))
     return table
@@ -193,7 +191,6 @@ def _saved(one: PlayedRole) -> dict[str, int]:
         "weights": everything - optimizer,
         "optimizer": optimizer,
         "written": round(sum(s.nbytes / s.copies for s in one.shards)),
-        "host": one.host_bytes,
     }
 
 

@@ -27,7 +27,7 @@ from tempo_megatron.loop.scale.engine import Pass, PlayedEngine, Walk
 from tempo_megatron.loop.scale.rows import Draw, Rows, sampled
 from tempo_megatron.loop.sft import nll
 from tempo_megatron.model.hf_tensors import Role
-from tempo_megatron.parallel.played import Wire, played_rank
+from tempo_megatron.parallel.played import played_rank
 from tempo_megatron.reshard.holdings import Holdings
 from tempo_megatron.telemetry.phases import PhaseLedger
 from tempo_megatron.training.microbatch import Sequences
@@ -65,7 +65,6 @@ class PlayedRole:
         place: its rank along each dimension of the layout that has several.
         groups: dimension -> ranks of the group that it is in.
         shards: what it holds of a checkpoint.
-        host_bytes: of the copies on the host that a save makes of the optimizer's states.
     """
 
     place: dict[str, int]
@@ -75,7 +74,6 @@ class PlayedRole:
     gradients: int
     optimizer: int
     shards: list[PlannedShard]
-    host_bytes: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def play(job: Job, rank: int) -> PlayedRank:
                 walk.passes, walk.micro_batches = [], job.micro_batches if draw == WALKED else 0
                 train_step(trainers, rows, job.shares[draw], rank)
                 passes[draw] = walk.passes
-            roles = {role: _role(trainers, role, job.holdings[role], rank, wire) for role in job.holdings}
+            roles = {role: _role(trainers, role, job.holdings[role], rank) for role in job.holdings}
         return PlayedRank(rank, roles, passes, trainers.ledger.peak_gib)
 
 
@@ -163,14 +161,14 @@ def train_step(trainers: Trainers, rows: Rows, shares: Sequence[int], rank: int)
     refine_policy(trainers, terminal_reward(config), policy, values, seed)
 
 
-def _role(trainers: PlayedTrainers, role: Role, holdings: Holdings, rank: int, wire: Wire) -> PlayedRole:
+def _role(trainers: PlayedTrainers, role: Role, holdings: Holdings, rank: int) -> PlayedRole:
     engine, ledger = trainers.engines[role], trainers.ledger
     groups = engine.groups
     with ledger.phase("groups", f"of the {role}"):
         members = group_members(groups, rank)
     with ledger.phase("weight_map", f"of the {role}"):
         parameters = check_weight_map(engine, holdings, rank)
-    with ledger.phase("checkpoint", f"of the {role}"), wire.empty_host():
+    with ledger.phase("checkpoint", f"of the {role}"):
         shards = planned_shards(engine)
     parts = engine.parts
     dimensions = [n for n in ("tp", "cp", "dp", "pp", "ep", "etp") if getattr(groups, f"{n}_size") > 1]
@@ -182,5 +180,4 @@ def _role(trainers: PlayedTrainers, role: Role, holdings: Holdings, rank: int, w
         gradients=parts.gradients.nbytes(),
         optimizer=parts.optimizer.nbytes(),
         shards=shards,
-        host_bytes=wire.host_bytes,
     )
