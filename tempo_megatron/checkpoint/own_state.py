@@ -2,8 +2,8 @@
 
 A rank owns a contiguous range of the elements of each parameter that touches its shares of the gradient buffers.
 Megatron (0.16.1, ``fully_reshardable``) gathers whole parameters on every rank before it saves them, and loads whole
-ones; here the range is taken as rectangles of the tensors that Megatron would save, under the same names and of the same
-shapes, so that either reads what the other wrote. Megatron calls such shards uneven: they have no
+ones; here the range is taken as rectangles of the tensors that Megatron would save, under the same names and of the
+same shapes, so that either reads what the other wrote. Megatron calls such shards uneven: they have no
 ``axis_fragmentations``.
 
 Rectangles are views of the optimizer's own memory: what is saved is read there, and what is loaded lands there.

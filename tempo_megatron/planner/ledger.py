@@ -16,19 +16,18 @@ from tempo_megatron.config.residency import KV_CACHE, NEEDS, ROLLOUT_WEIGHTS, SY
 from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.planner.hardware import Cluster
 from tempo_megatron.planner.layers import Spec
-from tempo_megatron.planner.overhead import device_overhead, host_items, rollout_workspace, snapshot
+from tempo_megatron.planner.overhead import SNAPSHOT, device_overhead, host_items, rollout_workspace, snapshot
 from tempo_megatron.planner.parameters import Role, RoleLayout
 from tempo_megatron.planner.peaks import Load, RolePeaks
 from tempo_megatron.planner.range import Bytes, Item
 from tempo_megatron.planner.rollout import KVCache, kv_cache, rollout_weights
 from tempo_megatron.planner.schedule import Peaks
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
-from tempo_megatron.planner.state import StateBytes, state_at
+from tempo_megatron.planner.state import StateBytes, staged_at, state_at
 
 #: What no item counts.
 UNMODELLED = (
-    "host memory in which a save gathers the optimizer states of a rank's whole model-parallel part, a role at a time: "
-    "12 to 30 bytes a parameter with the distributed optimizer",
+    "rounding of a checkpoint's pinned memory: torch takes powers of two for each tensor, twice its bytes at most",
     "fragmentation of the allocator beyond 5 %",
     "NCCL buffers beyond the overhead's range, and cuBLAS workspaces of unusual shapes",
     "what other processes have on the card",
@@ -179,6 +178,11 @@ class _Planner:
             self._states[role, stage] = state_at(self.sizes[role], role, self.roles[role], layout, place)
         return self._states[role, stage]
 
+    def staged(self, role: Role, stage: int) -> Bytes:
+        """Of the same rank, which writes those parameters that tensor-parallel ranks have copies of."""
+        layout = self.layouts[role]
+        return staged_at(self.sizes[role], role, self.roles[role], layout, layout.place(stage * layout.per_stage))
+
     @cached_property
     def _states(self) -> dict[tuple[Role, int], StateBytes]:
         return {}
@@ -191,7 +195,10 @@ class _Planner:
         states: dict[str, StateBytes] = {
             role: max((self.state(role, s) for s in range(self._stages(role))), key=_total) for role in self.roles
         }
-        host = host_items(self.config, self.cluster, states, self.layouts["actor"], sampled=self.samples)
+        staged: dict[str, Bytes] = {
+            role: max((self.staged(role, s) for s in range(self._stages(role))), key=_high) for role in self.roles
+        }
+        host = host_items(self.config, self.cluster, states, staged, self.layouts["actor"], sampled=self.samples)
         return Ledger(self.cluster, phases, tuple(host), self.kv, states)
 
     def _stages(self, role: Role) -> int:
@@ -219,10 +226,11 @@ class _Planner:
     def _items(self, name: str, stages: dict[Role, int]) -> list[Item]:
         items = [device_overhead(self.cluster, self.roles.values(), sampled=self.samples)]
         items += self._resident(name, stages)
-        if self.cluster.on_cpu and self.config.checkpoint.asynchronous and self.working:
-            size = snapshot({role: self.state(role, stages[role]) for role in self.roles}, 1)
-            low = size.low if name == "checkpoint" else 0  # it is written while the next step goes on
-            items.append(Item("snapshot of a checkpoint", Bytes(low, size.high)))
+        saving = name == "checkpoint"
+        if self.cluster.on_cpu and self.working and (saving or self.config.checkpoint.asynchronous):
+            size = snapshot(self.config, {role: self.staged(role, stages[role]) for role in self.roles})
+            # it is written while the next step goes on
+            items.append(Item(SNAPSHOT, Bytes(size.low if saving else 0, size.high)))
         items += self._work(name, stages) if self.working else []
         return [item for item in items if item.bytes.high]
 
@@ -331,3 +339,7 @@ class _Planner:
 
 def _total(state: StateBytes) -> int:
     return state.total
+
+
+def _high(size: Bytes) -> int:
+    return size.high

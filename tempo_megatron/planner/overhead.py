@@ -28,6 +28,8 @@ _HOST_PROCESS = Bytes(int(1.5 * GIB), 4 * GIB)
 _WORKER = Bytes(80 * MIB, 400 * MIB)
 #: Bytes of a response token, docs/design.md: on its shard's ranks; where it was sampled, as Python's numbers at most.
 _TOKEN_HELD, _TOKEN_SAMPLED = 28, 80
+#: The item of what ``snapshot`` counts.
+SNAPSHOT = "snapshot of a checkpoint"
 
 
 def device_overhead(cluster: Cluster, roles: Iterable[RoleConfig], *, sampled: bool) -> Item:
@@ -57,12 +59,18 @@ def rollout_workspace(sizes: ModelSizes, config: RolloutConfig, cluster: Cluster
 
 
 def host_items(
-    config: Config, cluster: Cluster, states: Mapping[str, StateBytes], layout: RoleLayout, *, sampled: bool
+    config: Config,
+    cluster: Cluster,
+    states: Mapping[str, StateBytes],
+    staged: Mapping[str, Bytes],
+    layout: RoleLayout,
+    *,
+    sampled: bool,
 ) -> list[Item]:
     """Memory of one node beside its devices; on the CPU, where these are the same, what is not counted there.
 
     Args:
-        states: by role, of its fullest stage.
+        states, staged: by role, of its fullest stage.
         layout: of the actor.
     """
     ranks = cluster.ranks_per_node
@@ -70,8 +78,7 @@ def host_items(
     if not cluster.on_cpu:
         items.append(Item("processes", _times(_HOST_PROCESS, ranks)))
         items += _offloaded(config, states, ranks)
-        if config.checkpoint.asynchronous:
-            items.append(Item("snapshot of a checkpoint", snapshot(states, ranks)))
+        items.append(Item(SNAPSHOT, _times(snapshot(config, staged), ranks)))
     if sampled:
         workers = max(config.verifier.workers, -(-ranks // config.rollout.tensor_parallel_size))
         items.append(Item("verifier's workers", _times(_WORKER, workers)))
@@ -95,13 +102,13 @@ def _offloaded(config: Config, states: Mapping[str, StateBytes], ranks: int) -> 
     return items
 
 
-def snapshot(states: Mapping[str, StateBytes], ranks: int) -> Bytes:
-    """What a checkpoint is written from while training goes on: each rank's shares of the optimizers' states, and
-    weights, of which others may have the copies that are saved.
+def snapshot(config: Config, staged: Mapping[str, Bytes]) -> Bytes:
+    """What a rank's part of a checkpoint is written from (``state.staged_at``): of all roles while training goes on, or
+    of one after the other.
     """
-    low = ranks * sum(state.optimizer for state in states.values())
-    high = low + ranks * sum(state.weights for state in states.values())
-    return Bytes(low, high)
+    if config.checkpoint.asynchronous:
+        return sum(staged.values(), Bytes(0, 0))
+    return max(staged.values(), key=lambda size: size.high)
 
 
 def _rollouts(config: Config, cluster: Cluster, layout: RoleLayout) -> Item:

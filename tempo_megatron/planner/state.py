@@ -8,11 +8,12 @@ distributed/distributed_data_parallel.py (dense and expert buffers, bucket sizes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from tempo_megatron.config.schema import OptimizerConfig, RoleConfig
 from tempo_megatron.planner.parameters import Parameter, Place, Role, RoleLayout, chunks_of
+from tempo_megatron.planner.range import Bytes
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 
 #: Bytes of a gradient, of a float32 master, and of Adam's two moments.
@@ -58,6 +59,74 @@ def state_of_rank(sizes: ModelSizes, role: Role, config: RoleConfig, world_size:
 def state_at(sizes: ModelSizes, role: Role, config: RoleConfig, layout: RoleLayout, place: Place) -> StateBytes:
     """The same of a place in a layout."""
     total = StateBytes()
+    for buffer in _buffers_at(sizes, role, config, layout, place):
+        total += buffer.state(config.optimizer)
+    return total
+
+
+def staged_at(sizes: ModelSizes, role: Role, config: RoleConfig, layout: RoleLayout, place: Place) -> Bytes:
+    """What a save copies to the host there: the tensors that this rank writes.
+
+    Masters and moments of the elements that it owns (a float32 model's too, whose masters are its weights), and some of
+    the tensors that others have as well. These are dealt whole, the largest first, to whom has least to write
+    (dist_checkpointing/exchange_utils.py: ``distribute_shards_to_ranks``). A shared embedding is the first stage's.
+    """
+    own = shares = largest = everything = 0
+    for held_here in _buffers_at(sizes, role, config, layout, place):
+        written = [p for p in held_here.parameters if not p.shared or place.stage == 0]
+        if not written:
+            continue
+        buffer = replace(held_here, parameters=written)
+        element = buffer.width
+        if config.optimizer.distributed:
+            own += (MASTER + MOMENTS) * buffer.own(config.optimizer)
+        else:
+            element += (buffer.width < MASTER) * MASTER + MOMENTS
+        size = element * buffer.numel
+        if buffer.replicas == 1:
+            own += size
+        else:
+            shares, everything = shares + size // buffer.replicas, everything + size
+            widest = buffer.width if config.optimizer.distributed else MASTER
+            largest = max(largest, widest * max(p.numel for p in buffer.parameters))
+    return Bytes(own, own + min(everything, shares + largest))
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Parameters of one dtype and kind in one chunk.
+
+    Attributes:
+        width: bytes of an element.
+        replicas: ranks that hold the same parameters; ``replica``: which of them.
+    """
+
+    parameters: Sequence[Parameter]
+    width: int
+    stage: int
+    replicas: int
+    replica: int
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel for p in self.parameters)
+
+    def own(self, optimizer: OptimizerConfig) -> int:
+        """Elements of which the replica has the states, with the distributed optimizer."""
+        buckets = _buckets(self.parameters, optimizer, self.stage, self.replicas)
+        return sum(bucket.share(self.replicas, self.replica) for bucket in buckets)
+
+    def state(self, optimizer: OptimizerConfig) -> StateBytes:
+        if optimizer.distributed:
+            held, own = _buckets(self.parameters, optimizer, self.stage, self.replicas)[-1].end, self.own(optimizer)
+        else:
+            held = own = self.numel
+        return StateBytes(self.width * held, GRADIENT * held, (self.width < MASTER) * MASTER * own, MOMENTS * own)
+
+
+def _buffers_at(
+    sizes: ModelSizes, role: Role, config: RoleConfig, layout: RoleLayout, place: Place
+) -> Iterator[_Buffer]:
     for parameters in chunks_of(sizes, role, config.parallel, place.stage):
         for expert, replicas, replica in (
             (False, layout.replicas, place.replica),
@@ -67,21 +136,7 @@ def state_at(sizes: ModelSizes, role: Role, config: RoleConfig, layout: RoleLayo
                 chosen = [p for p in parameters if p.expert is expert and single in (None, p.single)]
                 if chosen:
                     width = ITEMSIZE["float32" if single is not False else config.dtype]
-                    total += _buffer(chosen, width, config.optimizer, place.stage, replicas, replica)
-    return total
-
-
-def _buffer(
-    parameters: Sequence[Parameter], width: int, optimizer: OptimizerConfig, stage: int, replicas: int, replica: int
-) -> StateBytes:
-    """Parameters of one dtype and kind in one chunk; ``width``: bytes of an element."""
-    numel = sum(p.numel for p in parameters)
-    if not optimizer.distributed:
-        return StateBytes(width * numel, GRADIENT * numel, (width < MASTER) * MASTER * numel, MOMENTS * numel)
-    buckets = _buckets(parameters, optimizer, stage, replicas)
-    end = buckets[-1].end
-    own = sum(bucket.share(replicas, replica) for bucket in buckets)
-    return StateBytes(width * end, GRADIENT * end, (width < MASTER) * MASTER * own, MOMENTS * own)
+                    yield _Buffer(chosen, width, place.stage, replicas, replica)
 
 
 @dataclass(frozen=True)

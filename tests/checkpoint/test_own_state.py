@@ -1,4 +1,4 @@
-"""Each rank's rectangles of the optimizer's state: Megatron's tensors bit for bit, whole together, bounded in memory."""
+"""Each rank's rectangles of the optimizer's state: Megatron's tensors to the bit, whole together, bounded in memory."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_a_load_that_would_not_find_all_is_refused(ranks: list[dict[str, Any]]) 
 @pytest.mark.slow(60)
 @pytest.mark.timeout(400)
 def test_host_memory_is_bounded_by_what_a_rank_owns(ranks: list[dict[str, Any]]) -> None:
-    """Four data-parallel ranks. A save takes what the rank writes, a load about its states again; Megatron's own 9 times
-    these (all ratios are printed with ``-s``).
+    """Four data-parallel ranks. A save takes what the rank writes, a load about its states again, Megatron's own save
+    nine times these.
     """
     for line in ranks:
         found = line["memory"]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,8 @@ cpu_shim.install()
 
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 
-from tempo_megatron.parallel.distributed import gather_objects, start  # noqa: E402
+from tempo_megatron.checkpoint.megatron_state import plan_role  # noqa: E402
+from tempo_megatron.parallel.distributed import gather_objects, on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
@@ -90,6 +93,14 @@ def build(case: PlanCase, groups: ModelParallelGroups) -> MegatronEngine:
     return engine
 
 
+def staged(engine: MegatronEngine) -> int:
+    """Bytes that a save of it copies to this rank's host memory; collective."""
+    folder = Path(on_rank0(tempfile.mkdtemp))
+    save = plan_role(engine, folder / "role")
+    on_rank0(lambda: shutil.rmtree(folder))
+    return save.nbytes
+
+
 def measured(case: PlanCase, groups: ModelParallelGroups) -> dict[str, int]:
     engine = build(case, groups)
     rows = case.rows
@@ -110,7 +121,7 @@ def measured(case: PlanCase, groups: ModelParallelGroups) -> dict[str, int]:
         ddp.zero_grad_buffer()
     engine._run(packs, loss=loss)
     found["backward"] = peak_bytes(lambda: engine._run(packs, loss=loss))
-    return found | {"routed": routed(engine)}
+    return found | {"routed": routed(engine), "staged": staged(engine)}
 
 
 def routed(engine: MegatronEngine) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tempo_megatron.planner.parameters import RoleLayout
-from tempo_megatron.planner.state import state_of_rank
+from tempo_megatron.planner.state import staged_at, state_of_rank
 from tests.launching import launch_ranks
 from tests.planner.cases import CASES as EVERY_CASE
 from tests.planner.cases import ROLLOUT_CASES, PlanCase, planned_peaks
@@ -43,6 +43,21 @@ def test_states_are_exact(case: PlanCase, measured: dict[str, list[dict[str, int
         assert state.weights == bytes_of["weights"], rank
         assert state.gradients == bytes_of["gradients"], rank
         assert state.optimizer == bytes_of["optimizer"], rank
+
+
+@pytest.mark.slow(90)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_a_save_takes_on_the_host(case: PlanCase, measured: dict[str, list[dict[str, int]]]) -> None:
+    """Of every rank at most what is planned; of all together the planned states, and the weights once."""
+    layout = RoleLayout(case.config.parallel, case.ranks)
+    found = [of["staged"] for of in measured[case.name]]
+    planned = [staged_at(case.sizes, case.role, case.config, layout, layout.place(r)) for r in range(case.ranks)]
+    copied = 0.02  # of the norms, which tensor-parallel ranks have copies of, one is written
+    for rank, (bytes_of, size) in enumerate(zip(found, planned, strict=True)):
+        assert (1 - copied) * size.low <= bytes_of <= size.high, rank
+    assert sum(found) >= (1 - copied) * sum(size.low for size in planned)
+    assert sum(size.high for size in planned) <= 1.5 * sum(found)
 
 
 @pytest.mark.slow(90)
