@@ -83,9 +83,10 @@ def play_a_rank() -> None:
 
 
 def write_checkpoints() -> None:
-    from tempo_megatron.checkpoint import inprocess_writer
+    from tempo_megatron.checkpoint import inprocess_writer, own_state
 
     inprocess_writer.install()
+    own_state.install()
 
 
 INSTALLERS: list[Callable[[], Any]] = [

@@ -16,6 +16,7 @@ MEGATRON = "megatron.core"
 VLLM_CPU = "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed"
 P2P = f"{MEGATRON}.pipeline_parallel.p2p_communication"
 WRITER = f"{MEGATRON}.dist_checkpointing.strategies.filesystem_async"
+DISTRIBUTED = f"{MEGATRON}.optimizer.distrib_optimizer.DistributedOptimizer"
 STRATEGY = f"{MEGATRON}.dist_checkpointing.strategies.torch"
 
 #: Library -> what this package replaces in it.
@@ -46,6 +47,8 @@ REPLACED = {
         f"{MEGATRON}.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
         f"{MEGATRON}.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
         f"{MEGATRON}.optimizer.optimizer.Float16OptimizerWithFloat16Params.sharded_state_dict",
+        f"{DISTRIBUTED}.sharded_param_state_fully_reshardable",
+        f"{DISTRIBUTED}.load_parameter_state_from_fully_reshardable",
         f"{MEGATRON}.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
         f"{MEGATRON}.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
         f"{MEGATRON}.transformer.transformer_config.TransformerConfig.softmax_scale",
@@ -127,6 +130,16 @@ READ = [
     (f"{MEGATRON}.pipeline_parallel.schedules:backward_step", "grad_scale_func"),
     (f"{MEGATRON}.pipeline_parallel.schedules:forward_backward_no_pipelining", "no_sync_func"),
     (f"{WRITER}:_get_write_results_queue", "_results_queue"),
+    # checkpoint/own_state.py; its rectangles are shards off any grid, which are saved where the tensor's lies
+    (
+        f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
+        "sharded_param_state_fully_reshardable",
+    ),
+    (
+        f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        "load_parameter_state_from_fully_reshardable",
+    ),
+    (f"{STRATEGY}:mcore_to_pyt_state_dict", "LocalShardsContainer"),
     # checkpoint/megatron_state.py: where the writer of a save is kept; what it has to say is asked of its queue
     (f"{STRATEGY}:TorchDistSaveShardedStrategy.async_save", "_get_save_and_finalize_callbacks"),
     (f"{WRITER}:FileSystemWriterAsync.retrieve_write_results", "results_queue"),

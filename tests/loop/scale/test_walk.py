@@ -16,6 +16,7 @@ from tempo_megatron.parallel import cpu_shim
 
 cpu_shim.install()
 
+from tempo_megatron.checkpoint.rectangles import Cover, Rectangle  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.loop import mstep  # noqa: E402
 from tempo_megatron.loop.scale.messages import check_pairs  # noqa: E402
@@ -77,11 +78,17 @@ def test_the_rows_and_shards_of_all_ranks_are_the_whole(tmp_path: Path) -> None:
                 assert sum(p.rows for p in shards.values()) == len(rows)
     for role in job.holdings:
         found: dict[str, dict[tuple[int, ...], Any]] = {}
+        rectangles: dict[str, list[Rectangle]] = {}
         written = 0.0
         for one in played:
             for shard in one.roles[role].shards:
                 found.setdefault(shard.key, {})[shard.offset] = shard
                 written += shard.nbytes / shard.copies
+                if shard.key.startswith("optimizer."):
+                    assert shard.copies == 1
+                    rectangles.setdefault(shard.key, []).append(Rectangle(shard.offset, shard.shape))
+        for key, parts in rectangles.items():
+            assert Cover.of(next(iter(found[key].values())).global_shape, parts).fault is None, key
         for key, shards in found.items():
             whole = math.prod(next(iter(shards.values())).global_shape)
             assert sum(math.prod(shard.shape) for shard in shards.values()) == whole, key
