@@ -128,7 +128,7 @@ def plan_role(engine: MegatronEngine, folder: Path) -> RoleSave:
         data_parallel = mpu.get_data_parallel_group(with_context_parallel=True)
         state = sharded_state(engine, optimizer=True, loading=False)
         apply_factories(state)
-        own_state.require_each_once(state)
+        own_state.require_each_once(state, folder)
         request = dist_checkpointing.save(
             state,
             str(folder),

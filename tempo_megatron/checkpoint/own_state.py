@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tempo_megatron.checkpoint.rectangles import Cover, Rectangle, View
-from tempo_megatron.errors import TempoError
+from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.distributed import gather_objects
 from tempo_megatron.patching import replace_function
 
@@ -158,14 +159,14 @@ def _of_owner(replica: int | tuple[int, ...]) -> int | tuple[int, ...]:
 # ---------------------------------------------------------------- is everything there
 
 
-def require_each_once(state: dict[str, Any]) -> None:
+def require_each_once(state: dict[str, Any], folder: Path) -> None:
     """That all ranks together write each element of each tensor once. Collective.
 
     Args:
-        state: factories applied.
+        state: what goes into ``folder``, factories applied.
 
     Raises:
-        TempoError: on every rank, with the tensor.
+        RunError: on every rank, with the tensor.
     """
     tensors, _ = extract_sharded_tensors(state)
     mine: dict[str, tuple[tuple[int, ...], list[Rectangle]]] = {}
@@ -180,10 +181,10 @@ def require_each_once(state: dict[str, Any]) -> None:
             found[key] = found[key].plus(cover) if key in found else cover
     for key in sorted(found):
         if fault := found[key].fault:
-            raise TempoError(f"{key} of shape {list(found[key].shape)} would not be saved whole: {fault}")
+            raise RunError(f"{folder}: tensor {key} of shape {list(found[key].shape)} would not be whole: {fault}")
 
 
-def check_stored(metadata: Metadata, folder: Any) -> None:
+def check_stored(metadata: Metadata, folder: Path) -> None:
     """TempoError unless each stored tensor has each of its elements once."""
     for key, stored in sorted(metadata.state_dict_metadata.items()):
         if isinstance(stored, TensorStorageMetadata):
