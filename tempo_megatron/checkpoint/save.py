@@ -245,21 +245,6 @@ class CheckpointSave:
             raise
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    engines: Mapping[str, MegatronEngine],
-    state: Mapping[str, Any],
-    hf_dirs: Mapping[str, Path],
-    keep: int,
-) -> SavedCheckpoint:
-    """All of a ``CheckpointSave`` at once, of complete steps. Collective."""
-    at = Position(step)
-    save = CheckpointSave(run_dir, at, engines, state, hf_dirs, record=RunRecord(), rows=None, asynchronous=False)
-    save.write()
-    return save.commit(keep, (), {})
-
-
 def _manifest(position: Position, engines: Mapping[str, MegatronEngine], record: RunRecord, **found: Any) -> Manifest:
     return Manifest(
         step=position.step,

@@ -18,13 +18,13 @@ cpu_shim.install()
 from tempo_megatron.checkpoint.critic_format import open_hf_folder  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import load_weights  # noqa: E402
-from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, ParallelConfig, RoleConfig  # noqa: E402
 from tempo_megatron.locate import resolve_init  # noqa: E402
 from tempo_megatron.parallel.distributed import rank, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
+from tests.checkpoint.saving import save_checkpoint  # noqa: E402
 
 LAYOUTS = {
     "dp2": ParallelConfig(),

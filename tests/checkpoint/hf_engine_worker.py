@@ -20,7 +20,6 @@ cpu_shim.install()
 
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
-from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, ParallelConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
 from tempo_megatron.locate import InitSource  # noqa: E402
@@ -28,6 +27,7 @@ from tempo_megatron.parallel.distributed import start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
 from tests.checkpoint.hf_models import FAMILIES, classifier, policy, rewrite, v_head_folder  # noqa: E402
+from tests.checkpoint.saving import save_checkpoint  # noqa: E402
 
 BUCKET_MIB = 1
 

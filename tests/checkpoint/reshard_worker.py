@@ -31,7 +31,6 @@ from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights 
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import check_resumable, resume_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.manifest import checkpoint_folder, read_manifest  # noqa: E402
-from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
 from tempo_megatron.errors import TempoError  # noqa: E402
@@ -42,6 +41,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine, StepResult  # noqa: E402
 from tests.checkpoint.hf_models import same_tensors, stored  # noqa: E402
 from tests.checkpoint.reshard_cases import CHAINS, WORLDS, Chain  # noqa: E402
+from tests.checkpoint.saving import save_checkpoint  # noqa: E402
 from tests.model.hf_reference import data, save_reference, weight_of  # noqa: E402
 from tests.model.parity_cases import Layout, config_of  # noqa: E402
 from tests.model.parity_worker import relative  # noqa: E402

@@ -32,7 +32,6 @@ from tempo_megatron.algorithm.value_loss import value_loss  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.load import resume_checkpoint  # noqa: E402
-from tempo_megatron.checkpoint.save import save_checkpoint  # noqa: E402
 from tempo_megatron.checkpoint.verify import verify  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
 from tempo_megatron.data.ragged import Ragged  # noqa: E402
@@ -43,6 +42,7 @@ from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import LossFunction, MegatronEngine, StepResult  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
 from tests.checkpoint.folders import reseal  # noqa: E402
+from tests.checkpoint.saving import save_checkpoint  # noqa: E402
 from tests.everywhere import everywhere  # noqa: E402
 from tests.model import critic_oracle as oracle  # noqa: E402
 from tests.model.hf_reference import TEMPERATURE, data, save_reference, wanted  # noqa: E402
