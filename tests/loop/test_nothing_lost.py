@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import patience, rank_process
+from tests.launching import LaunchResult, launch_ranks, patience, rank_process, runs
 from tests.loop.conftest import Bad
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -57,15 +57,35 @@ def train(bad: Bad, tmp_path: Path, temporary: Path) -> Iterator[Callable[..., s
         process.communicate()
 
 
+@pytest.fixture
+def forked(bad: Bad, tmp_path: Path) -> Callable[..., LaunchResult]:
+    """The same to its end, with a launcher that has its imports done.
+
+    ``then(launcher)`` is called when so many ``steps`` are done; of the run that is not to end by itself.
+    """
+
+    def _forked(
+        stage: str, *overrides: str, steps: int = 0, then: Callable[[psutil.Process], None] | None = None
+    ) -> LaunchResult:
+        run = tmp_path / "run"
+
+        def wait(launcher: psutil.Process) -> None:
+            _wait_for(lambda: len(_steps(run)) >= steps or not runs(launcher), 100)
+            if then is not None:
+                then(launcher)
+
+        words = ["--config", str(bad.config(stage)), f"output_dir={run}", "launch.nproc_per_node=2", *overrides]
+        quiet = {"VLLM_LOGGING_LEVEL": "ERROR"}
+        return launch_ranks("tempo_megatron", "train", *words, nproc=1, timeout_s=150, env=quiet, while_running=wait)
+
+    return _forked
+
+
 def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
     try:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _rank(process: subprocess.Popen, rank: int) -> psutil.Process:
-    return rank_process(process.pid, rank)
 
 
 def _steps(run: Path) -> list[int]:
@@ -83,13 +103,20 @@ def _wait_for(what: Callable[[], object], seconds: float) -> None:
 def _told(process: subprocess.Popen[str], seconds: float) -> list[str]:
     """The lines of a run that has ended, without those of its progress."""
     out, _ = process.communicate(timeout=patience(seconds))
+    return _ends(out)
+
+
+def _ends(out: str) -> list[str]:
     return [line for line in out.splitlines() if line.startswith(("error", "rank", "Traceback", "stopped"))]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_second_start_and_a_killed_launcher(
-    train: Callable[..., subprocess.Popen[str]], tmp_path: Path, temporary: Path
+    train: Callable[..., subprocess.Popen[str]],
+    forked: Callable[..., LaunchResult],
+    tmp_path: Path,
+    temporary: Path,
 ) -> None:
     run = tmp_path / "run"
     shared = set(SHARED_MEMORY.glob("tempo-*"))
@@ -99,7 +126,7 @@ def test_a_second_start_and_a_killed_launcher(
 
     began = time.monotonic()
     second = train("tempo", "steps=3", "actor.optimizer.lr=1e-3")
-    rank_0 = _rank(first, 0).pid
+    rank_0 = rank_process(first.pid, 0).pid
     told = f"error: output_dir: {run} is in use by process {rank_0} on {socket.gethostname()}, since 20"
     (line,) = _told(second, 20)
     assert line.startswith(told)
@@ -117,70 +144,70 @@ def test_a_second_start_and_a_killed_launcher(
     assert set(SHARED_MEMORY.glob("tempo-*")) <= shared
 
     last = _steps(run)[-1]
-    again = train("tempo", f"steps={last + 2}", "checkpoint.every=1")
-    assert _told(again, 200) == []
-    assert again.returncode == 0
+    again = forked("tempo", f"steps={last + 2}", "checkpoint.every=1").check()
+    assert _ends(again.stdout + again.stderr) == []
     assert _steps(run) == list(range(1, last + 3))
     assert list(run.glob(".claim-*")) == []
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(20)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("whom", ["launcher", "rank 1"])
 def test_a_run_that_is_asked_saves_ends_and_goes_on(
-    train: Callable[..., subprocess.Popen[str]], tmp_path: Path, whom: str
+    forked: Callable[..., LaunchResult], tmp_path: Path, whom: str
 ) -> None:
     run = tmp_path / "run"
-    first = train("tempo", "steps=100000")
-    _wait_for(lambda: len(_steps(run)) >= 2 or first.poll() is not None, 200)
-    asked = first.pid if whom == "launcher" else _rank(first, 1).pid
-    os.kill(asked, signal.SIGUSR1)
-    out, _ = first.communicate(timeout=patience(60))
+
+    def ask(launcher: psutil.Process) -> None:
+        (launcher if whom == "launcher" else rank_process(launcher.pid, 1)).send_signal(signal.SIGUSR1)
+
+    first = forked("tempo", "steps=100000", steps=2, then=ask)
     assert first.returncode == 75
+    out = first.stdout + first.stderr
     (stopped,) = [line for line in out.splitlines() if "stopped by" in line]
     assert re.search(r"stopped by SIGUSR1 to rank [01] \(host \S+\).*: saved step_\d{8}(\+\w+)?; the same", stopped)
     assert ("SIGUSR1: the run saves and ends" in out) == (whom == "launcher")
     assert "Traceback" not in out and "error" not in out
     done = len(_steps(run))
-    again = train("tempo", f"steps={done + 2}")
-    assert _told(again, 200) == []
-    assert again.returncode == 0
-    assert _steps(run) == list(range(1, done + 3))
+    again = forked("tempo", f"steps={done + 1}").check()
+    assert _ends(again.stdout + again.stderr) == []
+    assert _steps(run) == list(range(1, done + 2))
     begun, resumed = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
     assert begun["goes_on_from"] is None
     assert resumed["goes_on_from"] in stopped
 
 
 @pytest.mark.slow
-def test_a_stopped_rank(train: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    """Of two runs at a time, for most of it is waiting; in each another rank."""
-    runs = [tmp_path / f"run-{rank}" for rank in (0, 1)]
-    started = [train("sft", "steps=100000", "launch.timeout_s=15", f"output_dir={run}") for run in runs]
-    _wait_for(lambda: all(len(_steps(run)) >= 2 for run in runs) or any(p.poll() is not None for p in started), 100)
-    for rank, process in enumerate(started):
-        _rank(process, rank).send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    for rank, process in enumerate(started):
-        (line,) = _told(process, 60)
-        assert process.returncode == 4
-        assert time.monotonic() - began < patience(40)
-        place = rf"rank {rank} \(host {socket.gethostname()}\), in phase .+ for \d+ s, stopped by a signal \(SIGSTOP\)"
-        waited = f"no sign of life from {place}; launch.timeout_s: 15|the ranks waited longer than .* for {place}"
-        assert re.fullmatch(f"error: ({waited}); stacks: {runs[rank]}/stacks/.*", line)
-        (stacks,) = (runs[rank] / "stacks").iterdir()
-        assert {file.name for file in stacks.glob("*.txt")} == {"rank-0.txt", "rank-1.txt"}
-        written = (stacks / f"rank-{1 - rank}.txt").read_text()
-        # in the step, or where the collective's own time limit has ended it
-        assert "tempo_megatron/loop/driver.py" in written or "tempo_megatron/failures.py" in written
-        assert list(runs[rank].glob(".claim-*")) == []
+def test_a_stopped_rank(forked: Callable[..., LaunchResult], tmp_path: Path) -> None:
+    """The one that serves the store; loop/test_hangs.py has the other."""
+    run, limit, stopped = tmp_path / "run", round(patience(6)), [0.0]
+
+    def stop(launcher: psutil.Process) -> None:
+        rank_process(launcher.pid, 0).send_signal(signal.SIGSTOP)
+        stopped[0] = time.monotonic()
+
+    result = forked("sft", "steps=100000", f"launch.timeout_s={limit}", steps=2, then=stop)
+    assert time.monotonic() - stopped[0] < patience(40)
+    assert result.returncode == 4
+    (line,) = _ends(result.stdout + result.stderr)
+    place = rf"rank 0 \(host {socket.gethostname()}\), in phase .+ for \d+ s, stopped by a signal \(SIGSTOP\)"
+    waited = f"no sign of life from {place}; launch.timeout_s: {limit}|the ranks waited longer than .* for {place}"
+    assert re.fullmatch(f"error: ({waited}); stacks: {run}/stacks/.*", line)
+    (stacks,) = (run / "stacks").iterdir()
+    assert {file.name for file in stacks.glob("*.txt")} == {"rank-0.txt", "rank-1.txt"}
+    written = (stacks / "rank-1.txt").read_text()
+    # in the step, or where the collective's own time limit has ended it
+    assert "tempo_megatron/loop/driver.py" in written or "tempo_megatron/failures.py" in written
+    assert list(run.glob(".claim-*")) == []
 
 
 @pytest.mark.slow
-def test_a_claim_that_is_taken_away(train: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    process = train("sft", "steps=100000")
-    _wait_for(lambda: len(_steps(tmp_path / "run")) >= 2 or process.poll() is not None, 100)
-    (claim,) = (tmp_path / "run").glob(".claim-*")
-    claim.unlink()
-    (line,) = _told(process, 30)
+def test_a_claim_that_is_taken_away(forked: Callable[..., LaunchResult], tmp_path: Path) -> None:
+    def take(_: psutil.Process) -> None:
+        (claim,) = (tmp_path / "run").glob(".claim-*")
+        claim.unlink()
+
+    result = forked("sft", "steps=100000", steps=2, then=take)
+    (line,) = _ends(result.stdout + result.stderr)
     assert re.match(rf"error: {tmp_path / 'run'}: this run's claim \.claim-00000001 is gone; it ends rather than", line)
-    assert process.returncode == 3
+    assert result.returncode == 3

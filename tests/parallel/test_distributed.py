@@ -111,50 +111,11 @@ def test_ranks_of_torchrun_watch_each_other(tmp_path: Path) -> None:
     assert re.fullmatch(rf"error: no sign of life from {place}; launch.timeout_s: {limit}\n", told)
 
 
-HANGS = """
-import os, sys, time
-import torch
-from tempo_megatron.cluster.launch import rank_from_environment
-from tempo_megatron import failures
-from tempo_megatron.failures import tell
-from tempo_megatron.parallel.distributed import enter_phase, start, sum_over_world
-failures.FOLLOWER_GRACE_S = 0.5
-place = rank_from_environment()
-start(1, 4)
-enter_phase("rollout")
-if place.rank == int(sys.argv[1]):
-    time.sleep(60)
-try:
-    sum_over_world(torch.ones(1))
-except RuntimeError as error:
-    code = tell(error, place)
-    print("told", code, flush=True)
-    os._exit(code)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("hanging", [0, 1])
-def test_a_rank_that_hangs_while_the_other_waits(tmp_path: Path, hanging: int) -> None:
-    (tmp_path / "program.py").write_text(HANGS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "program.py"), str(hanging)], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        out, err = ranks[1 - hanging].communicate(timeout=patience(60))
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert out == "told 4\n"
+def test_a_rank_that_hangs_while_the_other_waits(hanging: int) -> None:
+    result = launch_ranks("tests.parallel.lost_worker", str(hanging), nproc=2, timeout_s=60)
+    assert (result.returncode, result.stdout) == (4, "told 4\n")
     place = rf"rank {hanging} \(host {socket.gethostname()}\), in phase rollout for \d+ s"
-    assert re.fullmatch(rf"error: the ranks waited longer than launch.timeout_s for {place}", err.splitlines()[-1])
+    told = rf"error: the ranks waited longer than launch.timeout_s for {place}"
+    assert any(re.fullmatch(told, line) for line in result.stderr.splitlines()), result.stderr
