@@ -45,7 +45,6 @@ def layout(tp: int = 1, pp: int = 1, *, sp: bool = False, rollout_tp: int = 1) -
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "dp2": layout(),
-        "pp2": layout(pp=2),
         "tp2-sp-critic-dp2": {
             **layout(tp=2, sp=True),
             "critic.parallel.tensor_model_parallel_size": 1,
@@ -82,6 +81,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return found
 
 
+@pytest.mark.slow(5)
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts])
 def test_layout_equals_single_rank(results: dict[str, dict[str, Any]], name: str) -> None:
@@ -159,7 +159,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.timeout(300)
 def test_families_roll_out_what_they_train(tmp_path: Path) -> None:
     """vLLM's and Megatron's log-probabilities agree after EM steps; critics start from the policies, with new heads."""
@@ -167,15 +167,15 @@ def test_families_roll_out_what_they_train(tmp_path: Path) -> None:
     cases = []
     for name, (family, changes) in FAMILIES.items():
         model = write_family(family, inputs, tmp_path / family)
-        settings = {"actor.init": model, "critic.init": model, "critic.init_head": "true", "steps": 3}
+        settings = {"actor.init": model, "critic.init": model, "critic.init_head": "true", "steps": 2}
         cases.append(Case(f"run-{name}", small_tempo(inputs, **settings, **changes)))
     for name, run in run_cases(cases, 2, tmp_path, 250).items():
-        assert len(run["samples"]) == 3, name  # of untrained weights, after one EM step, after two
+        assert len(run["samples"]) == 2, name  # of untrained weights, and after an EM step
         for batch, seen in zip(run["samples"], run["seen"]["actor"], strict=True):
             assert (batch["log_probs"] - seen["log_probs"]).abs().max() < TOLERANCE, name
-        before, *_, after = (seen["log_probs"] for seen in run["seen"]["actor"])
+        before, after = (seen["log_probs"] for seen in run["seen"]["actor"])
         assert not torch.equal(before, after), name
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert [record["policy_updates"] for record in records] == [1, 2, 3], name
+        assert [record["policy_updates"] for record in records] == [1, 2], name
         assert all(record["mismatch/mean_abs"] < TOLERANCE for record in records), name
         assert all(record["actor/grad_norm"] > 1e-3 and record["critic/grad_norm"] > 1e-3 for record in records), name

@@ -151,6 +151,7 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)] for name in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_no_collective_of_a_step_grows_with_the_tokens_but_the_one_that_moves_rows(
     traffic: dict[str, list[dict[str, Any]]],

@@ -52,6 +52,7 @@ def assert_same(folder: Path, results: dict[str, Any], name: str, like: str) -> 
         assert found == expected
 
 
+@pytest.mark.slow(20)
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_run_that_moves_is_the_one_that_stays(tmp_path: Path, nproc: int) -> None:
@@ -59,7 +60,12 @@ def test_a_run_that_moves_is_the_one_that_stays(tmp_path: Path, nproc: int) -> N
     runs = {"steps": settings(inputs)}
     if nproc == 2:
         # taken back, then held: vLLM is left without its weights, and no update brings them, but the next rollout
-        back = {"checkpoint.keep": 100, "algorithm.guard.action": "rollback", "algorithm.guard.max_rollbacks": 2}
+        back = {
+            "checkpoint.keep": 100,
+            "evaluation.sets": "[]",
+            "algorithm.guard.action": "rollback",
+            "algorithm.guard.max_rollbacks": 2,
+        }
         runs |= {"back": settings(inputs, **{**GUARDED, **back})}
     stay = [Case(name, run) for name, run in runs.items()]
     move = [Case(f"{name}-moves", {**run, **MOVES}) for name, run in runs.items()]
