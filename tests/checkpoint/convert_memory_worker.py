@@ -1,6 +1,7 @@
-"""Run by test_convert_memory.py: one conversion; prints JSON with its peak memory above that of its imports, in GiB.
+"""Run by test_convert_memory.py: conversions; after each a line of JSON with the peak memory so far above that of the
+imports, in GiB.
 
-Arguments: ``hf_to_megatron`` or ``megatron_to_hf``, and its arguments.
+Argument: a JSON list of commands, each ``hf_to_megatron`` or ``megatron_to_hf``, and its arguments.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ def peak_gib() -> float:
 
 
 def main() -> None:
-    imports, began = peak_gib(), time.monotonic()
-    code = getattr(convert, sys.argv[1])(sys.argv[2:])
-    told = {"imports": imports, "above": peak_gib() - imports, "seconds": time.monotonic() - began}
-    print(json.dumps(told))
-    raise SystemExit(code)
+    imports = peak_gib()
+    for name, *arguments in json.loads(sys.argv[1]):
+        began = time.monotonic()
+        if (code := getattr(convert, name)(arguments)) != 0:
+            raise SystemExit(code)
+        told = {"imports": imports, "above": peak_gib() - imports, "seconds": time.monotonic() - began}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
