@@ -9,16 +9,16 @@ import pytest
 
 from tests.checkpoint.kills import Trainer, survive
 
-#: Strikes rank 1 at any time, the launcher when a checkpoint takes its place, both ranks while one is written.
-SEED = 34
+#: Strikes both ranks while a checkpoint within the first step is written, the launcher when one takes its place.
+SEED = 637
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.timeout(600)
-def test_a_handful_of_kills(tmp_path: Path) -> None:
+def test_two_kills(tmp_path: Path) -> None:
     """``make kills`` has fifty."""
-    trainer = Trainer(tmp_path, steps=6)
+    trainer = Trainer(tmp_path, steps=3)
     assert trainer.run("undisturbed") == ""
-    outcome = survive(trainer, "killed", 3, random.Random(SEED))
+    outcome = survive(trainer, "killed", 2, random.Random(SEED))
     assert outcome.is_good, outcome
-    assert [kill.when for kill in outcome.kills] == ["any time", "rename", "write"]
+    assert [kill.when for kill in outcome.kills] == ["write", "rename"]

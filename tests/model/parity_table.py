@@ -27,7 +27,7 @@ HEAD = """# Parity with transformers
 
 Each cell is one model in one layout, actor and critic, compared with the same model in transformers in float32; made by
 `make parity` ({cases} cases). `make parity FAMILY=qwen2 LAYOUT="tp2 pp2"` runs a part of it, `CHECK=1` writes nothing
-here; `make test` runs some cases of every layout and every family, `.ci/run` runs all.
+here; `make test` runs some cases of every family, `.ci/run` runs all.
 
 | measure | what is compared | bound |
 |---|---|---|

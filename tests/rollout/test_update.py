@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from tests.launching import launch_ranks
-from tests.rollout.update_cases import RANKS, UpdateCase, all_cases, rotation
+from tests.rollout.update_cases import RANKS, ROTATION, UpdateCase, all_cases
 from tests.rollout.update_table import faults, run
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[UpdateCase, dict[str, Any]]:
-    found = run(rotation(), timeout_s=500)
+    found = run(ROTATION, timeout_s=500)
     return {UpdateCase(**{key: f[key] for key in ("family", "layout", "rollout", "experts")}): f for f in found}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(3)
 @pytest.mark.timeout(520)
-@pytest.mark.parametrize("case", rotation(), ids=lambda c: f"{c.family}-{c.layout}-{c.rollout}{'-ep' * c.experts}")
+@pytest.mark.parametrize("case", ROTATION, ids=lambda c: f"{c.family}-{c.layout}-{c.rollout}{'-ep' * c.experts}")
 def test_five_updates_end_in_what_vllm_loads(case: UpdateCase, results: dict[UpdateCase, dict[str, Any]]) -> None:
     """In some pairs of layouts; ``make updates`` runs all for every family."""
     assert len(results[case]["ranks"]) == RANKS
@@ -30,7 +30,7 @@ def test_five_updates_end_in_what_vllm_loads(case: UpdateCase, results: dict[Upd
 
 def test_the_cases_are_what_they_should_be() -> None:
     cases = list(all_cases())
-    assert set(rotation()) <= set(cases) and len(set(cases)) == len(cases)
+    assert set(ROTATION) <= set(cases) and len(set(cases)) == len(cases)
     for family in {case.family for case in cases}:
         assert len({(case.layout, case.rollout) for case in cases if case.family == family}) >= 14
 

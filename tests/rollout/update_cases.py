@@ -108,22 +108,20 @@ def all_cases() -> Iterator[UpdateCase]:
         yield UpdateCase("qwen3-moe", layout, rollout, experts=True)
 
 
-#: The family of ``rotation`` by the rollout's size: an engine takes longer to build than an update is checked.
-_TURNS = {1: ("qwen2-tied", "llama"), 2: ("qwen3", "olmo3"), 4: ("llama-tied", "qwen2")}
-
-
-def rotation() -> list[UpdateCase]:
-    """Every other dense pair, families in turn, and some pairs with experts."""
-    found = []
-    for number, (layout, rollout) in enumerate(DENSE[::2]):
-        turns = _TURNS[rollout]
-        family = turns[number % len(turns)]
-        found.append(UpdateCase(family if _fits(family, layout, rollout) else turns[0], layout, rollout))
-    experts = [case for case in all_cases() if case.family == "qwen3-moe"]
-    return found + [case for case in experts if (case.layout, case.rollout, case.experts) in _EXPERTS_IN_TURN]
-
-
-_EXPERTS_IN_TURN = [("cp2 ep2", 2, False), ("pp2 vpp2 ep2", 2, False), ("tp2 sp ep2 etp2", 2, False), ("ep4", 2, True)]
+#: Those of ``make test``: every kind of cut, every size of a replica, and few engines, for one takes longer to build
+#: than updates are checked.
+ROTATION = [
+    UpdateCase("qwen2-tied", "", 1),
+    UpdateCase("qwen2-tied", "tp4 sp", 1),
+    UpdateCase("olmo3", "tp2 sp", 2),
+    UpdateCase("olmo3", "cp4", 2),
+    UpdateCase("olmo3", "tp2 pp2", 2),
+    UpdateCase("llama-tied", "pp2 vpp2 cp2", 4),
+    UpdateCase("llama-tied", "tp2 pp2 kv1", 4),
+    UpdateCase("qwen3-moe", "pp2 vpp2 ep2", 2),
+    UpdateCase("qwen3-moe", "tp2 sp ep2 etp2", 2),
+    UpdateCase("qwen3-moe", "ep4", 2, experts=True),
+]
 
 
 def _fits(family: str, layout: str, rollout: int) -> bool:
