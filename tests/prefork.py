@@ -29,11 +29,13 @@ GRACE_S = 5.0
 
 def warm_up() -> None:
     """Import what ranks need; nothing here may start a thread or draw a random number that a rank would share."""
+    from tempo_megatron.imports import uncollected
     from tempo_megatron.loop import load_evaluation_libraries
 
-    load_evaluation_libraries()
-    import tempo_megatron.loop.em
-    import tempo_megatron.loop.sft  # noqa: F401
+    with uncollected():
+        load_evaluation_libraries()
+        import tempo_megatron.loop.em
+        import tempo_megatron.loop.sft  # noqa: F401
 
     others = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
     assert not others, f"a process with threads must not fork: {others}"

@@ -23,7 +23,7 @@ TOLERANCE = 1e-6  #: of losses and gradient norms, both steps, float32
 MOVED = 5e-4  #: of how far a weight moves in the steps
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 @pytest.mark.timeout(400)
 def test_any_layout_to_any(tmp_path: Path) -> None:
     """A critic, with a float32 head when it is bfloat16; experts; biases, copied KV heads and uneven stages."""

@@ -34,7 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     return found
 
 
-@pytest.mark.slow(90)
+@pytest.mark.slow(1)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_states_are_exact(case: PlanCase, measured: dict[str, list[dict[str, int]]]) -> None:
@@ -45,7 +45,7 @@ def test_states_are_exact(case: PlanCase, measured: dict[str, list[dict[str, int
         assert state.optimizer == bytes_of["optimizer"], rank
 
 
-@pytest.mark.slow(90)
+@pytest.mark.slow(1)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_a_save_takes_on_the_host(case: PlanCase, measured: dict[str, list[dict[str, int]]]) -> None:
@@ -97,7 +97,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     return {case.name: of["ranks"] for case, of in zip(ROLLOUT_CASES, told, strict=True)}
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(1)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ROLLOUT_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("what", ["kv_cache", "blocks", "weights", "buffers"])
