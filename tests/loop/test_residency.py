@@ -62,7 +62,6 @@ def test_a_run_that_moves_is_the_one_that_stays(tmp_path: Path, nproc: int) -> N
         # taken back, then held: vLLM is left without its weights, and no update brings them, but the next rollout
         back = {
             "checkpoint.keep": 100,
-            "evaluation.sets": "[]",
             "algorithm.guard.action": "rollback",
             "algorithm.guard.max_rollbacks": 2,
         }
