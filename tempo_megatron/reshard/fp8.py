@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tempo_megatron.errors import TempoError
+from tempo_megatron.numerics.fp8 import BLOCK, E4M3
 from tempo_megatron.reshard.holdings import Holdings, Part, PartName, WeightSource
 from tempo_megatron.reshard.plan import Destination
 from tempo_megatron.reshard.regions import Mapped, Region
 
-BLOCK = 128
-CODES = torch.float8_e4m3fn
 #: Of a block's largest magnitude, so that a block of zeros has a scale: vllm/utils/deep_gemm.py, per_block_cast_to_fp8.
 _LEAST_AMAX = 1e-4
 #: Elements that are scaled in float32 at a time.
@@ -89,7 +88,7 @@ def largest(values: Tensor, region: Region, block: int = BLOCK) -> Tensor:
 def scales_of(largest: Tensor) -> Tensor:
     """``scale_inv`` of blocks with these magnitudes: a 448th, at least that of 1e-4; float32."""
     # divided by a tensor: on CUDA torch would multiply by the reciprocal of a number, which rounds otherwise
-    return largest.clamp(min=_LEAST_AMAX) / torch.full((), torch.finfo(CODES).max, device=largest.device)
+    return largest.clamp(min=_LEAST_AMAX) / torch.full((), torch.finfo(E4M3).max, device=largest.device)
 
 
 def encode(values: Tensor, region: Region, scales: Tensor, block: int = BLOCK) -> Tensor:
@@ -103,7 +102,7 @@ def encode(values: Tensor, region: Region, scales: Tensor, block: int = BLOCK) -
         scales: of ``blocks_of(region)``, float32.
     """
     reciprocals = 1.0 / scales
-    codes = torch.empty(values.shape, dtype=CODES, device=values.device)
+    codes = torch.empty(values.shape, dtype=E4M3, device=values.device)
     rows = torch.arange(region.rows, device=values.device) + region.row % block
     cols = torch.arange(region.cols, device=values.device) + region.col % block
     step = max(1, _CHUNK // region.cols)

@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import TempoError
+from tempo_megatron.numerics.fp8 import BLOCK, E4M3
 from tempo_megatron.patching import kept, replace_function, replace_value
-from tempo_megatron.reshard.fp8 import BLOCK, CODES, scale_name, scale_shape
+from tempo_megatron.reshard.fp8 import scale_name, scale_shape
 from tempo_megatron.reshard.plan import Destination, Landing, Target
 from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
 from tempo_megatron.rollout import patches
@@ -257,7 +258,7 @@ def record_destination(
         _require_blocks(twin)
         metas = {}
         for name, shape in tensors.items():
-            metas[name] = _meta(shape, CODES if name in quantised else dtype)
+            metas[name] = _meta(shape, E4M3 if name in quantised else dtype)
             if name in quantised:
                 metas[scale_name(name)] = _meta(scale_shape(shape), torch.float32)
         recorder = _loaded(twin, metas)
@@ -279,7 +280,7 @@ def _loaded(twin: torch.nn.Module, metas: Mapping[str, Tensor]) -> _Recorder:
 def _require_blocks(twin: torch.nn.Module) -> None:
     """TempoError unless the blocks of all layers in FP8 are those of ``reshard.fp8``."""
     for name, module in twin.named_modules():
-        if any(p.dtype == CODES for p in module.parameters(recurse=False)):
+        if any(p.dtype == E4M3 for p in module.parameters(recurse=False)):
             size = getattr(module, "weight_block_size", None)
             if size is None or list(size) != [BLOCK, BLOCK]:
                 raise TempoError(f"{name} of the rollout engine is in FP8 with blocks of {size}, not {[BLOCK, BLOCK]}")
@@ -374,7 +375,7 @@ class _Recorder(TorchDispatchMode):
 
     def quantised(self) -> set[str]:
         """The HF tensors that parameters in FP8 get."""
-        into = {name for name, parameter in self._parameters.items() if parameter.dtype == CODES}
+        into = {name for name, parameter in self._parameters.items() if parameter.dtype == E4M3}
         copied = {tensor for name, tensor, _ in self._landings if name in into}
         return copied.union(*(made_of for name, made_of in self._computed.items() if name in into))
 

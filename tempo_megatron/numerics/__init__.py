@@ -1,0 +1,1 @@
+"""Numbers of few bits: their formats, scales and rounding, on plain tensors."""
