@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
@@ -161,13 +160,13 @@ def _magnitudes(values: Tensor) -> Tensor:
 def _tiles(values: Tensor, block: tuple[int, int]) -> Tensor:
     """A copy ``[rows / block, block rows, cols / block, block columns]``, zeros beyond the matrix."""
     rows, cols = values.shape
-    filled = pad(values, (0, -cols % block[1], 0, -rows % block[0]))
-    if filled is values or filled.data_ptr() == values.data_ptr():
-        filled = filled.clone(memory_format=torch.contiguous_format)
-    return filled.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))
+    down, across = -(-rows // block[0]), -(-cols // block[1])
+    filled = values.new_zeros(down * block[0], across * block[1])
+    filled[:rows, :cols] = values
+    return filled.view(down, block[0], across, block[1])
 
 
 def _joined(tiles: Tensor, shape: torch.Size) -> Tensor:
     """The matrix that ``_tiles`` has cut."""
-    whole = tiles.flatten(2, 3).flatten(0, 1)
-    return whole[: shape[0], : shape[1]].contiguous()
+    down, height, across, width = tiles.shape
+    return tiles.reshape(down * height, across * width)[: shape[0], : shape[1]].contiguous()
