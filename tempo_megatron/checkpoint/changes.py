@@ -24,7 +24,15 @@ LISTED = (
         f"{role}.{key}"
         for role in ("actor", "critic")
         # weights and states are the checkpoint's; layouts and packing change rounding only
-        for key in ("init", "layer_spec", "parallel", "optimizer", "max_tokens_per_microbatch", "recompute")
+        for key in (
+            "init",
+            "layer_spec",
+            "parallel",
+            "optimizer",
+            "max_tokens_per_microbatch",
+            "recompute",
+            "fp8.emulated",
+        )
     ),
     "critic.init_head",
     "critic.initial_value",

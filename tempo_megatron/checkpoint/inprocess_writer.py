@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from tempo_megatron.checkpoint.digests import FileDigest
 from tempo_megatron.cluster.pulse import ping
 from tempo_megatron.errors import TempoError
+from tempo_megatron.model.fp8 import is_state
 from tempo_megatron.patching import replace_value
 
 
@@ -38,8 +39,8 @@ class WrittenShard:
     """A ``.distcp`` file that this rank wrote.
 
     Attributes:
-        weights: of the model's tensors in it (not the optimizer's): the XOR of a SHA-256 for each, of its name,
-            offset and bytes. That of several shards is the XOR of theirs, whichever rank wrote which tensor.
+        weights: of the model's tensors in it (not the optimizer's nor FP8's scales): the XOR of a SHA-256 for each, of
+            its name, offset and bytes. That of several shards is the XOR of theirs, whichever rank wrote which tensor.
         results: what torch's metadata needs of it.
     """
 
@@ -109,7 +110,7 @@ class _Digesting:
     def transform_save_stream(self, write_item: WriteItem, raw_stream: Any) -> Any:
         self._end_item()
         key = write_item.index.fqn
-        if write_item.type != WriteItemType.BYTE_IO and not key.startswith("optimizer."):
+        if write_item.type != WriteItemType.BYTE_IO and not key.startswith("optimizer.") and not is_state(key):
             self._item = hashlib.sha256(f"{key} {write_item.index.offset} ".encode())
         return self._transforms.transform_save_stream(write_item, _Tap(raw_stream, self))
 

@@ -31,6 +31,7 @@ from tempo_megatron.checkpoint import inprocess_writer, own_state
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.inprocess_writer import WrittenShard
 from tempo_megatron.errors import TempoError
+from tempo_megatron.model import fp8
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 from tempo_megatron.training.engine import MegatronEngine
@@ -167,6 +168,7 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
             get_default_load_sharded_strategy(str(folder)), mpu.get_data_parallel_group(with_context_parallel=True)
         )
         wanted = sharded_state(engine, optimizer=optimizer, loading=True)
+        _leave_fresh_scales(wanted, stored)
         if skip_head:
             for i in range(len(engine.models)):
                 wanted[f"model{i}"] = {k: v for k, v in wanted[f"model{i}"].items() if not _in_head(k)}
@@ -177,7 +179,8 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
             loaded = dist_checkpointing.load(wanted, str(folder), strategy)
         for i, model in enumerate(engine.models):
             missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
-            missing = [k for k in missing if not (k.endswith("_extra_state") or (skip_head and _in_head(k)))]
+            kept = ("_extra_state", fp8.HISTORY, fp8.SCALES)
+            missing = [k for k in missing if not (k.endswith(kept) or (skip_head and _in_head(k)))]
             if missing or unexpected:
                 raise TempoError(
                     f"{folder}: does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
@@ -186,6 +189,14 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
             with one_line(TempoError, f"{folder}: {UNREADABLE}"):
                 loaded = dist_checkpointing.load(state, str(folder), strategy)
             engine.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _leave_fresh_scales(wanted: dict[str, Any], stored: set[str]) -> None:
+    """Not to ask for delayed FP8 scales that whoever saved the checkpoint had none of: they begin anew."""
+    for name, tensors in wanted.items():
+        if name.startswith("model"):
+            for key in [k for k, v in tensors.items() if fp8.is_state(k) and v.key not in stored]:
+                del tensors[key]
 
 
 def _in_head(key: str) -> bool:

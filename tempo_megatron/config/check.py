@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tempo_megatron.checkpoint.manifest import DamagedCheckpoint, find_whole, refuse_all
-from tempo_megatron.config.layout import ModelShape, check_layout, divisors, nearest, read_model_shape
+from tempo_megatron.config.layout import ModelShape, check_fp8, check_layout, divisors, nearest, read_model_shape
 from tempo_megatron.config.load import flat
 from tempo_megatron.config.methods import METHODS, Method, estimator
 from tempo_megatron.config.schema import Config, RoleConfig
@@ -96,6 +96,7 @@ def check_shapes(config: Config, shapes: Mapping[str, ModelShape], world_size: i
         role = config.actor if name == "actor" else config.critic
         assert role is not None
         check_layout(shape, role.parallel, f"{name}.parallel", world_size)
+        check_fp8(shape, role, name)
         _check_lengths(config, name, shape, packs=_is_rl(config))
     if "critic" in shapes:
         _check_same_vocabulary(shapes["actor"], shapes["critic"])
@@ -307,9 +308,15 @@ def _check_models(
 def _check_role(name: str, role: RoleConfig, world_size: int, hf_dir: Path) -> ModelShape:
     key = f"{name}.init"
     shape = read_model_shape(hf_dir / "config.json", key, critic=name == "critic")
+    if role.fp8.is_on and not role.fp8.emulated and importlib.util.find_spec("transformer_engine") is None:
+        raise TempoError(
+            f"{name}.fp8.recipe: {role.fp8.recipe} needs the package transformer_engine, and a GPU; without them: "
+            f"{name}.fp8.emulated: true, to study it"
+        )
     if role.layer_spec == "te" and importlib.util.find_spec("transformer_engine") is None:
         raise TempoError(f"{name}.layer_spec: 'te' needs the package transformer_engine; without it: 'auto' or 'torch'")
     check_layout(shape, role.parallel, f"{name}.parallel", world_size)
+    check_fp8(shape, role, name)
     return shape
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tempo_megatron.config.architectures import ARCHITECTURES, OPENRLHF_CRITICS, TEXT_CLASSIFIER, is_critic, policy_name
-from tempo_megatron.config.schema import ParallelConfig
+from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.config.stages import stage_sizes
 from tempo_megatron.errors import TempoError
 
@@ -102,6 +102,82 @@ def check_layout(shape: ModelShape, layout: ParallelConfig, key: str, world_size
     _check_pipeline(shape, layout, key)
     _check_experts(shape, layout, key)
     _check_world(shape, layout, key, world_size)
+
+
+def check_fp8(shape: ModelShape, role: RoleConfig, name: str) -> None:
+    """Refuse FP8 that a role's layers, their layout or its other settings do not go with; ``name`` is the role's.
+
+    Raises:
+        TempoError: the key, the value, and what would do.
+    """
+    fp8, key = role.fp8, f"{name}.fp8"
+    if not fp8.is_on:
+        return
+    first, last = fp8.layers_out
+    if first + last >= shape.layers:
+        raise TempoError(
+            f"{key}: first_layers_out {first} and last_layers_out {last} leave none of num_hidden_layers "
+            f"{shape.layers} ({shape.file}) to FP8"
+        )
+    if fp8.emulated:
+        _check_emulated(shape, role, name)
+    else:
+        _check_kernels(shape, role, name)
+
+
+def _check_emulated(shape: ModelShape, role: RoleConfig, name: str) -> None:
+    if role.layer_spec == "te":
+        raise TempoError(
+            f"{name}.layer_spec: te computes in FP8 itself; {name}.fp8.emulated: true is of torch (auto takes it)"
+        )
+    if role.fp8.recipe != "delayed":
+        return
+    if role.recompute != "none":
+        raise TempoError(
+            f"{name}.recompute: {role.recompute} would round again with newer scales of {name}.fp8.recipe: delayed, "
+            "where it is emulated; none"
+        )
+    if shape.experts:
+        raise TempoError(
+            f"{name}.fp8.recipe: delayed is not emulated for experts ({shape.file}), of which ranks have different "
+            "ones; current, blockwise or mxfp8"
+        )
+
+
+def _check_kernels(shape: ModelShape, role: RoleConfig, name: str) -> None:
+    """What Transformer Engine and Megatron refuse when they come to it."""
+    fp8, layout = role.fp8, role.parallel
+    if role.layer_spec == "torch":
+        raise TempoError(
+            f"{name}.layer_spec: torch has no FP8; te or auto, or {name}.fp8.emulated: true to study {fp8.recipe}"
+        )
+    if role.dtype != "bfloat16":
+        raise TempoError(f"{name}.dtype: {role.dtype} with {name}.fp8.recipe: {fp8.recipe}; bfloat16 is needed")
+    most = shape.layers // layout.pipeline_model_parallel_size
+    for part, layers in zip(("first", "last"), fp8.layers_out, strict=True):
+        if layers > most:
+            raise TempoError(
+                f"{name}.fp8.{part}_layers_out: {layers} must be at most the {most} layers of a pipeline stage"
+            )
+    tensor = layout.tensor_model_parallel_size
+    mlp = (
+        ("moe_intermediate_size", shape.expert_intermediate_size, "expert_tensor_parallel_size")
+        if shape.experts
+        else ("intermediate_size", shape.intermediate_size, "tensor_model_parallel_size")
+    )
+    widths = {
+        f"the heads' {shape.attention_heads * shape.head_dim} columns / tensor_model_parallel_size {tensor}": (
+            shape.attention_heads * shape.head_dim // tensor
+        ),
+        f"the {_qkv_rows(shape)} rows of q, k and v / tensor_model_parallel_size {tensor}": _qkv_rows(shape) // tensor,
+        f"{mlp[0]} {mlp[1]} / {mlp[2]} {getattr(layout, mlp[2])}": mlp[1] // getattr(layout, mlp[2]),
+    }
+    for what, width in widths.items():
+        if width % fp8.multiple:
+            raise TempoError(
+                f"{name}.fp8.recipe: {fp8.recipe} needs widths of multiples of {fp8.multiple}, but {what} is {width} "
+                f"({shape.file})"
+            )
 
 
 def _tensor_sizes(shape: ModelShape) -> list[int]:

@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from tempo_megatron.config.fp8 import Fp8Config
 from tempo_megatron.config.job import LaunchConfig, SlurmConfig, WatchdogConfig
 from tempo_megatron.config.methods import METHODS, describe_stages
 from tempo_megatron.config.section import Section
@@ -144,6 +145,7 @@ class RoleConfig(Section):
         description="activations that the backward makes again: selective: of the MLPs or experts; full: of whole "
         "layers, of which only the input is kept. true is full",
     )
+    fp8: Fp8Config = Fp8Config()
 
     @field_validator("recompute", mode="before")
     @classmethod
@@ -238,8 +240,8 @@ class RolloutConfig(Section):
             raise PydanticCustomError("bound", "must be a number above 0, auto or null")
         return bound
 
-    def log_prob_bound(self, trainer_dtype: str) -> float | None:
-        """``max_log_prob_diff`` beside an actor of this dtype; None: no gate.
+    def log_prob_bound(self, trainer_dtype: str, *, fp8: bool) -> float | None:
+        """``max_log_prob_diff`` beside an actor of this dtype, or one that computes in FP8; None: no gate.
 
         Kernels of one precision differ by about 1e-7 in float32 and 1e-2 in bfloat16, other weights by more than 1.
         """
@@ -247,7 +249,7 @@ class RolloutConfig(Section):
             return self.max_log_prob_diff
         if self.top_p < 1 or self.top_k > 0:
             return None
-        return 1e-3 if self.dtype == trainer_dtype == "float32" else 0.1
+        return 1e-3 if self.dtype == trainer_dtype == "float32" and not fp8 else 0.1
 
 
 class EStepConfig(Section):

@@ -435,7 +435,7 @@ def _bound(config: Config) -> float:
     """``rollout.max_log_prob_diff`` as it is without top_p and top_k, and where there is no gate."""
     settings = config.rollout
     whole = {"top_p": 1.0, "top_k": -1, "max_log_prob_diff": settings.max_log_prob_diff or "auto"}
-    bound = settings.model_copy(update=whole).log_prob_bound(config.actor.dtype)
+    bound = settings.model_copy(update=whole).log_prob_bound(config.actor.dtype, fp8=config.actor.fp8.is_on)
     assert bound is not None
     return bound
 

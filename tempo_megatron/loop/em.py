@@ -197,7 +197,8 @@ class EMLoop(Driver):
 
     def _check_mismatch(self, refined: RefinedPolicy) -> None:
         """Before the first update vLLM and Megatron had the same weights, whatever the rollout's precision."""
-        limit, mean_abs = self.config.rollout.log_prob_bound(self.config.actor.dtype), refined.mismatch.mean_abs
+        actor, mean_abs = self.config.actor, refined.mismatch.mean_abs
+        limit = self.config.rollout.log_prob_bound(actor.dtype, fp8=actor.fp8.is_on)
         if limit is not None and self.policy_updates == 0 and mean_abs > limit:
             raise RunError(
                 f"rollout.max_log_prob_diff: {limit:g}, but the first rollouts' log-probabilities of vLLM and Megatron "

@@ -30,11 +30,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 from transformers import PretrainedConfig
 
+from tempo_megatron.config.fp8 import Fp8Config
 from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.config.stages import chunk_sizes
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import Family
+from tempo_megatron.model.fp8 import DelayedScaling, Fp8ColumnLinear, Fp8RowLinear, check_card, megatron_settings
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.layers import (
     PackedAttention,
@@ -73,20 +75,27 @@ def model_dims(config: PretrainedConfig) -> ModelDims:
     return ModelDims(config.num_attention_heads, config.num_key_value_heads, head_dim(config), config.vocab_size)
 
 
-def layer_spec_name(requested: str, dtype: str) -> Literal["torch", "te"]:
-    """Resolve ``auto``; TempoError when ``te`` is asked for where Transformer Engine is not installed.
+def layer_spec_name(role: RoleConfig) -> Literal["torch", "te"]:
+    """Resolve ``auto``; TempoError when ``te`` is asked for where Transformer Engine is not installed, and where FP8
+    that is not emulated would come without it.
 
     Transformer Engine multiplies float32 matrices in TF32 (common/gemm/cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32),
     whatever torch is told: who asks for float32 and not for ``te`` gets float32.
     """
     available = importlib.util.find_spec("transformer_engine") is not None
-    if requested == "te" and not available:
+    if role.layer_spec == "te" and not available:
         raise TempoError(
             "layer_spec: te needs the package transformer-engine, which is not installed; use torch or auto"
         )
-    if requested == "auto":
-        return "te" if available and use_cuda() and dtype != "float32" else "torch"
-    return "te" if requested == "te" else "torch"
+    name: Literal["torch", "te"] = "te" if role.layer_spec == "te" else "torch"
+    if role.layer_spec == "auto" and available and use_cuda() and role.dtype != "float32" and not role.fp8.emulated:
+        name = "te"
+    if role.fp8.is_on and not role.fp8.emulated and (name == "torch" or not use_cuda()):
+        raise TempoError(
+            f"fp8.recipe: {role.fp8.recipe} needs Transformer Engine (layer_spec te) on a GPU; here it can only be "
+            "emulated: fp8.emulated: true"
+        )
+    return name
 
 
 def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +110,7 @@ def _leave_uninitialised(tensor: torch.Tensor) -> torch.Tensor:
 def transformer_config(config: PretrainedConfig, role: RoleConfig) -> TransformerConfig:
     """Megatron's config for this HF model, layout and dtype; no dropout, no biases but for what the family adds."""
     dtype, layout = DTYPES[role.dtype], role.parallel
-    te = layer_spec_name(role.layer_spec, role.dtype) == "te"
+    te = layer_spec_name(role) == "te"
     family = family_of(config)
     of_family = family.transformer_config(config)
     chunks = layout.virtual_pipeline_model_parallel_size
@@ -148,6 +157,7 @@ def transformer_config(config: PretrainedConfig, role: RoleConfig) -> Transforme
         gradient_accumulation_fusion=tensor_parallel_layers._grad_accum_fusion_available,
         persist_layer_norm=False,
         **RECOMPUTE[role.recompute],
+        **megatron_settings(role.fp8),
         **of_family,
     )
 
@@ -181,17 +191,20 @@ class _Backend:
     """The classes that a layer spec is made of."""
 
     norm: type
-    qkv: type
-    column: type
-    row: type
+    column: type | ModuleSpec
+    row: type | ModuleSpec
     self_attention: type
     core_attention: type
 
 
-def _backend(name: Literal["torch", "te"], family: Family) -> _Backend:
+def _backend(name: Literal["torch", "te"], family: Family, emulated: Fp8Config | None) -> _Backend:
+    """``emulated``: the recipe of linear layers that compute in emulated FP8."""
+    if name == "torch" and emulated is not None:
+        own = {"fp8": emulated}
+        column, row = ModuleSpec(Fp8ColumnLinear, params=own), ModuleSpec(Fp8RowLinear, params=own)
+        return _Backend(RMSNorm, column, row, PackedSelfAttention, PackedAttention)
     if name == "torch":
-        column, row = ColumnParallelLinear, RowParallelLinear
-        return _Backend(RMSNorm, column, column, row, PackedSelfAttention, PackedAttention)
+        return _Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedSelfAttention, PackedAttention)
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
@@ -202,15 +215,20 @@ def _backend(name: Literal["torch", "te"], family: Family) -> _Backend:
 
     # a norm before a linear layer is fused with it
     fused = TELayerNormColumnParallelLinear if family.norm == "pre" else TEColumnParallelLinear
-    return _Backend(TENorm, fused, fused, TERowParallelLinear, RopedSelfAttention, TEDotProductAttention)
+    return _Backend(TENorm, fused, TERowParallelLinear, RopedSelfAttention, TEDotProductAttention)
 
 
 def _layer_spec(
-    config: PretrainedConfig, megatron_config: TransformerConfig, name: Literal["torch", "te"], layer: int
+    config: PretrainedConfig,
+    megatron_config: TransformerConfig,
+    name: Literal["torch", "te"],
+    fp8: Fp8Config,
+    layer: int,
 ) -> ModuleSpec:
     """Spec of (0-based) layer ``layer``."""
     family = family_of(config)
-    backend = _backend(name, family)
+    emulated = fp8.emulated and fp8.takes(layer, config.num_hidden_layers)
+    backend = _backend(name, family, fp8 if emulated else None)
     pre_norm = family.norm == "pre"
     separate_norm = backend.norm if pre_norm and name == "torch" else IdentityOp
     add = get_bias_dropout_add if pre_norm else ModuleSpec(module=PostNormAdd, params={"config": megatron_config})
@@ -249,7 +267,7 @@ def _attention_spec(config: PretrainedConfig, family: Family, backend: _Backend,
             "softmax_scale": scale,
         },
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.qkv,
+            linear_qkv=backend.column,
             core_attention=backend.core_attention,
             linear_proj=backend.row,
             q_layernorm=qk_norm(config.num_attention_heads),
@@ -265,7 +283,7 @@ def _mlp_spec(config: PretrainedConfig, family: Family, backend: _Backend, name:
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
         return get_moe_module_spec(use_te=True, num_experts=config.num_experts, moe_grouped_gemm=True)
-    experts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = MLPSubmodules(linear_fc1=backend.column, linear_fc2=backend.row)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts)),
@@ -273,14 +291,18 @@ def _mlp_spec(config: PretrainedConfig, family: Family, backend: _Backend, name:
 
 
 def block_spec(
-    config: PretrainedConfig, megatron_config: TransformerConfig, name: Literal["torch", "te"], chunk: int | None
+    config: PretrainedConfig,
+    megatron_config: TransformerConfig,
+    name: Literal["torch", "te"],
+    fp8: Fp8Config,
+    chunk: int | None,
 ) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage (of its model chunk ``chunk`` if stages are interleaved) and the final norm."""
     first = get_transformer_layer_offset(megatron_config, chunk)
     count = get_num_layers_to_build(megatron_config, chunk)
-    layers = [_layer_spec(config, megatron_config, name, first + i) for i in range(count)]
+    layers = [_layer_spec(config, megatron_config, name, fp8, first + i) for i in range(count)]
     # a bare layer spec would make the block take WrappedTorchNorm for the final norm, which refuses SP
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_backend(name, family_of(config)).norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_backend(name, family_of(config), None).norm)
 
 
 def build_model(
@@ -293,6 +315,8 @@ def build_model(
     hang.
     """
     megatron_config = transformer_config(config, role)
+    if use_cuda():
+        check_card(role.fp8, torch.cuda.get_device_capability())
     chunks = role.parallel.virtual_pipeline_model_parallel_size
     with groups.active():
         models = [
@@ -317,7 +341,7 @@ def _build_chunk(
     last = groups.holds_output(chunk)
     model = GPTModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(config, megatron_config, layer_spec_name(role.layer_spec, role.dtype), chunk),
+        transformer_layer_spec=block_spec(config, megatron_config, layer_spec_name(role), role.fp8, chunk),
         vocab_size=padded_vocab_size(config.vocab_size, groups.tp_size),
         max_sequence_length=config.max_position_embeddings,
         pre_process=groups.holds_embedding(chunk),
@@ -334,6 +358,7 @@ def _build_chunk(
             # tensor parallelism differ they need them too, or their gradients are silently not summed; and always
             # having them keeps the optimizer's checkpoint the same for every EP.
             replace_value(parameter, "allreduce", False, bool, package="megatron")
+    DelayedScaling.attach(model, role.fp8)
     if last:
         output = ValueHead(megatron_config, head_bias) if role_name == "critic" else OutputWeight(model.output_layer)
         replace_value(model, "output_layer", output, ColumnParallelLinear)

@@ -76,7 +76,7 @@ class Ledger:
     host: tuple[Item, ...]
     kv: KVCache | None
     states: dict[str, StateBytes]
-    unmodelled: tuple[str, ...] = UNMODELLED
+    unmodelled: tuple[str, ...]
 
     @property
     def fullest(self) -> Phase:
@@ -143,7 +143,8 @@ class _Planner:
     def spec(self, role: RoleConfig) -> Spec:
         if role.layer_spec != "auto":
             return role.layer_spec
-        return "torch" if self.cluster.on_cpu or role.dtype == "float32" else "te"
+        plain = self.cluster.on_cpu or role.dtype == "float32" or role.fp8.emulated
+        return "torch" if plain else "te"
 
     @cached_property
     def peaks(self) -> dict[Role, RolePeaks]:
@@ -199,7 +200,9 @@ class _Planner:
             role: max((self.staged(role, s) for s in range(self._stages(role))), key=_high) for role in self.roles
         }
         host = host_items(self.config, self.cluster, states, staged, self.layouts["actor"], sampled=self.samples)
-        return Ledger(self.cluster, phases, tuple(host), self.kv, states)
+        fp8 = [f"{role}.fp8" for role, settings in self.roles.items() if settings.fp8.is_on]
+        unmodelled = (*UNMODELLED, *(f"{key}: all is counted as in the role's dtype" for key in fp8))
+        return Ledger(self.cluster, phases, tuple(host), self.kv, states, unmodelled)
 
     def _stages(self, role: Role) -> int:
         return self.roles[role].parallel.pipeline_model_parallel_size

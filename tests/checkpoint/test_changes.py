@@ -93,6 +93,7 @@ def test_another_number_of_ranks_is_listed_first(tmp_path: Path, job: dict[str, 
     [
         ("seed", 5, "0 -> 5"),
         ("actor.dtype", "float32", '"bfloat16" -> "float32"'),
+        ("critic.fp8", {"recipe": "delayed"}, '"none" -> "delayed"'),
         ("critic.head", "sigmoid", '"regression" -> "sigmoid"'),
         ("data.labeled_prompts_per_step", 4, "0 -> 4"),
         ("data.max_response_tokens", 4, "16384 -> 4"),
@@ -108,7 +109,7 @@ def test_others_are_refused_unless_asked_for(
     tmp_path: Path, job: dict[str, Any], key: str, value: Any, told: str
 ) -> None:
     changes = against(tmp_path, job, changed(job, key, value))
-    named = "verifier.judge.model" if key == "verifier.judge" else key
+    named = {"verifier.judge": "verifier.judge.model", "critic.fp8": "critic.fp8.recipe"}.get(key, key)
     assert changes.refused == [f"{named}: {told}"]
     with pytest.raises(TempoError) as error:
         refuse(tmp_path, changes)
@@ -120,6 +121,12 @@ def test_others_are_refused_unless_asked_for(
         assert asked.refused == [] and f"{named}: {told}" in asked.listed
         refuse(tmp_path, asked)
     assert against(tmp_path, job, changed({**job, "resume_with_changes": ["algorithm.guard"]}, key, value)).refused
+
+
+def test_whether_fp8_is_emulated_changes_kernels_only(tmp_path: Path, job: dict[str, Any]) -> None:
+    job["actor"]["fp8"] = {"recipe": "current"}
+    changes = against(tmp_path, job, changed(job, "actor.fp8.emulated", True))
+    assert changes == Changes(["actor.fp8.emulated: false -> true"], [])
 
 
 def test_a_preset_is_told_by_what_it_changes(tmp_path: Path, job: dict[str, Any]) -> None:

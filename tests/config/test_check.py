@@ -214,6 +214,18 @@ def test_checkpoints_are_judged_by_their_own_config(job: Job) -> None:
     assert f"num_hidden_layers 5 ({checkpoint / 'hf' / 'config.json'})" in message
 
 
+def test_fp8_needs_transformer_engine(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.set("critic.fp8", {"recipe": "blockwise"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert job.refusal() == (
+        "critic.fp8.recipe: blockwise needs the package transformer_engine, and a GPU; without them: "
+        "critic.fp8.emulated: true, to study it"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "transformer_engine" else None)
+    job.check()
+    assert job.set("critic.fp8", {"recipe": "blockwise", "first_layers_out": 9}).refusal().startswith("critic.fp8: ")
+
+
 def test_te_needs_its_package(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.set("actor.layer_spec", "te")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -315,6 +315,7 @@ def test_mappings_of_the_users_own_keys(tmp_path: Path) -> None:
     ("settings", "trainer", "bound"),
     [
         ({"dtype": "float32"}, "float32", 1e-3),
+        ({"dtype": "float32"}, "float32 fp8", 0.1),
         ({"dtype": "float32"}, "bfloat16", 0.1),
         ({}, "bfloat16", 0.1),
         ({"top_p": 0.9}, "bfloat16", None),
@@ -324,4 +325,5 @@ def test_mappings_of_the_users_own_keys(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_steps_bound_by_precision(settings: dict[str, Any], trainer: str, bound: float | None) -> None:
-    assert RolloutConfig(**settings).log_prob_bound(trainer) == bound
+    dtype, _, fp8 = trainer.partition(" ")
+    assert RolloutConfig(**settings).log_prob_bound(dtype, fp8=bool(fp8)) == bound

@@ -8,7 +8,8 @@ import importlib.util
 import pytest
 from transformers import Olmo3Config
 
-from tempo_megatron.config.schema import ParallelConfig
+from tempo_megatron.config.fp8 import Fp8Config
+from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model import build
 
@@ -27,13 +28,25 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     [("auto", "bfloat16", "te"), ("auto", "float32", "torch"), ("te", "float32", "te"), ("torch", "bfloat16", "torch")],
 )
 def test_float32_is_not_left_to_tf32(transformer_engine: None, requested: str, dtype: str, found: str) -> None:
-    assert build.layer_spec_name(requested, dtype) == found
+    role = RoleConfig.model_validate({"init": "-", "layer_spec": requested, "dtype": dtype})
+    assert build.layer_spec_name(role) == found
+
+
+def test_fp8_is_transformer_engines_or_emulated(transformer_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RoleConfig(init="-", fp8=Fp8Config(recipe="current"))
+    emulated = RoleConfig(init="-", fp8=Fp8Config(recipe="current", emulated=True))
+    assert (build.layer_spec_name(real), build.layer_spec_name(emulated)) == ("te", "torch")
+    monkeypatch.setattr(build, "use_cuda", lambda: False)
+    assert build.layer_spec_name(emulated) == "torch"
+    for role in (real, real.model_copy(update={"layer_spec": "te"})):
+        with pytest.raises(TempoError, match=r"current needs Transformer Engine .* on a GPU; here it can only be emul"):
+            build.layer_spec_name(role)
 
 
 def test_without_transformer_engine() -> None:
-    assert build.layer_spec_name("auto", "bfloat16") == "torch"
+    assert build.layer_spec_name(RoleConfig(init="-")) == "torch"
     with pytest.raises(TempoError, match="te needs the package transformer-engine"):
-        build.layer_spec_name("te", "bfloat16")
+        build.layer_spec_name(RoleConfig(init="-", layer_spec="te"))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ def parts(phase: Phase) -> set[str]:
     return {item.name for item in phase.items if item.exact}
 
 
+def test_fp8_is_counted_without_and_said_to_be() -> None:
+    plain = ledger()
+    critic = config().critic
+    assert critic is not None
+    fp8 = {**critic.model_dump(), "fp8": {"recipe": "current"}}
+    found = ledger(critic=fp8)
+    assert found.phases == plain.phases
+    assert set(found.unmodelled) - set(plain.unmodelled) == {"critic.fp8: all is counted as in the role's dtype"}
+    # emulated layers are those of the torch spec
+    emulated = ledger(critic={**fp8, "fp8": {"recipe": "current", "emulated": True}})
+    assert emulated.phases == ledger(critic={**critic.model_dump(), "layer_spec": "torch"}).phases != plain.phases
+
+
 @pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
 @pytest.mark.parametrize("sleep", [False, True], ids=["awake", "sleeps"])
 def test_phases_hold_what_residency_says(offload: str, sleep: bool) -> None:

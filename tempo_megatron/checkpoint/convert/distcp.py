@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.inprocess_writer import WrittenShard, write_bucket
 from tempo_megatron.errors import TempoError
+from tempo_megatron.model.fp8 import is_state
 
 
 def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
@@ -125,9 +126,9 @@ class DistCheckpointReader:
 
     @property
     def weights(self) -> set[str]:
-        """Keys of the model's tensors (the optimizer's begin with ``optimizer.``)."""
-        stored = self._metadata.state_dict_metadata.items()
-        return {k for k, v in stored if isinstance(v, TensorStorageMetadata) and not k.startswith("optimizer.")}
+        """Keys of the model's tensors (the optimizer's begin with ``optimizer.``), without FP8's scales."""
+        tensors = {k for k, v in self._metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        return {k for k in tensors if not k.startswith("optimizer.") and not is_state(k)}
 
     def dtype_of(self, piece: ShardedTensor) -> torch.dtype:
         """The dtype that is stored; checks that the tensor is there and has the shape that the piece is part of."""
