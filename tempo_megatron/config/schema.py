@@ -209,6 +209,9 @@ class RolloutConfig(Section):
         description="ranks of a replica have whole experts each (vLLM's expert parallelism), not a slice of every one",
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of vLLM's weights and KV cache")
+    weights: Literal["trained", "fp8-emulated"] = Field(
+        "trained", description="fp8-emulated: linear layers' rounded to FP8 by blocks and back: docs/fp8.md"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache per rank, GiB")
     max_num_seqs: int = Field(
         256, ge=1, description="responses that one replica samples at a time; it draws further prompts as they end"
@@ -245,6 +248,7 @@ class RolloutConfig(Section):
 
         Kernels of one precision differ by about 1e-7 in float32 and 1e-2 in bfloat16, other weights by more than 1.
         """
+        fp8 = fp8 or self.weights != "trained"
         if self.max_log_prob_diff != "auto":
             return self.max_log_prob_diff
         if self.top_p < 1 or self.top_k > 0:

@@ -13,7 +13,7 @@ holds: those that the whole tensor would have, to the bit. So codes are held as 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -101,15 +101,28 @@ def encode(values: Tensor, region: Region, scales: Tensor, block: int = BLOCK) -
     Args:
         scales: of ``blocks_of(region)``, float32.
     """
-    reciprocals = 1.0 / scales
     codes = torch.empty(values.shape, dtype=E4M3, device=values.device)
-    rows = torch.arange(region.rows, device=values.device) + region.row % block
-    cols = torch.arange(region.cols, device=values.device) + region.col % block
+    for rows, reciprocals in _by_element(1.0 / scales, region, block):
+        codes[rows] = reciprocals.mul_(values[rows])
+    return codes
+
+
+def decode(codes: Tensor, region: Region, scales: Tensor, block: int = BLOCK) -> Tensor:
+    """What codes stand for: code times scale, ``[rows, cols]`` float32; as ``encode`` takes them."""
+    values = torch.empty(codes.shape, device=codes.device)
+    for rows, factors in _by_element(scales, region, block):
+        values[rows] = factors.mul_(codes[rows].float())
+    return values
+
+
+def _by_element(of_blocks: Tensor, region: Region, block: int) -> Iterator[tuple[slice, Tensor]]:
+    """Numbers of ``blocks_of(region)``, one for each element of some rows of the region at a time."""
+    rows = torch.arange(region.rows, device=of_blocks.device) + region.row % block
+    cols = torch.arange(region.cols, device=of_blocks.device) + region.col % block
     step = max(1, _CHUNK // region.cols)
     for start in range(0, region.rows, step):
-        scaled = reciprocals[rows[start : start + step] // block][:, cols // block]
-        codes[start : start + step] = scaled.mul_(values[start : start + step])
-    return codes
+        some = slice(start, start + step)
+        yield some, of_blocks[rows[some] // block][:, cols // block]
 
 
 def quantise(values: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -237,6 +250,31 @@ class QuantisedSource(WeightSource):
             return values
         box, scales = self.scales[name, scale_name(tensor)]
         return encode(values, region, _inside(box, blocks_of(region, self.block)).of(scales), self.block)
+
+
+@dataclass(frozen=True)
+class RoundedSource(WeightSource):
+    """A trainer's weights with the quantised ones as codes times scales, float32: what FP8 leaves of them.
+
+    Its ``holdings`` are the trainer's own, without scales.
+    """
+
+    quantised: QuantisedSource
+
+    @classmethod
+    def of(cls, source: WeightSource, quantised: QuantisedSource) -> RoundedSource:
+        return cls(source.holdings, source.tensors, source.check, quantised)
+
+    def is_derived(self, tensor: str) -> bool:
+        return self.quantised.is_derived(tensor)
+
+    def read(self, name: PartName, tensor: str, held: Region, region: Region) -> Tensor:
+        found = self.quantised.read(name, tensor, held, region)
+        if not self.is_derived(tensor):
+            return found
+        block = self.quantised.block
+        box, scales = self.quantised.scales[name, scale_name(tensor)]
+        return decode(found, region, _inside(box, blocks_of(region, block)).of(scales), block)
 
 
 @dataclass(frozen=True)

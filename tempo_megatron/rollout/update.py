@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from tempo_megatron.config.schema import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import device
 from tempo_megatron.parallel.distributed import gather_objects
+from tempo_megatron.reshard.fp8 import Blocks, Quantiser, RoundedSource
 from tempo_megatron.reshard.holdings import Holdings, WeightSource
 from tempo_megatron.reshard.plan import Plan
 from tempo_megatron.reshard.proof import Proof
@@ -65,6 +66,7 @@ class WeightUpdater:
         self._planned_for: Holdings | None = None
         self._transfer: Transfer | None = None
         self._receiver: RolloutReceiver | None = None
+        self._quantiser: Quantiser | None = None
 
     @property
     def plan(self) -> Plan:
@@ -84,6 +86,8 @@ class WeightUpdater:
         """
         began = time.perf_counter()
         transfer, receiver = self._prepared(source.holdings)
+        if self._quantiser is not None:
+            source = RoundedSource.of(source, self._quantiser.run(source))
         rank, world = dist.get_rank(), dist.get_world_size()
         proof = Proof(transfer.plan, rank, device(), None if complete else self._in_turn(version))
         proof_s = 0.0
@@ -123,6 +127,9 @@ class WeightUpdater:
             group = dist.group.WORLD if dist.get_world_size() > 1 else None
             self._transfer = Transfer(plan, rank, group, device())
             self._receiver = self._weights.receiver(plan, rank)
+            if self._config.weights == "fp8-emulated":
+                blocks = Blocks(holdings, in_fp8(holdings.shapes))
+                self._quantiser = Quantiser(blocks, rank, group, device())
             self._planned_for = holdings
         return self._transfer, self._receiver
 
@@ -150,6 +157,11 @@ class WeightUpdater:
                     f"rollout: the weights of version {version} did not land: on rank {rank} {len(names)} of {checked} "
                     f"tensors differ from the trainer's, such as {names[0]}"
                 )
+
+
+def in_fp8(names: Iterable[str]) -> list[str]:
+    """HF tensors that published FP8 checkpoints quantise: all linear layers but routers and the output layer."""
+    return [name for name in names if name.endswith("_proj.weight")]
 
 
 def require_expected(holdings: Holdings, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tempo_megatron.reshard.fp8 import (
     Blocks,
     QuantisedSource,
     Quantiser,
+    RoundedSource,
     blocks_begun_in,
     blocks_of,
     encode,
@@ -29,7 +31,7 @@ from tempo_megatron.reshard.fp8 import (
     scale_name,
     scales_of,
 )
-from tempo_megatron.reshard.holdings import Holdings, whole_tensors
+from tempo_megatron.reshard.holdings import Holdings, WeightSource, whole_tensors
 from tempo_megatron.reshard.plan import Destination, Plan
 from tempo_megatron.reshard.proof import Proof
 from tempo_megatron.reshard.regions import Region, matrix_shape
@@ -39,7 +41,9 @@ from tests.reshard.fp8_worker import CASES, Targets
 from tests.reshard.worlds import (
     arrived,
     by_definition,
+    decode_by_definition,
     destinations,
+    held_by,
     in_fp8,
     layouts,
     lower_bound,
@@ -195,6 +199,37 @@ def test_every_target_gets_what_quantising_whole_tensors_gives_it(seed: int, wor
         found, wanted = arrived(plan, sources, rank), taken_by(plan.destination_of(rank), checkpoint)
         for got, want, target in zip(found, wanted, plan.destination_of(rank).targets, strict=True):
             assert torch.equal(_bits(got), _bits(want)), target.name
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 4, 8]))
+def test_rounded_weights_are_those_of_whole_tensors(seed: int, world: int) -> None:
+    """For replicas without FP8: codes times scales, in the layout of the weights themselves."""
+    trainer, with_scales, block = _world(seed, world)
+    names = quantised_tensors(with_scales)
+    into = [_in_float32(destination) for destination in with_scales]
+    plan = Plan(trainer, into, random.Random(seed).choice([256, 4096, 2**20]), world)
+    shapes = enumerate(trainer.shapes.items())
+    tensors = {name: _values(*matrix_shape(shape), torch.float32, n).view(shape) for n, (name, shape) in shapes}
+    quantised = quantised_sources(Blocks(trainer, names, block), trainer, tensors)
+    sources = [
+        RoundedSource.of(WeightSource(trainer, held_by(trainer, rank, tensors), lambda: None), q)
+        for rank, q in enumerate(quantised)
+    ]
+    rounded = {n: decode_by_definition(t, block) if n in names else t for n, t in tensors.items()}
+    for rank in range(world):
+        found, wanted = arrived(plan, sources, rank), taken_by(plan.destination_of(rank), rounded)
+        for got, want, target in zip(found, wanted, plan.destination_of(rank).targets, strict=True):
+            assert torch.equal(got, want), target.name
+
+
+def _in_float32(destination: Destination) -> Destination:
+    """``worlds.in_fp8`` undone."""
+    kept = [n for n, target in enumerate(destination.targets) if "_scale_inv" not in target.name]
+    assert kept == [*range(len(kept))]
+    targets = [replace(destination.targets[n], dtype="float32", itemsize=4) for n in kept]
+    landings = [landing for landing in destination.landings if landing.target < len(kept)]
+    return replace(destination, targets=tuple(targets), landings=tuple(landings))
 
 
 @settings(max_examples=60, deadline=None)

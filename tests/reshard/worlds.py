@@ -217,6 +217,13 @@ def by_definition(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
+def decode_by_definition(values: Tensor, block: int) -> Tensor:
+    """What FP8 leaves of a matrix, float32."""
+    codes, scales = by_definition(values, block)
+    spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return codes.float() * spread[: codes.shape[0], : codes.shape[1]]
+
+
 def quantised_model(tensors: dict[str, Tensor], block: int) -> dict[str, Tensor]:
     """A checkpoint of it in FP8."""
     found = dict(tensors)

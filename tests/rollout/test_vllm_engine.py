@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import os
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.model.hf_tensors import expected_tensors
+from tempo_megatron.numerics.fp8 import BLOCK, Quantised
+from tempo_megatron.reshard.fp8 import quantise
 from tempo_megatron.reshard.holdings import whole_tensors
 from tempo_megatron.rollout.engine import (
     GenerationRequest,
@@ -259,6 +262,23 @@ def test_an_engine_comes_and_goes_without_a_trace_in_the_trainer(
 
 def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+
+
+def test_rounded_weights_are_what_is_sampled_from(no_engine: None, qwen3_moe: TinyModel) -> None:
+    """Linear layers and experts as FP8 leaves them; embeddings, routers, norms and the output layer as they are."""
+    engine = build(qwen3_moe.folder, weights="fp8-emulated")
+    for version, model in ((1, qwen3_moe.first), (2, qwen3_moe.second)):
+        rounded = copy.deepcopy(model)
+        for name, parameter in rounded.named_parameters():
+            if name.endswith(("_proj.weight", "_proj")):
+                for matrix in parameter.data.view(-1, *parameter.shape[-2:]):
+                    halves = matrix.chunk(2) if name.endswith("gate_up_proj") else [matrix]  # two tensors of HF's files
+                    for half in halves:
+                        codes, scales = quantise(half)
+                        half.copy_(Quantised(codes, scales, (BLOCK, BLOCK)).dequantise())
+        engine.update_weights(source(model), version)
+        _assert_equals_hf(engine, version, rounded, model, 1.0, 1.0)
+    engine.close()
 
 
 def test_an_engine_without_good_weights_does_not_sample(no_engine: None, qwen3: TinyModel) -> None:
