@@ -91,4 +91,4 @@ class Fp8Config(Section):
     @property
     def multiple(self) -> int:
         """What the tokens and the widths of a product are multiples of (Transformer Engine: 16; MXFP8: its block)."""
-        return 32 if self.recipe == "mxfp8" else 16
+        return {"none": 1, "mxfp8": 32}.get(self.recipe, 16)

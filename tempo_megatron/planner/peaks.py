@@ -56,6 +56,7 @@ class RolePeaks:
         context = parallel.context_parallel_size
         unit = 2 * context if context > 1 else 1
         align = unit * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        align *= self._role.fp8.multiple
         tokens = -(-max(align, int(self._role.max_tokens_per_microbatch * load.share)) // align) * align
         longest = min(-(-load.longest // unit) * unit, tokens)
         count, rest = divmod(tokens, longest)

@@ -232,8 +232,7 @@ class MegatronEngine:
             self.config.max_tokens_per_microbatch,
             (groups.dp_rank, groups.dp_size),
             (groups.cp_rank, groups.cp_size),
-            align=(groups.tp_size if layout.sequence_parallel else 1)
-            * (self.config.fp8.multiple if self.config.fp8.is_on else 1),
+            align=(groups.tp_size if layout.sequence_parallel else 1) * self.config.fp8.multiple,
             # the interleaved schedule hands micro-batches on in groups of as many as there are stages; sending their
             # shapes ahead, as the plain one does, mixes up or deadlocks two stages (0.16.1), so they are of one shape
             multiple=groups.pp_size if self.is_interleaved else 1,

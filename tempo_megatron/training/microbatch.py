@@ -163,7 +163,8 @@ def make_microbatches(
         max_tokens: token budget of a pack, before padding. Raises TempoError if a sequence is longer.
         data_part: data-parallel (rank, size).
         context_part: context-parallel (rank, size).
-        align: the tokens of a context rank become a multiple of it (the TP size under sequence parallelism).
+        align: the tokens of a context rank become a multiple of it (the TP size under sequence parallelism, times
+            what FP8 products are multiples of).
         multiple: the number of micro-batches becomes a multiple of it, by empty ones.
         equal_lengths: pad all packs of this rank to the longest.
     """

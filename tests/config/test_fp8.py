@@ -38,7 +38,8 @@ def test_defaults_are_transformer_engines() -> None:
     assert formats == {"delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}
     assert Fp8Config(recipe="mxfp8", format="hybrid").megatron_format == "hybrid"
     assert not Fp8Config().is_on
-    assert (Fp8Config(recipe="current").multiple, Fp8Config(recipe="mxfp8").multiple) == (16, 32)
+    multiples = {recipe: Fp8Config(recipe=recipe).multiple for recipe in ("none", "delayed", "blockwise", "mxfp8")}
+    assert multiples == {"none": 1, "delayed": 16, "blockwise": 16, "mxfp8": 32}
 
 
 @pytest.mark.parametrize(

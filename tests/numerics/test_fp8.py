@@ -235,6 +235,8 @@ def test_a_history_against_a_queue(length: int, most_recent: bool, margin: int) 
             wanted = np.float32(LAYOUTS[code][2] * 2.0**-margin) / np.float32(amax) if amax else before[i]
             assert scales[i].item() == wanted
         assert not history[0].any()
+        if length > 1:
+            assert history[-1].tolist() == amaxes  # where Transformer Engine has the newest
 
 
 def test_a_history_forgets_infinities_and_keeps_the_scale() -> None:
