@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tempo_megatron.config.fp8 import Fp8Config
 from tempo_megatron.errors import TempoError
@@ -152,6 +154,17 @@ def test_what_megatron_is_told() -> None:
     assert not told["first_last_layers_bf16"]
     assert (told["fp8_amax_history_len"], told["fp8_amax_compute_algo"], told["fp8_margin"]) == (16, "most_recent", 1)
     assert megatron_settings(Fp8Config(recipe="blockwise"))["fp8"] == "e4m3"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_megatron_takes_the_recipe(recipe: str) -> None:
+    """Its own checks pass; which layers it leaves out are those that are left out here."""
+    fp8 = Fp8Config.model_validate({"recipe": recipe})
+    found = TransformerConfig(num_layers=5, hidden_size=64, num_attention_heads=4, **megatron_settings(fp8))
+    assert found.fp8 == fp8.megatron_format
+    assert found.fp8_recipe == ("tensorwise" if recipe == "current" else recipe)
+    assert not (found.fp8_param or found.fp8_dot_product_attention)
+    assert [is_first_last_bf16_layer(found, n) for n in range(5)] == [not fp8.takes(n, 5) for n in range(5)]
 
 
 @pytest.mark.parametrize(
