@@ -1,7 +1,7 @@
 """Roles with emulated FP8 on the ranks of a job; launched by test_fp8.py. Rank 0 prints a JSON line per case.
 
 Arguments: an empty folder, and a JSON list of {"layout", "family", "role", "fp8", ...}; ``resume`` saves after a step,
-and loads into an engine of the second layout before the next.
+and goes on after it, as does an engine that has loaded it, with the changes that the value names.
 """
 
 from __future__ import annotations
@@ -92,7 +92,18 @@ def save(engine: MegatronEngine, folder: Path) -> None:
     dist.barrier()
 
 
-def run(case: dict[str, Any], layout: Layout, groups: ModelParallelGroups, shared: Path) -> dict[str, Any]:
+Layouts = dict[str, tuple[Layout, ModelParallelGroups]]
+
+
+def of_name(layouts: Layouts, name: str) -> tuple[Layout, ModelParallelGroups]:
+    if name not in layouts:
+        layout = Layout(name)
+        layouts[name] = layout, ModelParallelGroups(layout.parallel, 60)
+    return layouts[name]
+
+
+def run(case: dict[str, Any], layouts: Layouts, shared: Path) -> dict[str, Any]:
+    layout, groups = of_name(layouts, case["layout"])
     folder = shared / f"{case['family']}-{case['role']}"
     save_reference(config_of(case["family"], **SIZES), case["role"], folder)
     engine = engine_of(case, layout, groups, folder)
@@ -104,9 +115,12 @@ def run(case: dict[str, Any], layout: Layout, groups: ModelParallelGroups, share
     found: dict[str, Any] = {"steps": steps, "layers": len(layers), "packs": packs}
     if "resume" in case:
         save(engine, shared / "saved")
+        saved = state_of(engine)
         steps += [step(engine), step(engine)]
-        again = engine_of({**case, **case["resume"]}, layout, groups, folder)
+        changed = {**case, **case["resume"]}
+        again = engine_of(changed, *of_name(layouts, changed["layout"]), folder)
         load_role(again, shared / "saved", optimizer=True)
+        found["loaded"] = state_of(again) == saved
         again.go_on_from({"num_steps": 1})
         found["resumed"] = [step(again), step(again)]
         on_rank0(lambda: shutil.rmtree(shared / "saved"))
@@ -118,13 +132,9 @@ def run(case: dict[str, Any], layout: Layout, groups: ModelParallelGroups, share
 def main() -> None:
     start(threads=1, timeout_s=60)
     shared, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    layouts: dict[str, tuple[Layout, ModelParallelGroups]] = {}
+    layouts: Layouts = {}
     for case in cases:
-        name = case["layout"]
-        if name not in layouts:
-            layout = Layout(name)
-            layouts[name] = layout, ModelParallelGroups(layout.parallel, 60)
-        found = run(case, *layouts[name], shared)
+        found = run(case, layouts, shared)
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, found.pop("state"))
         if dist.get_rank() == 0:

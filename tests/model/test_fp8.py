@@ -90,6 +90,7 @@ def test_tokens_are_as_many_as_kernels_take(one_rank: dict[str, dict[str, Any]])
 def test_a_resumed_run_has_the_same_bits(one_rank: dict[str, dict[str, Any]]) -> None:
     for recipe in ("delayed", "blockwise"):
         found = one_rank[f"{recipe} resumed"]
+        assert found["loaded"]
         assert found["resumed"] == found["steps"][1:], recipe
         assert found["steps"][1] != found["steps"][0]
 
@@ -121,7 +122,11 @@ def test_two_ranks_are_one(folder: Path, one_rank: dict[str, dict[str, Any]]) ->
     cases = [_case(recipe, layout, lr=0.0) for layout in ("tp2", "tp2 sp") for recipe in RECIPES]
     cases += [_case(recipe, "", lr=0.0) for recipe in ("delayed", "blockwise")]
     cases.append(_case("delayed", "pp2", lr=0.0))
-    for found in _run(folder, cases, 2):
+    *others, moved = _run(folder, [*cases, _case("delayed", "distopt", resume={"layout": "tp2 sp distopt"})], 2)
+    assert moved["loaded"], "scales are the same in another layout"
+    for got, want in zip(moved["resumed"], moved["steps"][1:], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=0.1)
+    for found in others:
         recipe, layout = found["fp8"]["recipe"], found["layout"]
         packed_alike = layout != "" or recipe != "delayed"  # data parallel: other packs have other magnitudes
         for got, want in zip(found["steps"], one_rank[recipe]["steps"], strict=True):
