@@ -228,7 +228,8 @@ class RolloutConfig(Section):
     max_log_prob_diff: float | Literal["auto"] | None = Field(
         "auto",
         description="first-step gate: mean |log p(vLLM) - log p(Megatron)| above this stops the run; auto: 0.001 where "
-        "both compute in float32, else 0.1, and no gate with top_p or top_k, which vLLM's counts in; null: no gate",
+        "both compute in float32, 0.5 with FP8, else 0.1, and no gate with top_p or top_k, which vLLM's counts in; "
+        "null: no gate",
     )
 
     @field_validator("max_log_prob_diff", mode="wrap")
@@ -246,14 +247,15 @@ class RolloutConfig(Section):
     def log_prob_bound(self, trainer_dtype: str, *, fp8: bool) -> float | None:
         """``max_log_prob_diff`` beside an actor of this dtype, or one that computes in FP8; None: no gate.
 
-        Kernels of one precision differ by about 1e-7 in float32 and 1e-2 in bfloat16, other weights by more than 1.
+        Kernels of one precision differ by 1e-7 in float32, 1e-2 in bfloat16, 0.2 in FP8; other weights by more than 1.
         """
-        fp8 = fp8 or self.weights != "trained"
         if self.max_log_prob_diff != "auto":
             return self.max_log_prob_diff
         if self.top_p < 1 or self.top_k > 0:
             return None
-        return 1e-3 if self.dtype == trainer_dtype == "float32" and not fp8 else 0.1
+        if fp8 or self.weights != "trained":
+            return 0.5
+        return 1e-3 if self.dtype == trainer_dtype == "float32" else 0.1
 
 
 class EStepConfig(Section):
