@@ -91,6 +91,7 @@ def launch(
     timeout_s: float,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
+    python: str | Path = sys.executable,
 ) -> LaunchResult:
     """Run a Python program on ``nproc`` ranks and wait for it; nothing of it is left running afterwards.
 
@@ -100,13 +101,14 @@ def launch(
         timeout_s: seconds after which the ranks print their stacks and are killed; more on a busy machine.
         env: variables added to this process's environment.
         cwd: working folder; the repository root unless given.
+        python: interpreter.
 
     Raises:
         LaunchTimeout: the time is up.
     """
     arguments = [argv_or_script] if isinstance(argv_or_script, str | Path) else list(argv_or_script)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=0", f"--nproc-per-node={nproc}"]
-    command = [sys.executable, *(torchrun if nproc > 1 else []), *map(str, arguments)]
+    command = [str(python), *(torchrun if nproc > 1 else []), *map(str, arguments)]
     token = uuid.uuid4().hex
     with tempfile.TemporaryFile("w+b") as stdout, tempfile.TemporaryFile("w+b") as stderr:
         start = time.monotonic()

@@ -272,6 +272,7 @@ class RolloutEngine:
                     self._add(index, requests[index])
             unfinished = self._llm.get_num_unfinished_requests()  # samples, not requests
             if not unfinished:
+                self._land()
                 return
             for output in self._llm.step():  # FINAL_ONLY: one output a request, with all its samples
                 index = int(output.request_id)
@@ -283,6 +284,15 @@ class RolloutEngine:
             # some had to wait although there were places: no KV cache is left, or no tokens of the step
             waiting = self._llm.engine_core.engine_core.scheduler.get_request_counts()[1]
             crowded = waiting > 0 and unfinished - waiting < self.max_num_seqs
+
+    def _land(self) -> None:
+        """Wait for steps that were begun before the last response ended.
+
+        v1/engine/core.py, step_with_batch_queue: on GPUs the next step is scheduled while one runs, and computes a
+        token too many of a response that ends with that one.  New weights, or a KV cache that goes, must not meet it.
+        """
+        while self._llm.engine_core.engine_core.batch_queue:
+            self._llm.step()
 
     def _add(self, index: int, request: GenerationRequest) -> None:
         from vllm import TokensPrompt
@@ -365,10 +375,8 @@ def _build_engine(
         expert_parallel=config.expert_parallel,
     )
     patches.prepare_process()
-    # the external launcher is how vLLM learns of this rank's device and place; the plain executor would put every
-    # replica of a node on GPU 0
-    external = dist.get_world_size() > 1
-    kv_bytes = int(config.kv_cache_gib * GIB)
+    gpu_bytes = torch.cuda.mem_get_info()[1] if use_cuda() else None
+    given = engine_arguments(hf_dir, config, max_model_len, seed, dist.get_world_size(), gpu_bytes, sleeps=sleeps)
     token = torch.tensor(secrets.randbits(62))
     dist.broadcast(token, src=0)
     with patches.shielded(f"{token.item():x}"):
@@ -376,44 +384,57 @@ def _build_engine(
             from vllm import EngineArgs, LLMEngine
 
         try:
-            args = EngineArgs(
-                model=hf_dir,
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # not the folder's: every sampling parameter is ours
-                load_format="dummy",
-                dtype=config.dtype,
-                seed=seed,
-                tensor_parallel_size=config.tensor_parallel_size,
-                enable_expert_parallel=config.expert_parallel,
-                distributed_executor_backend="external_launcher" if external else None,
-                enforce_eager=not use_cuda(),
-                max_model_len=max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                # seeded sampling on the CPU dies in a prompt's second chunk ("CPU Generator does not use offset",
-                # v1/worker/gpu_model_runner.py), and without chunks a step must hold the longest prompt
-                enable_chunked_prefill=use_cuda(),
-                max_num_batched_tokens=max(config.max_num_batched_tokens, 0 if use_cuda() else max_model_len),
-                kv_cache_memory_bytes=kv_bytes,
-                gpu_memory_utilization=_needed_share(kv_bytes),
-                enable_prefix_caching=True,  # the samples of one prompt share its keys and values
-                block_size=None if use_cuda() else 32,  # the CPU's default of 128 shares no prompt below that length
-                logprobs_mode="processed_logprobs",
-                disable_log_stats=True,
-                enable_sleep_mode=sleeps and use_cuda(),
-            )
-            return LLMEngine.from_engine_args(args)
+            return LLMEngine.from_engine_args(EngineArgs(**given))
         except ValueError as error:  # vLLM's own checks of the settings: length, KV cache, divisibility
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise TempoError(f"rollout: vLLM cannot run {hf_dir}: {' '.join(lines)}") from error
 
 
-def _needed_share(kv_bytes: int) -> float:
-    """Of the device's memory, what must be free as vLLM starts.
+def engine_arguments(
+    hf_dir: str,
+    config: RolloutConfig,
+    max_model_len: int,
+    seed: int,
+    world_size: int,
+    gpu_bytes: int | None,
+    *,
+    sleeps: bool,
+) -> dict[str, Any]:
+    """vLLM's ``EngineArgs`` by name.
 
-    v1/worker/utils.py, request_memory, asks for 0.92 of a GPU by default, also where the size of the KV cache is given:
-    beside a trainer that holds a tenth of it vLLM would not start.
+    Args:
+        world_size: ranks of the job.
+        gpu_bytes: memory of this rank's GPU; None on the CPU.
+        sleeps: whether weights and KV cache leave the device at times.
     """
-    if not use_cuda():  # nothing is asked there
-        return 1.0
-    _, total = torch.cuda.mem_get_info()
-    return min(1.0, kv_bytes / total)
+    on_gpu = gpu_bytes is not None
+    kv_bytes = int(config.kv_cache_gib * GIB)
+    return {
+        "model": hf_dir,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # not the folder's: every sampling parameter is ours
+        "load_format": "dummy",
+        "dtype": config.dtype,
+        "seed": seed,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enable_expert_parallel": config.expert_parallel,
+        # the external launcher is how vLLM learns of this rank's device and place; the plain executor would put every
+        # replica of a node on GPU 0
+        "distributed_executor_backend": "external_launcher" if world_size > 1 else None,
+        "enforce_eager": not on_gpu,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        # seeded sampling on the CPU dies in a prompt's second chunk ("CPU Generator does not use offset",
+        # v1/worker/gpu_model_runner.py), and without chunks a step must hold the longest prompt
+        "enable_chunked_prefill": on_gpu,
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, 0 if on_gpu else max_model_len),
+        "kv_cache_memory_bytes": kv_bytes,
+        # of a GPU's memory, what must be free as vLLM starts. v1/worker/utils.py, request_memory, asks for 0.92 by
+        # default, also where the size of the KV cache is given: it would not start beside a trainer that holds a tenth
+        "gpu_memory_utilization": 1.0 if gpu_bytes is None else min(1.0, kv_bytes / gpu_bytes),
+        "enable_prefix_caching": True,  # the samples of one prompt share its keys and values
+        "block_size": None if on_gpu else 32,  # the CPU's default of 128 shares no prompt below that length
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "enable_sleep_mode": sleeps and on_gpu,
+    }

@@ -1,6 +1,6 @@
 """Everything vLLM does to the process it lives in, kept away from the trainer that lives there too.
 
-Written against vLLM 0.32 (CPU) with 0.22 (CUDA) in mind; each item names the line of vLLM that needs it.
+Written against vLLM 0.32, its CPU and its CUDA build; each item names the line of vLLM that needs it.
 ``prepare_process`` comes before vLLM is imported, ``shielded`` goes around every call that builds an engine.
 """
 
@@ -150,7 +150,7 @@ def shielded(shm_token: str) -> Iterator[None]:
     with preserved_rng():
         if use_cuda():
             _guard_process_group()
-            with _own_gpu():
+            with _own_gpu(), hf_classes_compiled_apart():
                 yield
             return
         with _preserved_environment(), _preserved_threads(), _preserved_streams():
@@ -232,6 +232,9 @@ def _repack_experts_on_reload() -> None:
     replace_function(UnquantizedFusedMoEMethod, "_setup_kernel", set_up_kernel, ("self", "layer", "w13", "w2"))
 
 
+_DECORATE = ("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder")
+
+
 def _leave_undecorated(model: object, cls: type, *args: object, **kwargs: object) -> None:
     """vLLM reads nothing of what the decorator would have added when the model is eager."""
 
@@ -243,12 +246,33 @@ def _leave_hf_classes_alone() -> None:
     model_executor/models/transformers/base.py, _decorate_cls_for_torch_compile, replaces ``__init__``, ``__call__``
     and ``__bases__`` of that class (``Olmo3Model``) for the whole process: from then on it cannot be built outside
     an engine, nor can earlier instances be called. Engines on the CPU are eager (``enforce_eager``): compilation mode
-    NONE, in which the replacements do nothing. GPU engines do compile; but 0.22 has a class of its own for OLMo-3.
+    NONE, in which the replacements do nothing.
     """
     from vllm.model_executor.models.transformers.base import Base
 
-    parameters = ("self", "cls", "dynamic_arg_dims", "enable_if", "is_encoder")
-    replace_function(Base, "_decorate_cls_for_torch_compile", _leave_undecorated, parameters)
+    replace_function(Base, "_decorate_cls_for_torch_compile", _leave_undecorated, _DECORATE)
+
+
+@contextmanager
+def hf_classes_compiled_apart() -> Iterator[None]:
+    """Around the building of an engine that compiles: the same as ``_leave_hf_classes_alone``, for GPUs.
+
+    vLLM decorates, and AutoModel then makes, a subclass that nobody else knows.
+    """
+    from transformers import AutoModel
+    from vllm.model_executor.models.transformers.base import Base
+
+    made = AutoModel._model_mapping  # configuration class -> model class; what was registered comes first
+
+    def decorate(model: Any, cls: type, *args: Any, **kwargs: Any) -> None:
+        own = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+        original(model, own, *args, **kwargs)
+        made.register(type(model.text_config), own, exist_ok=True)
+
+    with kept(Base, "_decorate_cls_for_torch_compile"), kept(made, "_extra_content"):
+        replace_value(made, "_extra_content", dict(made._extra_content), dict)
+        original = replace_function(Base, "_decorate_cls_for_torch_compile", decorate, _DECORATE)
+        yield
 
 
 @contextmanager
