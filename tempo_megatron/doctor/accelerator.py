@@ -25,8 +25,10 @@ def check_accelerator(dtypes: set[str] | None = None) -> list[Finding]:
             fault("torch", f"cannot be imported: {error}", "install the pins of one stack: pip install -e '.[cuda]'")
         ]
     dtypes = dtypes or set()
+    if torch.version.cuda is None:
+        return [ok("torch", f"{torch.__version__}: the CPU build; models run on the CPU, over gloo")]
     if not torch.cuda.is_available():
-        return [_check_why_cpu(torch)]
+        return [_check_why_no_gpu(torch), *_check_driver(), _check_transformer_engine(has_gpu=False)]
     findings = [
         ok(
             "torch",
@@ -35,14 +37,12 @@ def check_accelerator(dtypes: set[str] | None = None) -> list[Finding]:
         *_check_driver(),
         *(_check_gpu(torch, index, dtypes) for index in range(torch.cuda.device_count())),
         *_check_alike(torch),
-        _check_transformer_engine(),
+        _check_transformer_engine(has_gpu=True),
     ]
     return findings
 
 
-def _check_why_cpu(torch: Any) -> Finding:
-    if torch.version.cuda is None:
-        return ok("torch", f"{torch.__version__}: the CPU build; models run on the CPU, over gloo")
+def _check_why_no_gpu(torch: Any) -> Finding:
     told = f"{torch.__version__} is built for CUDA {torch.version.cuda} and sees no GPU"
     return fault(
         "torch", told, "nvidia-smi; CUDA_VISIBLE_DEVICES; in a job --gpus-per-node; in a container --nv, --gpus"
@@ -54,7 +54,8 @@ def _check_driver() -> list[Finding]:
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
-        return [warning("driver", "nvidia-smi does not answer", "its version is not known")]
+        remedy = f"CUDA 13 needs a driver of {DRIVER} or later; in a container it is the host's"
+        return [warning("driver", "none is known: nvidia-smi does not answer", remedy)]
     if not lines or int(lines[0].split(".")[0]) >= DRIVER:
         return [ok("driver", lines[0])] if lines else []
     return [
@@ -82,17 +83,17 @@ def _check_alike(torch: Any) -> list[Finding]:
     return [warning("GPUs", f"are not alike: {', '.join(sorted(names))}", "the slowest and the smallest count for all")]
 
 
-def _check_transformer_engine() -> Finding:
+def _check_transformer_engine(*, has_gpu: bool) -> Finding:
     if importlib.util.find_spec("transformer_engine") is None:
-        return warning(
-            "transformer engine", "is not installed", "layer_spec: torch is slower; pip install -e '.[cuda]'"
-        )
+        return warning("transformer engine", "is not installed", "layer_spec: torch is slower; make cuda-env")
     try:
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-    except (ImportError, OSError) as error:
-        return fault(
-            "transformer engine", f"cannot be imported: {error}", "build it against this torch (README, Install)"
-        )
+    except (ImportError, OSError) as error:  # FileNotFoundError where its PyTorch part was not built
+        told = f"cannot be imported, nor can Megatron-Core beside it: {error}"
+        return fault("transformer engine", told, "make cuda-env builds it against this torch (README, Install)")
+    version = getattr(te, "__version__", "")
+    if not has_gpu:
+        return ok("transformer engine", version)
     able, why = FP8GlobalStateManager.is_fp8_available()
-    return ok("transformer engine", f"{getattr(te, '__version__', '')} FP8: {'yes' if able else why}".strip())
+    return ok("transformer engine", f"{version} FP8: {'yes' if able else why}".strip())

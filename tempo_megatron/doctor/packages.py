@@ -67,9 +67,8 @@ def _check_pins(found: dict[str, metadata.Distribution], requires: Iterable[str]
     ]
     findings = []
     if absent:
-        findings.append(
-            fault("packages", f"not installed: {_listed(map(str, absent))}", f"pip install '{DISTRIBUTION}[{stack}]'")
-        )
+        remedy = "make cuda-env" if stack == "cuda" else f"pip install '{DISTRIBUTION}[{stack}]'"
+        findings.append(fault("packages", f"not installed: {_listed(map(str, absent))}", remedy))
     for r, version in other:
         told = f"{r.name} {version}, tested with {r.specifier}"
         remedy = f"pip install '{r.name}{r.specifier}'"

@@ -51,7 +51,7 @@ def test_other_versions_and_absent_packages(check: Callable[..., list[Finding]])
     found = check(torch__2_12_0=None, numpy__2_2_0=None)
     assert bad(found) == [("packages", "fault"), ("packages", "warning"), ("packages", "fault")]
     assert found[0].told == "not installed: transformer-engine[pytorch]==2.11.0"
-    assert found[0].remedy == "pip install 'tempo-megatron[cuda]'"
+    assert found[0].remedy == "make cuda-env"
     assert found[2].told == "torch 2.12.0, tested with ==2.11.0"
 
 
