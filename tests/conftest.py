@@ -53,6 +53,17 @@ def _why_no_slurm() -> str | None:
     return None if os.geteuid() == 0 else "a cluster on loopback needs root"
 
 
+def cuda_python() -> Path:
+    """Interpreter of the CUDA environment: of the folder CUDA_VENV, else of what ``make cuda-env`` makes."""
+    folder = Path(os.environ.get("CUDA_VENV", ".venv-cuda"))
+    return Path(__file__).resolve().parent.parent / folder / "bin" / "python"
+
+
+def _why_no_cuda_env() -> str | None:
+    venv = cuda_python().parent.parent
+    return None if list(venv.glob(".complete-*")) else f"no CUDA environment in {venv} (make cuda-env; CUDA_VENV)"
+
+
 def _longest_files_first(items: list[pytest.Item]) -> None:
     """Files are dealt to several processes (make test): none should be left alone with a long one at the end."""
     seconds: Counter[Path] = Counter()
@@ -72,7 +83,7 @@ def _bounds_of_a_busy_machine(items: list[pytest.Item]) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _longest_files_first(items)
     _bounds_of_a_busy_machine(items)
-    for marker, why_not in (("gpu", _why_no_gpu), ("slurm", _why_no_slurm)):
+    for marker, why_not in (("gpu", _why_no_gpu), ("slurm", _why_no_slurm), ("cuda_env", _why_no_cuda_env)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None
         if reason is not None:

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -188,13 +188,10 @@ def globals_outside_the_layouts() -> list[str]:
     return sorted(stored - set(_layout_globals()))
 
 
-def main() -> None:
-    from tempo_megatron.parallel.distributed import start
-
-    cpu_shim.install()
-    start(threads=1, timeout_s=60)
+def told_without(installers: Sequence[Callable[[], Any]]) -> dict[str, str]:
+    """Target -> what is told when the installer that replaces it is called where it is absent."""
     told: dict[str, str] = {}
-    for install in INSTALLERS:
+    for install in installers:
         for target, (owner, name) in applied(install).items():
             if target in told:
                 continue
@@ -206,6 +203,15 @@ def main() -> None:
                     told[target] = str(error)
                 except AttributeError as error:  # taken for granted before the helper was asked
                     told[target] = f"AttributeError: {error}"
+    return told
+
+
+def main() -> None:
+    from tempo_megatron.parallel.distributed import start
+
+    cpu_shim.install()
+    start(threads=1, timeout_s=60)
+    told = told_without(INSTALLERS)
     unread = [pair for pair in json.loads(sys.argv[1]) if not mentions(*pair)]
     print(json.dumps({"gone": told, "unread": unread, "outside": globals_outside_the_layouts()}))
 
