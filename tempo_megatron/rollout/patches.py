@@ -137,7 +137,21 @@ def _preserved_streams() -> Iterator[None]:
 def shielded_import() -> Iterator[None]:
     """Around an import of vLLM, or the making of its settings, on the CPU: keep the trainer's process state."""
     with preserved_rng(), _preserved_environment(), _preserved_threads(), _preserved_streams():
+        _settle_platform()
         yield
+
+
+def _settle_platform() -> None:
+    """On a machine without a GPU let vLLM's CUDA build plan as its CPU build does; before its modules are imported.
+
+    platforms/__init__.py finds no platform there, a login node for example, and no settings can be made without one.
+    """
+    from vllm import platforms
+
+    if platforms.current_platform.is_unspecified():
+        from vllm.platforms.cpu import CpuPlatform
+
+        replace_value(platforms, "_current_platform", CpuPlatform(), platforms.Platform)
 
 
 @contextmanager
