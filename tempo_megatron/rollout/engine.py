@@ -329,7 +329,7 @@ def load_vllm() -> None:
         patches.prepare_process()
         # env_override.py imports inductor's lowering, two thirds of a second, to patch it: nothing is compiled here;
         # multimodal/audio.py imports scipy.signal, a third: nothing is heard
-        with patches.shielded_import(), absent("torch._inductor.lowering", "scipy.signal"):
+        with absent("torch._inductor.lowering", "scipy.signal"), patches.shielded_import():
             import vllm.v1.worker.cpu_worker  # noqa: F401  (the largest of what an engine imports as it is built)
             from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt  # noqa: F401
 
@@ -367,6 +367,11 @@ def _cached_blocks(llm: LLMEngine) -> int:
 def _build_engine(
     hf_dir: str, hf_config: PretrainedConfig, config: RolloutConfig, max_model_len: int, seed: int, *, sleeps: bool
 ) -> LLMEngine:
+    if torch.version.cuda is not None and not use_cuda():
+        raise TempoError(
+            f"rollout: torch {torch.__version__} is built for CUDA and sees no GPU, and vLLM's CUDA build samples on none "
+            "else: tempo-megatron doctor says what is missing; for the CPU install the CPU stack (README, Install)"
+        )
     check_model(
         hf_dir,
         hf_config,
