@@ -109,6 +109,7 @@ def build(sources: Path, folder: Path, headers: list[Path], jobs: int) -> Path:
     os.environ["CPATH"] = os.pathsep.join(map(str, headers))
     os.environ["MAX_JOBS"] = str(jobs)
     os.environ["NVTE_PYTORCH_FORCE_BUILD"] = "TRUE"  # it would first look for a wheel elsewhere
+    os.environ["NVTE_NO_LOCAL_VERSION"] = "1"  # it would take the commit of this repository for its own
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
     fresh = folder / "fresh"
     shutil.rmtree(fresh, ignore_errors=True)

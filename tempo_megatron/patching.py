@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from types import ModuleType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 from tempo_megatron.errors import TempoError
@@ -51,6 +51,11 @@ def replace_function(
     setattr(owner, name, replacement)
     _replaced[id(owner), name] = owner, original, getattr(owner, name)
     return original
+
+
+def unless_native(function: Callable[..., Any], parameters: tuple[str, ...]) -> tuple[str, ...] | None:
+    """``parameters`` for ``replace_function`` of what Transformer Engine, where installed, has as a kernel in C."""
+    return None if isinstance(function, BuiltinFunctionType) else parameters
 
 
 def replace_value(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+from importlib import metadata
 from typing import Any
 
 from tempo_megatron.doctor.finding import GIB, Finding, fault, ok, size, warning
@@ -87,13 +88,12 @@ def _check_transformer_engine(*, has_gpu: bool) -> Finding:
     if importlib.util.find_spec("transformer_engine") is None:
         return warning("transformer engine", "is not installed", "layer_spec: torch is slower; make cuda-env")
     try:
-        import transformer_engine.pytorch as te
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
     except (ImportError, OSError) as error:  # FileNotFoundError where its PyTorch part was not built
         told = f"cannot be imported, nor can Megatron-Core beside it: {error}"
         return fault("transformer engine", told, "make cuda-env builds it against this torch (README, Install)")
-    version = getattr(te, "__version__", "")
+    version = metadata.version("transformer-engine")
     if not has_gpu:
         return ok("transformer engine", version)
     able, why = FP8GlobalStateManager.is_fp8_available()
-    return ok("transformer engine", f"{version} FP8: {'yes' if able else why}".strip())
+    return ok("transformer engine", f"{version}, FP8: {'yes' if able else why}")

@@ -21,7 +21,7 @@ import torch.utils._device
 from tempo_megatron.imports import absent
 from tempo_megatron.parallel.device import device as current_device
 from tempo_megatron.parallel.device import use_cuda
-from tempo_megatron.patching import replace_function, replace_value, set_global
+from tempo_megatron.patching import replace_function, replace_value, set_global, unless_native
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -310,7 +310,7 @@ def _patch_copies() -> None:
         for source, target in zip(*tensor_lists, strict=True):
             torch.mul(source, factor, out=target)
 
-    takes = ("chunk_size", "noop_flag", "tensor_lists", "scale")
+    takes = unless_native(clip_grads.multi_tensor_scale_impl, ("chunk_size", "noop_flag", "tensor_lists", "scale"))
     replace_function(clip_grads, "multi_tensor_scale_impl", scale, takes)
 
     def spare(name: str, parameters: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tempo_megatron.parallel.device import without_numbers
 from tempo_megatron.parallel.groups import process_group
-from tempo_megatron.patching import kept, replace_function
+from tempo_megatron.patching import kept, replace_function, unless_native
 
 _ATEN = torch.ops.aten
 _META = torch.device("meta")
@@ -316,5 +316,5 @@ def _norm_on_the_device() -> Iterator[None]:
 
     with kept(clip_grads, "l2_norm_impl"):
         takes = ("chunk_size", "noop_flag", "tensor_lists", "per_tensor", "args")
-        replace_function(clip_grads, "l2_norm_impl", norm, takes)
+        replace_function(clip_grads, "l2_norm_impl", norm, unless_native(clip_grads.l2_norm_impl, takes))
         yield

@@ -369,8 +369,8 @@ def _build_engine(
 ) -> LLMEngine:
     if torch.version.cuda is not None and not use_cuda():
         raise TempoError(
-            f"rollout: torch {torch.__version__} is built for CUDA and sees no GPU, and vLLM's CUDA build samples on none "
-            "else: tempo-megatron doctor says what is missing; for the CPU install the CPU stack (README, Install)"
+            f"rollout: torch {torch.__version__} is built for CUDA and sees no GPU, and vLLM's CUDA build samples on "
+            "nothing else: tempo-megatron doctor says what is missing; to run on the CPU install the CPU stack (README)"
         )
     check_model(
         hf_dir,

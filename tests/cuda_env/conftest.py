@@ -37,6 +37,7 @@ def run_there(libcuda: dict[str, str]) -> Callable[..., LaunchResult]:
     """
 
     def run(*arguments: str | Path, timeout_s: float = 300, driver: bool = True) -> LaunchResult:
+        # vLLM keeps Triton without a GPU where none is to be seen, and leaves it where it sees none
         env = {"CUDA_VISIBLE_DEVICES": "", **(libcuda if driver else {})}
         return launch([*arguments], nproc=1, timeout_s=timeout_s, env=env, python=cuda_python())
 

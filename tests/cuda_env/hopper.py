@@ -6,6 +6,8 @@ import ctypes
 import os
 import sys
 
+import torch
+
 GIB = 1 << 30
 
 
@@ -47,3 +49,13 @@ def pretend() -> None:
             return 132
 
     vllm.platforms._current_platform = OneHopper()
+
+
+def shown_to_transformer_engine() -> None:
+    """From now on Transformer Engine believes that there is a GPU, without which its layers refuse to be made."""
+    is_available = torch.cuda.is_available
+
+    def seen() -> bool:
+        return sys._getframe(1).f_globals["__name__"].startswith("transformer_engine.") or is_available()
+
+    torch.cuda.is_available = seen

@@ -25,10 +25,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from tempo_megatron.config.schema import CriticConfig, RoleConfig  # noqa: E402
-from tempo_megatron.model.build import build_model  # noqa: E402
+from tempo_megatron.model import build  # noqa: E402
 from tempo_megatron.model.held import megatron_holdings  # noqa: E402
 from tempo_megatron.model.hf_tensors import expected_tensors  # noqa: E402
 from tempo_megatron.model.weights import local_entries, named_parameters  # noqa: E402
+from tempo_megatron.parallel.device import without_numbers  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups, process_group  # noqa: E402
 from tests.model.parity_cases import FAMILIES, Layout, config_of  # noqa: E402
 
@@ -58,9 +59,9 @@ def built(spec: str, family: str, role: str, layout: str, rank: int, world: int)
     role_config = settings(init="-", dtype="bfloat16", layer_spec=spec, parallel=words.parallel)
     with process_group("fake", FakeStore(), rank, world):
         groups = ModelParallelGroups(words.parallel, 60)
-        with groups.active(), torch.device("meta"):
+        with groups.active(), without_numbers(), torch.device("meta"):
             tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-            models = build_model(config, role, role_config, groups)
+            models = build.build_model(config, role, role_config, groups)
             data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
             states = [model.sharded_state_dict(metadata=METADATA | {"dp_cp_group": data_parallel}) for model in models]
         entries = [entry for chunk in local_entries(models, config, role, groups) for entry in chunk]
@@ -102,6 +103,8 @@ def compared(family: str, role: str, layout: str, world: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    hopper.shown_to_transformer_engine()
+    build.use_cuda = lambda: True  # as on a GPU parameters are made where they stay
     found = {
         f"{family} {role} {layout}".strip(): compared(family, role, layout, world)
         for family, role, layout, world in cases()

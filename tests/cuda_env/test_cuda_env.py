@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,8 +98,7 @@ def test_vllm_takes_our_settings_for_a_gpu(rollout: dict[str, Any]) -> None:
     families = {name: found for name, found in rollout.items() if name not in ("sampling", "classes")}
     assert len(families) == 7
     for name, found in families.items():
-        assert found["not_in_v2"] == [], name
-        assert found["async"] and found["sleep"] and found["chunked"], name
+        assert found["v2"] and found["async"] and found["sleep"] and found["chunked"], name
         assert (found["mode"], found["logprobs"], found["kv_bytes"]) == ("VLLM_COMPILE", "processed_logprobs", 1 << 30)
         assert found["bytes"][0] == found["bytes"][1] > 0, name
     assert families["olmo3"]["architecture"] == "TransformersForCausalLM"
@@ -129,3 +129,11 @@ def test_doctor_says_what_is_missing(run_there: Run) -> None:
     told = " ".join(result.stdout.split())
     assert "sees no GPU" in told and "transformer engine" in told
     assert "not installed:" not in told
+
+
+def test_an_update_is_planned_on_a_login_node(run_there: Run, tmp_path: Path) -> None:
+    from tests.model.parity_cases import config_of
+
+    config_of("qwen3").save_pretrained(tmp_path)
+    arguments = ["--hf", tmp_path, "--ranks", "2", "--tp", "2", "--rollout-tp", "2"]
+    assert "buffers on a GPU" in run_there("-m", "tempo_megatron", "sync-plan", *arguments, driver=False).check().stdout

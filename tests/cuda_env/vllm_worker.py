@@ -47,8 +47,7 @@ def engine_config(hf_dir: str, rollout: RolloutConfig, world_size: int) -> Any:
 def decided(config: Any) -> dict[str, Any]:
     """What our own code relies on, or has to know."""
     return {
-        # without a GPU there is no Triton for vLLM, by which alone it would leave the second model runner
-        "not_in_v2": config._get_v2_model_runner_unsupported_features(),
+        "v2": config.use_v2_model_runner,
         "async": config.scheduler_config.async_scheduling,
         "mode": config.compilation_config.mode.name,
         "sleep": config.model_config.enable_sleep_mode,
