@@ -43,7 +43,9 @@ def test_fp8_is_transformer_engines_or_emulated(transformer_engine: None, monkey
             build.layer_spec_name(role)
 
 
-def test_without_transformer_engine() -> None:
+def test_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformer_engine" else find(name))
     assert build.layer_spec_name(RoleConfig(init="-")) == "torch"
     with pytest.raises(TempoError, match="te needs the package transformer-engine"):
         build.layer_spec_name(RoleConfig(init="-", layer_spec="te"))
