@@ -96,7 +96,7 @@ test-cuda-env: $(CUDA_STAMP) ## the tests that look at the CUDA stack, no GPU ne
 lock-cuda: ## write the lock of the CUDA stack anew from the direct pins, for one Python [PYTHON=python3.11 CUDA_VENV=.venv-cuda-3.11]
 	$(cuda_torch)
 	@rm -f $(CUDA_UNFINISHED)
-	$(CUDA_VENV)/bin/python requirements/lock.py cuda
+	CUDA_HOME=$$(echo $(abspath $(CUDA_VENV))/lib/python*/site-packages/nvidia/cu13) $(CUDA_VENV)/bin/python requirements/lock.py cuda
 
 clean: ## remove the environment, caches and build leftovers (not runs/)
 	rm -rf $(VENV) $(UNFINISHED) $(CUDA_VENV) $(CUDA_UNFINISHED) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,7 +1,7 @@
 """Build Transformer Engine's PyTorch part against the torch of this environment, and install it (``make cuda-env``).
 
-It is C++ alone: neither nvcc nor a GPU is needed, but the headers of CUDA, which lie in the nvidia-* wheels that torch
-and the lock bring, or in a toolkit.  A wheel that was built before, against this torch, is taken; a build that was
+It is C++ alone, which needs no GPU, but the headers of CUDA and the version of its nvcc: both lie in the nvidia-* wheels
+that torch and the lock bring, or in a toolkit.  A wheel that was built before, against this torch, is taken; a build that was
 interrupted goes on where it was.
 
     transformer_engine.py LOCK FOLDER [JOBS]
@@ -54,6 +54,15 @@ def toolkit_folders() -> list[Path]:
     """Headers of a CUDA toolkit: CUDA_HOME's, else the usual place's."""
     folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
     return [folder] if folder.is_dir() else []
+
+
+def nvcc_home() -> Path:
+    """What has nvcc, which the sources ask for its version and nothing else; SystemExit where nothing has."""
+    homes = [*filter(None, [os.environ.get("CUDA_HOME")]), *(f.parent for f in wheel_folders()), "/usr/local/cuda"]
+    for home in map(Path, homes):
+        if (home / "bin" / "nvcc").is_file():
+            return home
+    sys.exit("error: no nvcc, whose version Transformer Engine's sources ask for: install nvidia-cuda-nvcc")
 
 
 def missing_headers(folders: Iterable[Path]) -> list[str]:
@@ -136,6 +145,7 @@ def main() -> None:
     if wheel is None:
         headers = [*wheel_folders(), *toolkit_folders()]
         require_tools(headers)
+        os.environ["CUDA_HOME"] = str(nvcc_home())
         print(f"building {PACKAGE} {version} against torch {torch}: 20 minutes of one core, {jobs} at a time")
         wheel = build(unpacked(version, folder), folder, headers, jobs)
     pip("install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", str(wheel))

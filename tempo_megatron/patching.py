@@ -53,9 +53,9 @@ def replace_function(
     return original
 
 
-def unless_native(function: Callable[..., Any], parameters: tuple[str, ...]) -> tuple[str, ...] | None:
+def unless_native(owner: Any, name: str, parameters: tuple[str, ...]) -> tuple[str, ...] | None:
     """``parameters`` for ``replace_function`` of what Transformer Engine, where installed, has as a kernel in C."""
-    return None if isinstance(function, BuiltinFunctionType) else parameters
+    return None if isinstance(getattr(owner, name, None), BuiltinFunctionType) else parameters
 
 
 def replace_value(

@@ -310,7 +310,7 @@ def _patch_copies() -> None:
         for source, target in zip(*tensor_lists, strict=True):
             torch.mul(source, factor, out=target)
 
-    takes = unless_native(clip_grads.multi_tensor_scale_impl, ("chunk_size", "noop_flag", "tensor_lists", "scale"))
+    takes = unless_native(clip_grads, "multi_tensor_scale_impl", ("chunk_size", "noop_flag", "tensor_lists", "scale"))
     replace_function(clip_grads, "multi_tensor_scale_impl", scale, takes)
 
     def spare(name: str, parameters: tuple[str, ...]) -> None:

@@ -316,5 +316,5 @@ def _norm_on_the_device() -> Iterator[None]:
 
     with kept(clip_grads, "l2_norm_impl"):
         takes = ("chunk_size", "noop_flag", "tensor_lists", "per_tensor", "args")
-        replace_function(clip_grads, "l2_norm_impl", norm, unless_native(clip_grads.l2_norm_impl, takes))
+        replace_function(clip_grads, "l2_norm_impl", norm, unless_native(clip_grads, "l2_norm_impl", takes))
         yield
