@@ -1,8 +1,8 @@
 """Build Transformer Engine's PyTorch part against the torch of this environment, and install it (``make cuda-env``).
 
-It is C++ alone, which needs no GPU, but the headers of CUDA and the version of its nvcc: both lie in the nvidia-* wheels
-that torch and the lock bring, or in a toolkit.  A wheel that was built before, against this torch, is taken; a build that was
-interrupted goes on where it was.
+It is C++ alone, which needs no GPU, but the headers of CUDA and the version of its nvcc: both lie in the nvidia-*
+wheels that torch and the lock bring, or in a toolkit.  A wheel that was built before, against this torch, is taken; a
+build that was interrupted goes on where it was.
 
     transformer_engine.py LOCK FOLDER [JOBS]
 
