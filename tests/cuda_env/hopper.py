@@ -59,3 +59,4 @@ def shown_to_transformer_engine() -> None:
         return sys._getframe(1).f_globals["__name__"].startswith("transformer_engine.") or is_available()
 
     torch.cuda.is_available = seen
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
