@@ -55,6 +55,11 @@ class Figure:
     unit: str = "x"
     target: str | None = None
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Figure:
+        """From its JSON."""
+        return cls(record["what"], Spread(**record["value"]), record["unit"], record["target"])
+
     @property
     def met(self) -> bool | None:
         """Whether the median reaches the target; None without one."""
@@ -167,7 +172,7 @@ def show(report: Report, console: Console) -> None:
         console.print(f"  {key}: {value}", markup=False, highlight=False)
     for figure in report.figures:
         verdict = {None: "", True: f"  (target {figure.target}: met)", False: f"  (target {figure.target}: MISSED)"}
-        console.print(f"  {figure.what}: {_shown(asdict(figure))}{verdict[figure.met]}", markup=False, highlight=False)
+        console.print(f"  {figure.what}: {shown(figure)}{verdict[figure.met]}", markup=False, highlight=False)
 
 
 def _table(comparison: Comparison) -> Table:
@@ -208,18 +213,19 @@ def readme_table(folder: Path = RESULTS) -> str:
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
         where = f"{record['machine']['cpu']}, {record['machine']['cores']} cores, `{record['commit']}`"
-        for figure in record["figures"]:
-            target = figure["target"] or ""
-            if figure["met"] is not None:
-                target += " ✓" if figure["met"] else " missed"
-            lines.append(f"| `{record['benchmark']}` | {figure['what']} | {_shown(figure)} | {target} | {where} |")
+        for figure in map(Figure.of, record["figures"]):
+            target = figure.target or ""
+            if figure.met is not None:
+                target += " ✓" if figure.met else " missed"
+            lines.append(f"| `{record['benchmark']}` | {figure.what} | {shown(figure)} | {target} | {where} |")
     return "\n".join(lines)
 
 
-def _shown(figure: dict[str, Any]) -> str:
-    value, unit = figure["value"], figure["unit"]
-    unit = unit if unit in ("x", "%") else f" {unit}"
-    median, low, high = (f"{float(f'{value[key]:.3g}'):g}" for key in ("median", "low", "high"))
+def shown(figure: Figure) -> str:
+    """Its number with the unit, and the range where there is one."""
+    unit = figure.unit if figure.unit in ("", "x", "%") else f" {figure.unit}"
+    value = figure.value
+    median, low, high = (f"{float(f'{number:.3g}'):g}" for number in (value.median, value.low, value.high))
     return f"{median}{unit}" + (f" ({low} to {high})" if low != high else "")
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Comparison, Contender, Prepare, Run, Spread, compare, started
 from benchmarks.report import Figure, Options, Report, ahead_of
+from tempo_megatron.config.load import load_config
+from tempo_megatron.config.schema import Config
 
 #: Contender -> the ``residency`` section.
 MODES = {
@@ -26,7 +28,7 @@ def run(options: Options) -> Report:
     hidden, layers = (128, 2) if options.small else (768, 6)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder)
-        millions = _write_inputs(inputs, hidden, layers) / 1e6
+        millions = write_inputs(inputs, hidden, layers) / 1e6
         contenders = [
             Contender(name, "benchmarks.residency:em_loop", {"inputs": folder, "name": name, "residency": mode})
             for name, mode in MODES.items()
@@ -73,8 +75,8 @@ def _saved(stays: dict[str, Any], leaves: dict[str, Any]) -> float:
     return float(max(stays["peak_gib"].values()) - peaks[phase]) / left
 
 
-def _write_inputs(folder: Path, hidden: int, layers: int) -> int:
-    """The demo's task, and a model of this size in the place of its own; the number of parameters."""
+def write_inputs(folder: Path, hidden: int, layers: int) -> int:
+    """``data`` and ``model``: the demo's task, with a model of this size in the place of its own; its parameters."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,15 +95,8 @@ def _write_inputs(folder: Path, hidden: int, layers: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def em_loop(settings: dict[str, Any]) -> Prepare:
-    """A run of stage ``tempo``; each measured run is one step of it."""
-    from tempo_megatron.parallel import cpu_shim
-
-    cpu_shim.install()
-    from tempo_megatron.config.load import load_config
-    from tempo_megatron.loop.em import EMLoop
-    from tempo_megatron.loop.session import Session
-
+def config_of(settings: dict[str, Any]) -> Config:
+    """Of a contender's run."""
     inputs = Path(settings["inputs"])
     values = {
         "output_dir": inputs / settings["name"].replace(" ", "-"),
@@ -119,11 +114,21 @@ def em_loop(settings: dict[str, Any]) -> Prepare:
         "algorithm.guard.enabled": "false",
         "algorithm.estep.updates": 1,
         "evaluation.sets": "[]",
-        "launch.threads_per_rank": settings["threads"],
+        "launch.threads_per_rank": settings.get("threads", 1),
         **{f"residency.{key}": value for key, value in settings["residency"].items()},
     }
-    config = load_config(ROOT / "configs" / "demo" / "tempo.yaml", [f"{key}={value}" for key, value in values.items()])
-    session = Session(config)
+    return load_config(ROOT / "configs" / "demo" / "tempo.yaml", [f"{key}={value}" for key, value in values.items()])
+
+
+def em_loop(settings: dict[str, Any]) -> Prepare:
+    """A run of stage ``tempo``; each measured run is one step of it."""
+    from tempo_megatron.parallel import cpu_shim
+
+    cpu_shim.install()
+    from tempo_megatron.loop.em import EMLoop
+    from tempo_megatron.loop.session import Session
+
+    session = Session(config_of(settings))
     loop = EMLoop(session)
     loop.begin()
 
@@ -146,5 +151,5 @@ def _facts(record: dict[str, float], memory: dict[str, dict[str, float]]) -> dic
     return {
         "peak_gib": {phase: record[f"memory/{phase}_gib"] for phase in phases},
         "resident_gib": {p: {k: v for k, v in memory[p].items() if k != "peak"} for p in phases},
-        "seconds": {phase: record[f"time/{phase}_s"] for phase in phases},
+        "phase_seconds": {phase: record[f"time/{phase}_s"] for phase in phases},
     }

@@ -14,14 +14,17 @@ from benchmarks.harness import Contender, Prepare, Run, compare_afresh
 from benchmarks.report import Options, Report, ahead_of
 from benchmarks.worlds import join_world, token_ids, write_random_model
 
-VOCAB, PROMPT, SAMPLES, SEQS, BATCHED, KV_GIB = 32_000, 32, 8, 64, 1024, 0.25
+VOCAB, PROMPT, SAMPLES = 32_000, 32, 8
+#: Of both contenders.
+ENGINE = {"dtype": "float32", "kv_cache_gib": 0.25, "max_num_seqs": 64, "max_num_batched_tokens": 1024}
 
 
 def run(options: Options) -> Report:
     case = {"prompts": 2, "tokens": 4} if options.small else {"prompts": 8, "tokens": 48}
     size = {"hidden": 64, "layers": 2} if options.small else {"hidden": 384, "layers": 8}
     with tempfile.TemporaryDirectory() as folder:
-        model = {"model": str(write_random_model(Path(folder), vocab_size=VOCAB, **size)), "length": 32 + PROMPT + 48}
+        file = str(write_random_model(Path(folder), vocab_size=VOCAB, **size))
+        model = {"model": file, "length": 32 + PROMPT + 48, "engine": ENGINE}
         contenders = [
             Contender("ours", "benchmarks.rollout:ours", model),
             Contender("vllm.LLM", "benchmarks.rollout:bare", model),
@@ -49,7 +52,7 @@ def ours(settings: dict[str, Any]) -> Prepare:
     from tempo_megatron.rollout.prompts import PromptDraw
 
     model = Path(settings["model"])
-    config = RolloutConfig(dtype="float32", kv_cache_gib=KV_GIB, max_num_seqs=SEQS, max_num_batched_tokens=BATCHED)
+    config = RolloutConfig(**settings["engine"])
     engine = RolloutEngine(model, config, max_model_len=settings["length"], seed=0, stop_token_ids=[])
     engine.update_weights(whole_tensors(load_file(model / "model.safetensors"), 1), 0)
 
@@ -75,29 +78,31 @@ def ours(settings: dict[str, Any]) -> Prepare:
 
 def bare(settings: dict[str, Any]) -> Prepare:
     """``vllm.LLM.generate``, as a program without this project would call it."""
+    engine, on_gpu = settings["engine"], settings.get("on_gpu", False)
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
     }
+    if not on_gpu:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     llm = LLM(
         model=settings["model"],
-        dtype="float32",
+        dtype=engine["dtype"],
         skip_tokenizer_init=True,
         generation_config="vllm",
         seed=0,
-        enforce_eager=True,
+        enforce_eager=not on_gpu,
         max_model_len=settings["length"],
-        max_num_seqs=SEQS,
-        max_num_batched_tokens=BATCHED,
-        enable_chunked_prefill=False,
-        kv_cache_memory_bytes=int(KV_GIB * 2**30),
+        max_num_seqs=engine["max_num_seqs"],
+        max_num_batched_tokens=engine["max_num_batched_tokens"],
+        enable_chunked_prefill=on_gpu,
+        kv_cache_memory_bytes=int(engine["kv_cache_gib"] * 2**30),
         enable_prefix_caching=True,
-        block_size=32,
+        block_size=None if on_gpu else 32,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
     )

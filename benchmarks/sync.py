@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.harness import Comparison, Contender, Prepare, Run, Spread, compare, started
 from benchmarks.report import Figure, Options, Report, ahead_of
-from benchmarks.worlds import join_world, write_random_model
+from benchmarks.worlds import join_world, settle, write_random_model
 
 SIZES = {"hidden": 1024, "layers": 8, "vocab_size": 16384, "queries": 4}
 SMALL = {"hidden": 64, "layers": 2, "vocab_size": 512}
@@ -74,7 +74,7 @@ def _figures(found: Comparison) -> list[Figure]:
 
 
 def _engines(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Actor and rollout of this rank."""
+    """Actor and rollout of this rank, in float32 unless ``settings`` has a dtype."""
     join_world(settings["threads"])
     from tempo_megatron.checkpoint.hf_engine import load_initial_weights
     from tempo_megatron.checkpoint.hf_read import load_hf_config
@@ -85,13 +85,14 @@ def _engines(settings: dict[str, Any]) -> tuple[Any, Any]:
     from tempo_megatron.training.engine import MegatronEngine
 
     parallel = ParallelConfig(**settings["layout"])
-    role = RoleConfig(init=settings["model"], dtype="float32", parallel=parallel, max_tokens_per_microbatch=1024)
+    dtype = settings.get("dtype", "float32")
+    role = RoleConfig(init=settings["model"], dtype=dtype, parallel=parallel, max_tokens_per_microbatch=1024)
     source = resolve_init(settings["model"], "actor.init")
     groups = ModelParallelGroups(parallel, 600)
     actor = MegatronEngine("actor", role, load_hf_config(source.hf_dir), groups, seed=0, trainable=False)
     load_initial_weights(actor, source)
     config = RolloutConfig(
-        dtype="float32",
+        dtype=dtype,
         kv_cache_gib=0.0625,
         max_num_seqs=16,
         max_num_batched_tokens=512,
@@ -116,6 +117,7 @@ def update(settings: dict[str, Any]) -> Prepare:
 
         def measured() -> dict[str, Any]:
             rollout.update_weights(actor.weight_source(), next(versions))
+            settle()
             done = rollout.last_update
             return {
                 "work": done.moved.local + done.moved.received,
@@ -172,6 +174,7 @@ def memcpy(settings: dict[str, Any]) -> Prepare:
         def measured() -> dict[str, Any]:
             for to, of in pairs:
                 to.copy_(of)
+            settle()
             return {"work": sum(of.nbytes for _, of in pairs)}
 
         return measured

@@ -19,6 +19,16 @@ def join_world(threads: int) -> None:
     start(threads, 600)
 
 
+def settle() -> None:
+    """Wait for what a GPU has still to do."""
+    import torch
+
+    from tempo_megatron.parallel.device import use_cuda
+
+    if use_cuda():
+        torch.cuda.synchronize()
+
+
 def beside(name: str) -> Path:
     """Where ``make bench`` installs ``requirements/bench-NAME.txt``: for a contender's import path, and no other's."""
     return Path(sys.prefix) / f"bench-{name}"

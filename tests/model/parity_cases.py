@@ -29,7 +29,13 @@ SIZES = {
     "last": "num_layers_in_last_pipeline_stage",
 }
 #: Words that change the model.
-MODEL_SIZES = {"layers": "num_hidden_layers", "kv": "num_key_value_heads"}
+MODEL_SIZES = {
+    "layers": "num_hidden_layers",
+    "kv": "num_key_value_heads",
+    "dim": "head_dim",
+    "vocab": "vocab_size",
+    "length": "max_position_embeddings",
+}
 #: Layouts per world size; data parallelism is what remains.  "distopt": the distributed optimizer.
 LAYOUTS = {
     1: ["", "distopt"],

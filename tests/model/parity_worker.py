@@ -1,13 +1,14 @@
 """Our models against transformers in the cases that it is given; launched by parity_table.run.
 
-Arguments: a folder for the models, and a JSON file with a list of {"layout", "family", "role"}.  Prints one JSON line
-per case from rank 0.
+Arguments: a folder for the models, and a JSON file with a list of {"layout", "family", "role"}, perhaps with "dtype"
+and "spec".  Prints one JSON line per case from rank 0.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,18 @@ from tests.model.parity_cases import Layout, config_of, largest  # noqa: E402
 ADAM_EPS, LR = 1.0, 100.0
 
 
-def build(config: hf.PretrainedConfig, role: str, layout: Layout, groups: ModelParallelGroups) -> MegatronEngine:
+def build(
+    config: hf.PretrainedConfig,
+    role: str,
+    layout: Layout,
+    groups: ModelParallelGroups,
+    dtype: str = "float32",
+    spec: str = "auto",
+) -> MegatronEngine:
     role_config = (CriticConfig if role == "critic" else RoleConfig)(
         init="-",
-        dtype="float32",
+        dtype=dtype,
+        layer_spec=spec,
         parallel=layout.parallel,
         max_tokens_per_microbatch=24,
         optimizer=OptimizerConfig(lr=LR, eps=ADAM_EPS, distributed=layout.distributed, grad_clip=0.0),
@@ -51,15 +60,36 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-3)).item()
 
 
-def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups, folder: Path) -> dict[str, Any]:
+def together(tensors: Iterable[torch.Tensor]) -> float:
+    """The norm of all numbers."""
+    return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
+
+
+def weights_of(engine: MegatronEngine) -> dict[str, torch.Tensor]:
+    """HF tensors, float32 on the host."""
+    return {name: tensor.float().cpu().clone() for name, tensor in engine.weight_stream(1)}
+
+
+def compare(
+    family: str,
+    role: str,
+    layout: Layout,
+    groups: ModelParallelGroups,
+    folder: Path,
+    dtype: str = "float32",
+    spec: str = "auto",
+) -> dict[str, Any]:
     """The case's numbers on rank 0, nothing on the others."""
     config = config_of(family, **layout.model_changes)
-    engine = build(config, role, layout, groups)
+    engine = build(config, role, layout, groups, dtype, spec)
     read = HFTensors(folder)
     load_hf_weights(engine.models, config, role, engine.groups, read)
-    before = {n: t.clone() for n, t in engine.weight_stream(1)}
+    before = weights_of(engine)
     tied = {"lm_head.weight"} if config.tie_word_embeddings and role == "actor" else set()
-    roundtrip = set(before) == read.names - tied and all(torch.equal(before[n], read(n)) for n in before)
+    rounded = {n: p.dtype for n, p in engine.weight_stream(1)}  # a value head stays float32
+    roundtrip = set(before) == read.names - tied and all(
+        torch.equal(before[n], read(n).to(rounded[n]).float()) for n in before
+    )
     engine.start_optimizer()
 
     sequences = data()
@@ -70,10 +100,10 @@ def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups,
     def loss(tables: dict[str, torch.Tensor], rows: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         table = tables[key]
         weights = torch.tensor([[weight_of(r, t) for t in range(table.shape[1])] for r in rows])
-        return (table * weights).sum() / tokens, {}
+        return (table * weights.to(table.device)).sum() / tokens, {}
 
     result = engine.step(sequences, loss)
-    after = dict(engine.weight_stream(1))
+    after = weights_of(engine)
     if dist.get_rank() != 0:
         return {}
     want = wanted(family, role, **layout.model_changes)
@@ -83,7 +113,9 @@ def compare(family: str, role: str, layout: Layout, groups: ModelParallelGroups,
     return {
         "forward": largest((got[i] - w).abs().max().item() for i, w in enumerate(want.outputs)),
         "loss": abs(result.loss - want.loss) / abs(want.loss),
+        "forward_mean": torch.cat([(got[i] - w).abs() for i, w in enumerate(want.outputs)]).mean().item(),
         "gradient": largest(relative(step, wanted_steps[n]) for n, step in steps.items()),
+        "gradients": together([step - wanted_steps[n] for n, step in steps.items()]) / together(wanted_steps.values()),
         "grad_norm": abs(result.grad_norm - want.norm) / want.norm,
         "parameters": len(after),
         "roundtrip": roundtrip,
@@ -101,7 +133,8 @@ def main() -> None:
             changes = layout.model_changes
             folder = shared / "-".join([family, role, *(f"{key}-{value}" for key, value in changes.items())])
             save_reference(config_of(family, **changes), role, folder)
-            result = compare(family, role, layout, groups, folder)
+            how = {key: case[key] for key in ("dtype", "spec") if key in case}
+            result = compare(family, role, layout, groups, folder, **how)
             if dist.get_rank() == 0:
                 print(json.dumps({**case, **result}), flush=True)
         groups.close()

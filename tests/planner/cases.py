@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import transformers as hf
 
@@ -54,6 +54,7 @@ class PlanCase:
     overlap: bool = False
     rotated: bool = False
     distributed: bool = True
+    spec: Literal["torch", "te"] = "torch"
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class PlanCase:
         return kind(
             init="-",
             dtype=self.dtype,
-            layer_spec="torch",
+            layer_spec=self.spec,
             parallel=Layout(self.layout).parallel,
             recompute=self.recompute,
             max_tokens_per_microbatch=self.tokens,
@@ -170,7 +171,7 @@ def config_of(family: str, **changes: int) -> hf.PretrainedConfig:
     return config_class(**{**_SHAPE, **own, **changes}, architectures=[architecture])
 
 
-def planned_peaks(case: PlanCase, stage: int, routed: int = 0) -> dict[str, int]:
+def planned_peaks(case: PlanCase, stage: int, routed: int = 0, *, on_cpu: bool = True) -> dict[str, int]:
     """Bytes of the forward, and of forward and backward, of a rank of a pipeline stage.
 
     Args:
@@ -187,5 +188,5 @@ def planned_peaks(case: PlanCase, stage: int, routed: int = 0) -> dict[str, int]
         microbatches=2 * parallel.pipeline_model_parallel_size,
         imbalance=routed / even if routed else 1.0,
     )
-    peaks = RolePeaks(sizes, case.role, case.config, "torch", on_cpu=True).of_stage(stage, load)
+    peaks = RolePeaks(sizes, case.role, case.config, case.spec, on_cpu=on_cpu).of_stage(stage, load)
     return {"forward": peaks.forward, "backward": peaks.backward}

@@ -28,6 +28,7 @@ cpu_shim.install()
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 
 from tempo_megatron.checkpoint.megatron_state import plan_role  # noqa: E402
+from tempo_megatron.parallel.device import use_cuda  # noqa: E402
 from tempo_megatron.parallel.distributed import gather_objects, on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
@@ -64,8 +65,13 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     """The most that tensors grow by while ``work`` runs.
 
     On one rank also by torch's allocator, with what is inside of operations; on several it does not see what gloo's
-    threads release.
+    threads release. On a GPU by its allocator alone.
     """
+    if use_cuda():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with LiveBytes() as live:
         work()
     return live.most if dist.get_world_size() > 1 else max(live.most, allocated(work))

@@ -1,0 +1,77 @@
+"""vLLM beside a trainer that holds most of the card; weights that change twice; both sides' log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+
+from gpu_check.check import Check
+from gpu_check.items.device import join, working_dtype
+from tempo_megatron.config.schema import ParallelConfig, RoleConfig, RolloutConfig
+from tempo_megatron.model.weights import load_hf_weights
+from tempo_megatron.parallel.device import device, use_cuda
+from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine
+from tempo_megatron.training.engine import MegatronEngine
+from tempo_megatron.training.microbatch import Sequences
+from tests.rollout.update_cases import config_of, random_tensors
+
+#: Mean |log p of vLLM - log p of the trainer|.
+BOUNDS = {"bfloat16": 0.02, "float32": 1e-4}
+#: Of the card, what is left to vLLM beside its weights and KV cache.
+LEFT = 0.1
+VERSIONS, PROMPTS, SAMPLES, TOKENS, LENGTH = 3, 8, 4, 40, 64
+
+
+def run(check: Check) -> None:
+    join()
+    _sampled(check, "qwen3", ModelParallelGroups(ParallelConfig(), 600))
+
+
+def families(check: Check) -> None:
+    """All but that of ``run``, one engine after the other."""
+    join()
+    groups = ModelParallelGroups(ParallelConfig(), 600)
+    for family in ("llama-tied", "qwen2", "olmo3", "qwen3-moe"):
+        _sampled(check, family, groups)
+
+
+def _sampled(check: Check, family: str, groups: ModelParallelGroups) -> None:
+    """A first load and two reloads, each with other weights."""
+    dtype, kv_gib = working_dtype(), 2.0 if use_cuda() else 0.0625
+    config = config_of(family)
+    folder = check.folder / family
+    config.save_pretrained(folder)
+    role = RoleConfig(init="-", dtype=dtype, max_tokens_per_microbatch=512)
+    actor = MegatronEngine("actor", role, config, groups, seed=0, trainable=False)
+    held = _fill(check, kv_gib)
+    settings = RolloutConfig(
+        dtype=dtype, kv_cache_gib=kv_gib, max_num_seqs=32, max_num_batched_tokens=256, temperature=1.0, top_p=1.0
+    )
+    rollout = RolloutEngine(folder, settings, max_model_len=LENGTH, seed=0, stop_token_ids=[])
+    prompts = [[5 + i, 6, 7 + i] for i in range(PROMPTS)]
+    requests = [GenerationRequest(prompt, 100 * i, SAMPLES, TOKENS) for i, prompt in enumerate(prompts)]
+    for version in range(VERSIONS):
+        tensors = random_tensors(config, version)
+        load_hf_weights(actor.models, config, "actor", actor.groups, tensors.__getitem__)
+        rollout.update_weights(actor.weight_source(), version)
+        found = rollout.generate(requests, version)
+        rows = Sequences.of([prompt for prompt in prompts for _ in range(SAMPLES)], [r.token_ids for r in found])
+        ours = actor.forward(rows)["log_probs"].values
+        theirs = torch.tensor([log_prob for response in found for log_prob in response.log_probs])
+        difference = (ours - theirs).abs()
+        what = f"{family}, {dtype}, weights {version}: |dlogp|"
+        check.figure(f"{what}, mean", float(difference.mean()), target=f"<= {BOUNDS[dtype]}")
+        check.figure(f"{what}, largest", float(difference.max()))
+    rollout.close()
+    del held
+
+
+def _fill(check: Check, kv_gib: float) -> torch.Tensor | None:
+    """Hold all of the card but the KV cache and ``LEFT``; None on the CPU."""
+    if not use_cuda():
+        check.note("memory of a trainer beside vLLM: there is no card to fill")
+        return None
+    free, total = torch.cuda.mem_get_info()
+    size = int(free - kv_gib * 2**30 - LEFT * total)
+    check.figure("held beside vLLM", size / 2**30, "GiB")
+    return torch.zeros(size, dtype=torch.uint8, device=device())
