@@ -16,6 +16,11 @@ BENCH ?=
 ROUNDS ?= 5
 CUDA_VENV ?= .venv-cuda
 BUILD_JOBS ?= 2
+ITEMS ?=
+BUDGET ?=
+AGAIN ?=
+# There where NVIDIA's driver is.
+GPU := $(wildcard /dev/nvidiactl)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +46,7 @@ CUDA_STAMP := $(CUDA_VENV)/.complete-$(CUDA_KEY)
 CUDA_PACKAGES := $(CUDA_VENV)/.packages-$(CUDA_KEY)
 CUDA_UNFINISHED := $(CUDA_VENV)-unfinished
 
-.PHONY: help demo demo-real study test test-slurm parity updates plan-errors kills bench lint lock clean
+.PHONY: help demo demo-real study test test-slurm parity updates plan-errors kills bench gpu-check lint lock clean
 .PHONY: cuda-env test-cuda-env lock-cuda
 
 help: ## this list
@@ -79,6 +84,10 @@ plan-errors: $(STAMP) ## planned against measured bytes, into docs/plan.md
 
 bench: $(STAMP) $(OTHERS:%=$(VENV)/bench-%/.complete-$(KEY)) ## measure speed and memory, into benchmarks/results and the README [BENCH="train host"] [ROUNDS=5]
 	$(BIN)/python -m benchmarks --rounds $(ROUNDS) $(BENCH)
+
+gpu-check: $(if $(GPU),,$(STAMP)) ## what only a GPU can show, as far as this machine goes [ITEMS=rates,kernels] [BUDGET=600] [AGAIN=1]
+	$(if $(GPU),$(CUDA_VENV)/bin,$(BIN))/python -m gpu_check $(if $(ITEMS),--items $(ITEMS)) \
+		$(if $(BUDGET),--budget-s $(BUDGET)) $(if $(AGAIN),--again)
 
 lint: $(STAMP) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .

@@ -27,11 +27,13 @@ from tempo_megatron.parallel.device import device
 from tempo_megatron.parallel.groups import ModelParallelGroups
 from tempo_megatron.planner.layers import Spec
 from tempo_megatron.training.engine import MegatronEngine
-from tests.model.hf_reference import data
+from tempo_megatron.training.microbatch import Sequences
 from tests.model.parity_cases import Layout, config_of
 
 #: Largest error that a kernel may have, of the norm of what is exact, forward and backward: a few roundings.
 BOUNDS = {"bfloat16": 1e-2, "float32": 1e-5}
+#: Tokens of the prompt and of the response of each sequence.
+ROWS = [(300, 400), (100, 157), (3, 5), (3, 5), (2, 1)]
 #: Of the models: heads as Transformer Engine's attention takes them.
 MODEL = "dim64"
 
@@ -136,7 +138,7 @@ def _kernels(engine: MegatronEngine, spec: str) -> list[Kernel]:
 
 
 def _pack(engine: MegatronEngine) -> PackedSeqParams:
-    sequences = data()
+    sequences = Sequences.of([[4] * p for p, _ in ROWS], [[5] * r for _, r in ROWS])
     return next(iter(engine._microbatches(sequences, engine.homes(sequences)))).packed
 
 
@@ -174,14 +176,13 @@ def _rope(engine: MegatronEngine, spec: str, packed: PackedSeqParams, x: Tensor)
 def _exact_attention(packed: PackedSeqParams, window: int | None, scale: float) -> Callable[..., Tensor]:
     lengths = packed.cu_seqlens_q.diff().tolist()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(*whole: Tensor) -> Tensor:
         outputs = []
-        for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-            n = len(parts[0])
-            seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        for parts in zip(*(x.split(lengths) for x in whole), strict=True):
+            q, k, v = (x.transpose(0, 1) for x in parts)
+            seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
             if window is not None:
                 seen = seen.triu(1 - window)
-            q, k, v = (x.transpose(0, 1) for x in parts)
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
             outputs.append(found.transpose(0, 1).flatten(1))
         return torch.cat(outputs)
