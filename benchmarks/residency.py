@@ -138,7 +138,8 @@ def em_loop(settings: dict[str, Any]) -> Prepare:
         def step() -> dict[str, Any]:
             loop.step += 1
             loop.train_step()
-            return {"work": 1, **_facts(session.ledger.collect(), session.ledger.memory_by_phase())}
+            parts = {name: part.nbytes() for name, part in session.residency._parts.items()}
+            return {"work": 1, "bytes": parts, **_facts(session.ledger.collect(), session.ledger.memory_by_phase())}
 
         return step
 

@@ -31,9 +31,8 @@ def speed(check: Check) -> None:
     join()
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    able, why = FP8GlobalStateManager.is_fp8_available()
+    able, why = te.is_fp8_available(return_reason=True)
     if not able:
         raise SkippedError(f"no FP8 on this device: {why}")
     linear = te.Linear(HIDDEN, WIDTH, bias=False, params_dtype=torch.bfloat16, device=device())
@@ -49,7 +48,7 @@ def speed(check: Check) -> None:
         made = getattr(recipe, name)()
 
         def quantised(made: recipe.Recipe = made) -> None:
-            with te.fp8_autocast(enabled=True, fp8_recipe=made):
+            with te.autocast(enabled=True, recipe=made):
                 y = linear(x)
             y.backward(slope)
 

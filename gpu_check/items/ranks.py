@@ -47,7 +47,13 @@ def run(check: Check) -> None:
         raise RunError(f"{len(results)} of {len(cases)} cases were told")
     for found in results:
         layout = found["layout"].removesuffix(" dim16")
-        tell(check, f"{layout}: {found['family']} {found['role']}, {found['spec']}", found, found["dtype"])
+        tell(
+            check,
+            f"{layout}: {found['family']} {found['role']}, {found['spec']}",
+            found,
+            found["family"],
+            found["dtype"],
+        )
     print(done.stderr)
     if use_cuda():
         told = launch(["-m", "gpu_check.items.all_reduce"], nproc=2, timeout_s=60).check().stdout.splitlines()

@@ -10,6 +10,7 @@ from benchmarks.harness import Contender, FailedError, compare, started
 from benchmarks.residency import ALL, MODES, STAYS, config_of, write_inputs
 from gpu_check.check import Check
 from gpu_check.items.device import join
+from tempo_megatron.config.residency import KV_CACHE
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.planner.ledger import Ledger, plan_ledger
 from tempo_megatron.planner.request import make_cluster
@@ -45,10 +46,18 @@ def _compared(check: Check, name: str, facts: dict[str, Any], ledger: Ledger) ->
     fullest = max(shares, key=shares.__getitem__)
     target = "<= 1" if use_cuda() else None
     check.figure(f"{name}: highest peak of a phase, {fullest}, of that planned at most", shares[fullest], "x", target)
-    for role, state in ledger.states.items():
-        parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
-        for part, planned in parts.items():
-            held = max(of.get(f"{role}.{part}", 0.0) for of in facts["resident_gib"].values())
-            off = abs(held - planned / 2**30)
-            check.figure(f"{name}: {role}.{part}, off the plan", off, "GiB", "<= 0.001")  # told in thousandths
+    planned = {
+        f"{role}.{part}": size
+        for role, state in ledger.states.items()
+        for part, size in (
+            ("weights", state.weights),
+            ("gradients", state.gradients),
+            ("optimizer", state.optimizer),
+        )
+    }
+    assert ledger.kv is not None
+    planned[KV_CACHE] = ledger.kv.bytes
+    off = {part: facts["bytes"][part] - size for part, size in planned.items()}
+    furthest = max(off, key=lambda part: abs(off[part]))
+    check.figure(f"{name}: {len(off)} parts, {furthest} furthest off the plan", abs(off[furthest]), "bytes", "<= 0")
     check.figure(f"{name}: highest peak", max(facts["peak_gib"].values()), "GiB")
