@@ -69,8 +69,8 @@ def machine_name() -> str:
     """Of the first GPU as its driver names it, else of the CPU. Loads no torch."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+        names = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
         names = []
     if names:
         return f"{len(names)} x {names[0].strip()}" if len(names) > 1 else names[0].strip()

@@ -9,7 +9,6 @@ from transformers import AutoConfig
 from benchmarks.harness import Contender, FailedError, compare, started
 from benchmarks.residency import ALL, MODES, STAYS, config_of, write_inputs
 from gpu_check.check import Check
-from gpu_check.items.device import join
 from tempo_megatron.config.residency import KV_CACHE
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.planner.ledger import Ledger, plan_ledger
@@ -17,7 +16,6 @@ from tempo_megatron.planner.request import make_cluster
 
 
 def run(check: Check) -> None:
-    join()
     hidden, layers = (1024, 8) if use_cuda() else (128, 2)
     write_inputs(check.folder, hidden, layers)
     for name in (STAYS, ALL):
@@ -33,8 +31,9 @@ def run(check: Check) -> None:
 def _planned(settings: dict[str, Any]) -> Ledger:
     config = config_of(settings)
     model = AutoConfig.from_pretrained(f"{settings['inputs']}/model")
-    card = make_cluster(1, 1, "h100-80gb" if use_cuda() else "cpu", None, None, [])
-    return plan_ledger(config, {"actor": model, "critic": model}, card)
+    # of the card only that it is one counts here
+    cluster = make_cluster(1, 1, "h100-80gb" if use_cuda() else "cpu", None, None, [])
+    return plan_ledger(config, {"actor": model, "critic": model}, cluster)
 
 
 def _compared(check: Check, name: str, facts: dict[str, Any], ledger: Ledger) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from gpu_check.check import Check
@@ -43,35 +47,45 @@ def _sampled(check: Check, family: str, groups: ModelParallelGroups) -> None:
     config.save_pretrained(folder)
     role = RoleConfig(init="-", dtype=dtype, max_tokens_per_microbatch=512)
     actor = MegatronEngine("actor", role, config, groups, seed=0, trainable=False)
-    held = _fill(check, kv_gib)
     settings = RolloutConfig(
         dtype=dtype, kv_cache_gib=kv_gib, max_num_seqs=32, max_num_batched_tokens=256, temperature=1.0, top_p=1.0
     )
-    rollout = RolloutEngine(folder, settings, max_model_len=LENGTH, seed=0, stop_token_ids=[])
+    with _filled(check, kv_gib):
+        rollout = RolloutEngine(folder, settings, max_model_len=LENGTH, seed=0, stop_token_ids=[])
+        for version in range(VERSIONS):
+            tensors = random_tensors(config, version)
+            load_hf_weights(actor.models, config, "actor", actor.groups, tensors.__getitem__)
+            rollout.update_weights(actor.weight_source(), version)
+            difference = _difference(actor, rollout, version)
+            what = f"{family}, {dtype}, weights {version}: |dlogp|"
+            check.figure(f"{what}, mean", float(difference.mean()), target=f"<= {BOUNDS[dtype]}")
+            check.figure(f"{what}, largest", float(difference.max()))
+        rollout.close()
+
+
+def _difference(actor: MegatronEngine, rollout: RolloutEngine, version: int) -> torch.Tensor:
+    """``[tokens]`` |log p of vLLM - log p of the trainer| of sampled responses."""
     prompts = [[5 + i, 6, 7 + i] for i in range(PROMPTS)]
     requests = [GenerationRequest(prompt, 100 * i, SAMPLES, TOKENS) for i, prompt in enumerate(prompts)]
-    for version in range(VERSIONS):
-        tensors = random_tensors(config, version)
-        load_hf_weights(actor.models, config, "actor", actor.groups, tensors.__getitem__)
-        rollout.update_weights(actor.weight_source(), version)
-        found = rollout.generate(requests, version)
-        rows = Sequences.of([prompt for prompt in prompts for _ in range(SAMPLES)], [r.token_ids for r in found])
-        ours = actor.forward(rows)["log_probs"].values
-        theirs = torch.tensor([log_prob for response in found for log_prob in response.log_probs])
-        difference = (ours - theirs).abs()
-        what = f"{family}, {dtype}, weights {version}: |dlogp|"
-        check.figure(f"{what}, mean", float(difference.mean()), target=f"<= {BOUNDS[dtype]}")
-        check.figure(f"{what}, largest", float(difference.max()))
-    rollout.close()
-    del held
+    found = rollout.generate(requests, version)
+    rows = Sequences.of([prompt for prompt in prompts for _ in range(SAMPLES)], [r.token_ids for r in found])
+    theirs = torch.tensor([log_prob for response in found for log_prob in response.log_probs])
+    return (actor.forward(rows)["log_probs"].values - theirs).abs()
 
 
-def _fill(check: Check, kv_gib: float) -> torch.Tensor | None:
-    """Hold all of the card but the KV cache and ``LEFT``; None on the CPU."""
+@contextmanager
+def _filled(check: Check, kv_gib: float) -> Iterator[None]:
+    """All of the card but the KV cache and ``LEFT`` is held for the block; nothing on the CPU."""
     if not use_cuda():
         check.note("memory of a trainer beside vLLM: there is no card to fill")
-        return None
+        yield
+        return
     free, total = torch.cuda.mem_get_info()
-    size = int(free - kv_gib * 2**30 - LEFT * total)
-    check.figure("held beside vLLM", size / 2**30, "GiB")
-    return torch.zeros(size, dtype=torch.uint8, device=device())
+    held = torch.zeros(int(free - kv_gib * 2**30 - LEFT * total), dtype=torch.uint8, device=device())
+    check.figure("held beside vLLM", held.nbytes / 2**30, "GiB")
+    try:
+        yield
+    finally:
+        del held
+        gc.collect()
+        torch.cuda.empty_cache()

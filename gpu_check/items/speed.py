@@ -9,7 +9,7 @@ from benchmarks.rollout import ENGINE, PROMPT, VOCAB
 from benchmarks.sync import COPY, OURS
 from benchmarks.worlds import write_random_model
 from gpu_check.check import Check
-from gpu_check.items.device import join, working_dtype
+from gpu_check.items.device import working_dtype
 from tempo_megatron.parallel.device import use_cuda
 
 ROUNDS = 3
@@ -17,7 +17,6 @@ ROUNDS = 3
 
 def sync(check: Check) -> None:
     """Bytes a second of an update of vLLM's weights, of those of a plain copy on the same device."""
-    join()
     size: dict[str, Any] = {"hidden": 2048, "layers": 12, "vocab_size": 32768, "queries": 4}
     model = write_random_model(
         check.folder / "model", **(size if use_cuda() else {"hidden": 64, "layers": 2, "vocab_size": 512})
@@ -39,7 +38,6 @@ def sync(check: Check) -> None:
 
 def rollout(check: Check) -> None:
     """Tokens a second of a rollout, of those of ``vllm.LLM`` with equal settings."""
-    join()
     if use_cuda():
         size: dict[str, Any] = {"hidden": 1024, "layers": 16, "queries": 2}
         engine = {"dtype": "bfloat16", "kv_cache_gib": 8.0, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
