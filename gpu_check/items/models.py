@@ -30,7 +30,7 @@ FAMILIES = ("qwen3", "llama-tied", "olmo3", "qwen3-moe")
 #: Heads as Transformer Engine's attention takes them.
 LAYOUT = Layout("dim16")
 #: Differences that may be. Of float32 the largest of any number, the parity table's; of bfloat16 the mean one of
-#: outputs (``forward_mean``), and that of all gradients together, of their norm (``gradients``): 0.04 and 0.04 were seen.
+#: outputs (``forward_mean``), and that of all gradients together, of their norm (``gradients``): 0.04 each were seen.
 MOST = {
     "float32": dict.fromkeys(MEASURES, TOLERANCE),
     "bfloat16": {"forward_mean": 0.08, "gradients": 0.1},
