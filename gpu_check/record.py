@@ -67,12 +67,20 @@ def newest(records: Iterable[Record], machine_name: str) -> dict[str, Record]:
 
 def machine_name() -> str:
     """Of the first GPU as its driver names it, else of the CPU. Loads no torch."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        names = []
+    names = _gpus()
     if names:
-        return f"{len(names)} x {names[0].strip()}" if len(names) > 1 else names[0].strip()
+        return f"{len(names)} x {names[0]}" if len(names) > 1 else names[0]
     here = machine()
     return f"{here['cpu'].strip()}, {here['cores']} cores"
+
+
+def _gpus() -> list[str]:
+    """By nvidia-smi, or where a container has none by the driver's files."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return [line.strip() for line in done.stdout.splitlines()]
+    except (OSError, subprocess.SubprocessError):
+        files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+        lines = [line for file in files for line in file.read_text().splitlines()]
+        return [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]
