@@ -63,9 +63,21 @@ def _tables(files: Sequence[Path]) -> list[str]:
         found = newest(records, machine)
         commits = ", ".join(dict.fromkeys(f"`{r.commit}`" for r in found.values() if r.commit))
         lines += ["", f"### {machine}", "", f"Commit {commits}." if commits else "No commit is known.", ""]
-        lines += ["| item | status | s | figures |", "|---|---|---|---|"]
+        lines += ["| item | figure | median (range) | target |", "|---|---|---|---|"]
         for name in (item.name for item in ITEMS if item.name in found):
-            record = found[name]
-            told = "<br>".join(line.replace("|", "/") for line in _told(record))
-            lines.append(f"| `{name}` | {record.status} | {record.seconds:.0f} | {told} |")
+            lines += _rows(found[name])
     return [*lines, ""]
+
+
+def _rows(record: Record) -> list[str]:
+    """Of a table in the docs: how the item ended, its figures, its notes."""
+    cells = [(f"**{record.status}**, {record.seconds:.0f} s" + (f": {record.why}" if record.why else ""), "", "")]
+    for figure in record.figures:
+        met = {None: "", True: " ✓", False: " missed"}[figure.met]
+        cells.append((figure.what, shown(figure), f"{figure.target or ''}{met}"))
+    cells += [(note, "", "") for note in record.notes]
+    found = []
+    for number, row in enumerate(cells):
+        first = f"`{record.item}`" if number == 0 else ""
+        found.append("| " + " | ".join([first, *(cell.replace("|", "\\|") for cell in row)]) + " |")
+    return found

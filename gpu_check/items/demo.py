@@ -35,7 +35,11 @@ def run(check: Check) -> None:
     if sorted(steps) != list(range(1, STEPS + 1)) or sorted(again) != list(range(2, STEPS + 1)):
         raise RunError(f"steps {sorted(steps)} of {STEPS}, and after the first one's checkpoint {sorted(again)}")
     for step, record in steps.items():
-        check.figure(f"step {step}, {dtype}: |dlogp|, mean", record[DIFFERENCE], target=f"<= {BOUNDS[dtype]}")
+        check.figure(
+            f"step {step}, {dtype}: difference of log-probabilities, mean",
+            record[DIFFERENCE],
+            target=f"<= {BOUNDS[dtype]}",
+        )
         check.figure(f"step {step}: time", record["time/step_s"], "s")
     last, other = (deterministic_view(found[STEPS]) for found in (steps, again))
     differing = [key for key in last if last[key] != other.get(key)]

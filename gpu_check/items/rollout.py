@@ -57,7 +57,7 @@ def _sampled(check: Check, family: str, groups: ModelParallelGroups) -> None:
             load_hf_weights(actor.models, config, "actor", actor.groups, tensors.__getitem__)
             rollout.update_weights(actor.weight_source(), version)
             difference = _difference(actor, rollout, version)
-            what = f"{family}, {dtype}, weights {version}: |dlogp|"
+            what = f"{family}, {dtype}, weights {version}: difference of log-probabilities"
             check.figure(f"{what}, mean", float(difference.mean()), target=f"<= {BOUNDS[dtype]}")
             check.figure(f"{what}, largest", float(difference.max()))
         rollout.close()

@@ -144,7 +144,8 @@ def test_the_docs_have_the_last_record_of_each_machine(outcome: Outcome, tmp_pat
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| `rates` |") == 2 and "### another" in text
-    assert "| `rates` | failed |" in text and "a / b" in text
+    assert "| `rates` | **failed**, " in text and "s: a \\| b |  |  |" in text
+    assert "|  | speed | 2x | >= 1 ✓ |" in text and "|  | speed | 0.5x | >= 1 missed |" in text
     write_docs([file], page)
     assert page.read_text() == text
 
