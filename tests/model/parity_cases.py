@@ -35,6 +35,7 @@ MODEL_SIZES = {
     "dim": "head_dim",
     "vocab": "vocab_size",
     "length": "max_position_embeddings",
+    "window": "sliding_window",
 }
 #: Layouts per world size; data parallelism is what remains.  "distopt": the distributed optimizer.
 LAYOUTS = {
@@ -149,7 +150,7 @@ def config_of(family: str, **changes: int) -> hf.PretrainedConfig:
     """Four layers, grouped-query attention, head_dim other than hidden / heads, an odd vocabulary; but for changes."""
     config_class, own = FAMILIES[family]
     architecture = config_class.__name__.replace("Config", "ForCausalLM")
-    return config_class(**{**_COMMON, **changes}, **own, architectures=[architecture])
+    return config_class(**{**_COMMON, **own, **changes}, architectures=[architecture])
 
 
 @torch.no_grad()
