@@ -25,9 +25,6 @@ def item(name: str, takes_s: float = 0.0, limit_s: float = 120.0) -> Item:
 ENDS = ("quick", "missing", "skipped", "raising", "crashing", "leaving")
 
 
-pytestmark = pytest.mark.slow(20)
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gpu-check") / "results.jsonl"
@@ -96,6 +93,7 @@ def test_another_machines_record_is_not_this_ones(tmp_path: Path) -> None:
     assert len(read(file)) == 2 and told
 
 
+@pytest.mark.slow(10)
 def test_a_hang_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     limit_s = patience(4)
     start = time.monotonic()
@@ -110,6 +108,7 @@ def test_a_hang_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow(10)
 def test_the_budget_ends_an_item_that_goes_again(tmp_path: Path) -> None:
     """What does not fit is left; what the budget cuts off is no failure, and is begun anew by the next call."""
     file, budget_s = tmp_path / "results.jsonl", patience(4)
