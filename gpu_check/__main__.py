@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or Path("runs") / "gpu_check" / f"{slug}.jsonl"
     console = Console(width=None if sys.stdout.isatty() else 140)
     items = [item for item in ITEMS if item.name in wanted]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an item's processes end with this one
     outcome = run(items, output, budget_s=options.budget_s, again=options.again, tell=_tell)
     show(outcome, machine, console)
     everything = newest(read(output), machine)
