@@ -45,7 +45,7 @@ def ours(settings: dict[str, Any]) -> Prepare:
     join_world(settings["threads"])
     from safetensors.torch import load_file
 
-    from tempo_megatron.config.schema import RolloutConfig
+    from tempo_megatron.config.rollout import RolloutConfig
     from tempo_megatron.reshard.holdings import whole_tensors
     from tempo_megatron.rollout.collect import rollout
     from tempo_megatron.rollout.engine import RolloutEngine

@@ -74,7 +74,7 @@ def replica(settings: dict[str, Any]) -> Prepare:
     import torch.distributed as dist
     from safetensors.torch import load_file
 
-    from tempo_megatron.config.schema import RolloutConfig
+    from tempo_megatron.config.rollout import RolloutConfig
     from tempo_megatron.parallel.distributed import gather_objects, on_all_ranks, sum_over_world
     from tempo_megatron.reshard.holdings import whole_tensors
     from tempo_megatron.rollout.collect import Finished, sample

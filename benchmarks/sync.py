@@ -78,7 +78,8 @@ def _engines(settings: dict[str, Any]) -> tuple[Any, Any]:
     join_world(settings["threads"])
     from tempo_megatron.checkpoint.hf_engine import load_initial_weights
     from tempo_megatron.checkpoint.hf_read import load_hf_config
-    from tempo_megatron.config.schema import ParallelConfig, RoleConfig, RolloutConfig
+    from tempo_megatron.config.rollout import RolloutConfig
+    from tempo_megatron.config.schema import ParallelConfig, RoleConfig
     from tempo_megatron.locate import resolve_init
     from tempo_megatron.parallel.groups import ModelParallelGroups
     from tempo_megatron.rollout.engine import RolloutEngine

@@ -10,7 +10,8 @@ import torch
 
 from gpu_check.check import Check
 from gpu_check.items.device import join, working_dtype
-from tempo_megatron.config.schema import ParallelConfig, RoleConfig, RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
+from tempo_megatron.config.schema import ParallelConfig, RoleConfig
 from tempo_megatron.model.weights import load_hf_weights
 from tempo_megatron.parallel.device import device, use_cuda
 from tempo_megatron.parallel.groups import ModelParallelGroups

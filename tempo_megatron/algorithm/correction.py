@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tempo_megatron.algorithm.policy_loss import PPO_MAX_LOG_RATIO, row_means
-from tempo_megatron.config.schema import CorrectionConfig
+from tempo_megatron.config.algorithm import CorrectionConfig
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tempo_megatron.config.schema import GateConfig
+from tempo_megatron.config.algorithm import GateConfig
 from tempo_megatron.errors import RunError
 
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tempo_megatron.config.schema import GuardConfig
+from tempo_megatron.config.algorithm import GuardConfig
 
 
 @dataclass(frozen=True)

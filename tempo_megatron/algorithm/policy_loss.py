@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tempo_megatron.config.schema import MStepConfig
+from tempo_megatron.config.algorithm import MStepConfig
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean"]
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from tempo_megatron.config.schema import PRESETS, Config
+from tempo_megatron.config.algorithm import PRESETS
+from tempo_megatron.config.schema import Config
 from tempo_megatron.config.section import Section
 
 INTRODUCTION = """\

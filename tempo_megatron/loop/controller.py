@@ -14,8 +14,9 @@ from typing import Any
 from tempo_megatron.algorithm.diagnostics import Calibration
 from tempo_megatron.algorithm.gate import CalibrationGate
 from tempo_megatron.algorithm.guard import CollapseGuard, Violation, Watched
+from tempo_megatron.config.algorithm import GateConfig
 from tempo_megatron.config.methods import METHODS
-from tempo_megatron.config.schema import Config, GateConfig
+from tempo_megatron.config.schema import Config
 from tempo_megatron.loop.verification import CheckCounts
 
 #: Steps without a violation after which a checkpoint is judged: by then the averages are mostly of its policy.

@@ -12,7 +12,7 @@ from tempo_megatron.algorithm.advantages import target_states
 from tempo_megatron.algorithm.diagnostics import Calibration, calibration
 from tempo_megatron.algorithm.policy_loss import loss_denominator
 from tempo_megatron.algorithm.value_loss import value_bce_loss, value_loss, value_metrics
-from tempo_megatron.config.schema import EStepConfig
+from tempo_megatron.config.algorithm import EStepConfig
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.batching import (

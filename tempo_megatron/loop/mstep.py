@@ -17,8 +17,8 @@ from tempo_megatron.algorithm.diagnostics import LogProbDifference, log_prob_dif
 from tempo_megatron.algorithm.policy_loss import loss_denominator, policy_loss, policy_metrics
 from tempo_megatron.algorithm.rewards import ComposedReward
 from tempo_megatron.algorithm.statistics import summary_statistics
+from tempo_megatron.config.algorithm import MStepConfig
 from tempo_megatron.config.methods import estimator
-from tempo_megatron.config.schema import MStepConfig
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import RolloutBatch
 from tempo_megatron.loop.batching import (

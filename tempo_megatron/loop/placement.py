@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tempo_megatron.config.schema import AlgorithmConfig
+from tempo_megatron.config.algorithm import AlgorithmConfig
 from tempo_megatron.data.homes import assign_homes, row_costs
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import NOWHERE, RolloutBatch

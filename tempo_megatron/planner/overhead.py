@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from tempo_megatron.config.schema import Config, RoleConfig, RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
+from tempo_megatron.config.schema import Config, RoleConfig
 from tempo_megatron.planner.hardware import Cluster
 from tempo_megatron.planner.parameters import RoleLayout
 from tempo_megatron.planner.range import GIB, Bytes, Item

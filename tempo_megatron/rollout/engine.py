@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tempo_megatron.cluster.pulse import ping
-from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.imports import absent, uncollected
 from tempo_megatron.model.hf_tensors import expected_tensors

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.errors import TempoError
 from tempo_megatron.numerics.fp8 import BLOCK, E4M3
 from tempo_megatron.patching import kept, replace_function, replace_value

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tempo_megatron.cluster.pulse import ping
-from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import device
 from tempo_megatron.parallel.distributed import gather_objects

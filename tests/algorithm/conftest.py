@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempo_megatron.config.schema import MStepConfig
+from tempo_megatron.config.algorithm import MStepConfig
 
 
 def _mask() -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tempo_megatron.algorithm.correction import correction_metrics, correction_weights
 from tempo_megatron.algorithm.policy_loss import loss_denominator, policy_loss
-from tempo_megatron.config.schema import CorrectionConfig, MStepConfig
+from tempo_megatron.config.algorithm import CorrectionConfig, MStepConfig
 
 LOG2 = math.log(2.0)
 MASK = torch.tensor([[True, True, True], [True, True, False]])

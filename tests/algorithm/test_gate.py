@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tempo_megatron.algorithm.gate import CalibrationGate
-from tempo_megatron.config.schema import GateConfig
+from tempo_megatron.config.algorithm import GateConfig
 from tempo_megatron.errors import RunError
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tempo_megatron.algorithm.guard import CollapseGuard, Watched
-from tempo_megatron.config.schema import GuardConfig
+from tempo_megatron.config.algorithm import GuardConfig
 
 HEALTHY: dict[str, float] = {"accuracy": 0.6, "readable": 0.9, "truncated": 0.05, "overclaim": 0.0, "entropy": 0.5}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo_megatron.algorithm.policy_loss import loss_denominator, policy_loss, policy_metrics
-from tempo_megatron.config.schema import MStepConfig
+from tempo_megatron.config.algorithm import MStepConfig
 
 OLD = torch.tensor([[-1, -2, -0.5, 0], [-0.7, -0.3, 0, 0], [-1, -1, -1, -1], [-0.2, -0.3, -0.4, 0]])
 MOVE = torch.tensor([[1e-3, 5e-4, 2e-3, 0], [-1e-3, -5e-4, 0, 0], [0, 0, 0, 0], [4e-4, 2e-4, 3e-4, 0]])

@@ -27,8 +27,9 @@ from tempo_megatron.algorithm.rewards import (
     TerminalReward,
     terminal_reward,
 )
+from tempo_megatron.config.algorithm import RewardTermsConfig
 from tempo_megatron.config.methods import METHODS, Reward, estimator
-from tempo_megatron.config.schema import Config, RewardTermsConfig
+from tempo_megatron.config.schema import Config
 
 NAN = math.nan
 

@@ -9,8 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tempo_megatron.config.algorithm import PRESETS
 from tempo_megatron.config.load import dump_config, load_config
-from tempo_megatron.config.schema import PRESETS, Config, RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
+from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 from tests.launching import patience
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tempo_megatron.config.algorithm import PRESETS, RewardTermsConfig
 from tempo_megatron.config.reference import leaf_fields, render
-from tempo_megatron.config.schema import PRESETS, Config, RewardTermsConfig
+from tempo_megatron.config.schema import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tempo_megatron.config.algorithm import AlgorithmConfig
 from tempo_megatron.config.methods import METHODS
-from tempo_megatron.config.schema import AlgorithmConfig, Config
+from tempo_megatron.config.schema import Config
 from tempo_megatron.data.prompts import PromptRecord
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo_megatron.config.schema import AlgorithmConfig
+from tempo_megatron.config.algorithm import AlgorithmConfig
 from tempo_megatron.data.rollout import NOWHERE
 from tempo_megatron.loop.placement import Placement, plan_homes
 from tempo_megatron.parallel.exchange import Move

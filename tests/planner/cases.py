@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import transformers as hf
 
-from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig, RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
+from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig
 from tempo_megatron.planner.peaks import Load, RolePeaks
 from tempo_megatron.planner.sizes import ModelSizes
 from tests.model.parity_cases import Layout

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.data.ragged import Ragged
 from tempo_megatron.data.rollout import Rollouts
 from tempo_megatron.errors import RunError

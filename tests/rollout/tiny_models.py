@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tempo_megatron.config.schema import RolloutConfig
+from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.reshard.holdings import WeightSource, whole_tensors
 from tempo_megatron.rollout.engine import RolloutEngine
 
