@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 from pydantic_core import PydanticCustomError
 
 from tempo_megatron.config.section import Section
+
+GIB = 1 << 30
 
 
 class RolloutConfig(Section):
@@ -24,7 +26,12 @@ class RolloutConfig(Section):
     weights: Literal["trained", "fp8-emulated"] = Field(
         "trained", description="fp8-emulated: linear layers' rounded to FP8 by blocks and back: docs/fp8.md"
     )
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache per rank, GiB")
+    kv_cache_gib: float | Literal["auto"] = Field(
+        "auto",
+        description="KV cache per rank, GiB; auto: what max_num_seqs sequences of the longest prompt and response take,"
+        " as far as 95 % of the GPU has room beside all else that `plan` counts, on the CPU 1 at most; never less than "
+        "one such sequence takes",
+    )
     max_num_seqs: int = Field(
         256, ge=1, description="responses that one replica samples at a time; it draws further prompts as they end"
     )
@@ -44,17 +51,28 @@ class RolloutConfig(Section):
         "null: no gate",
     )
 
-    @field_validator("max_log_prob_diff", mode="wrap")
+    @field_validator("kv_cache_gib", "max_log_prob_diff", mode="wrap")
     @classmethod
-    def _a_bound(cls, value: Any, check: ValidatorFunctionWrapHandler) -> float | Literal["auto"] | None:
+    def _number_or_word(
+        cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> float | Literal["auto"] | None:
         """One message for all that it may be."""
         try:
-            bound: float | Literal["auto"] | None = check(value)
+            number: float | Literal["auto"] | None = check(value)
         except ValidationError:
-            bound = 0.0
-        if bound is not None and bound != "auto" and bound <= 0:
+            number = 0.0
+        if number is not None and number != "auto" and number <= 0:
+            if info.field_name == "kv_cache_gib":
+                raise PydanticCustomError("size", "must be a finite number above 0, or auto")
             raise PydanticCustomError("bound", "must be a number above 0, auto or null")
-        return bound
+        return number
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """``kv_cache_gib`` in bytes, where it is a number: ``auto`` is made one by ``planner.ledger.with_kv_cache``."""
+        if self.kv_cache_gib == "auto":
+            raise ValueError("rollout.kv_cache_gib: auto must be made a number (planner.ledger.with_kv_cache) before")
+        return int(self.kv_cache_gib * GIB)
 
     def log_prob_bound(self, trainer_dtype: str, *, fp8: bool) -> float | None:
         """``max_log_prob_diff`` beside an actor of this dtype, or one that computes in FP8; None: no gate.

@@ -12,14 +12,17 @@ from transformers import PretrainedConfig
 
 from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.cluster.claim import Claim, claimed
+from tempo_megatron.cluster.launch import ranks_of_node
+from tempo_megatron.config.rollout import GIB, RolloutConfig
 from tempo_megatron.config.schema import Config, CriticConfig, RoleConfig
 from tempo_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from tempo_megatron.locate import InitSource, resolve_init
 from tempo_megatron.loop.data import ORACLE_SOURCE, PromptData, SftData
 from tempo_megatron.loop.residency import Residency
 from tempo_megatron.model.hf_tensors import Role
-from tempo_megatron.parallel.distributed import enter_phase, gather_objects, on_all_ranks, rank
+from tempo_megatron.parallel.distributed import enter_phase, gather_objects, on_all_ranks, rank, world_size
 from tempo_megatron.parallel.groups import ModelParallelGroups
+from tempo_megatron.planner.refuse import with_kv_cache_here
 from tempo_megatron.rollout.engine import RolloutEngine
 from tempo_megatron.telemetry.metrics import StepLog
 from tempo_megatron.telemetry.phases import PhaseLedger
@@ -126,12 +129,24 @@ def start_rollout(runtime: Runtime) -> RolloutEngine:
         runtime.residency.trainers_sleep()
         return RolloutEngine(
             runtime.hf_dir,
-            runtime.config.rollout,
+            _with_kv_cache(runtime),
             max_model_len=data.max_prompt_tokens + data.max_response_tokens,
             seed=runtime.config.seed,
             stop_token_ids=runtime.stop_token_ids,
             sleeps=runtime.config.residency.sleep,
         )
+
+
+def _with_kv_cache(runtime: Runtime) -> RolloutConfig:
+    """The ``rollout`` section with the size of the KV cache as a number, which is the same on all ranks. Collective."""
+    config = runtime.config
+    if config.rollout.kv_cache_gib != "auto":
+        return config.rollout
+    folders = {str(role): source.hf_dir for role, source in runtime.sources.items()}
+    found = on_all_ranks(lambda: with_kv_cache_here(config, folders, world_size(), ranks_of_node()).rollout)
+    smallest = min(gather_objects(found), key=lambda rollout: rollout.kv_cache_bytes)
+    runtime.progress.note(f"rollout.kv_cache_gib: auto: {smallest.kv_cache_bytes / GIB:.3g}")
+    return smallest
 
 
 def start_verifier(runtime: Runtime, closing: ExitStack) -> VerifierService | None:

@@ -90,7 +90,7 @@ def _candidates(request: PlanRequest, ledger: Ledger) -> Iterator[tuple[dict[str
         if not config.residency.sleep:
             yield {"residency.sleep": True}, "vLLM's weights come anew in every step"
         if ledger.kv is not None and ledger.kv.sequences > config.rollout.max_num_seqs:
-            size = ledger.kv.needed_bytes * config.rollout.max_num_seqs / 2**30
+            size = ledger.kv.bytes_for(config.rollout.max_num_seqs) / 2**30
             yield {"rollout.kv_cache_gib": round(size, 2)}, "nothing: more is not used"
         for offload in ("optimizer", "all"):
             if config.residency.offload == "none" or (offload, config.residency.offload) == ("all", "optimizer"):
@@ -107,7 +107,7 @@ def _candidates(request: PlanRequest, ledger: Ledger) -> Iterator[tuple[dict[str
     }
     if tokens:
         yield tokens, "smaller products, more micro-batches"
-    yield from _smaller_cache(config, ledger)
+    yield from _smaller_cache(ledger)
     yield from _more_parallel(config, roles, request.shapes)
 
 
@@ -116,9 +116,9 @@ def _less(now: str, then: str) -> bool:
     return order.index(now) < order.index(then)
 
 
-def _smaller_cache(config: Config, ledger: Ledger) -> Iterator[tuple[dict[str, Any], str]]:
+def _smaller_cache(ledger: Ledger) -> Iterator[tuple[dict[str, Any], str]]:
     if ledger.kv is not None and ledger.kv.sequences > 2:
-        half = round(config.rollout.kv_cache_gib / 2, 2)
+        half = round(ledger.kv.bytes / 2**31, 2)
         yield {"rollout.kv_cache_gib": half}, "fewer responses at a time"
 
 

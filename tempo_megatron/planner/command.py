@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     ledger = plan_ledger(request.config, request.sizes, request.cluster)
     lengths = Lengths.of(request.config, arguments.prompt_tokens, arguments.response_tokens)
-    work = step_work(request.config, request.sizes, request.cluster, ledger.states, lengths)
+    cache = 0 if ledger.kv is None else ledger.kv.bytes
+    work = step_work(request.config, request.sizes, request.cluster, ledger.states, lengths, cache)
     show_ledger(request, ledger, console)
     show_work(work, lengths, request.cluster, console)
     advised = suggestions(request, ledger) if ledger.verdict != "fits" else []

@@ -19,11 +19,15 @@ from tempo_megatron.planner.layers import Spec
 from tempo_megatron.planner.overhead import SNAPSHOT, device_overhead, host_items, rollout_workspace, snapshot
 from tempo_megatron.planner.parameters import Role, RoleLayout
 from tempo_megatron.planner.peaks import Load, RolePeaks
-from tempo_megatron.planner.range import Bytes, Item
-from tempo_megatron.planner.rollout import KVCache, kv_cache, rollout_weights
+from tempo_megatron.planner.range import GIB, Bytes, Item
+from tempo_megatron.planner.rollout import KVCache, cache_bytes, kv_cache, rollout_weights
 from tempo_megatron.planner.schedule import Peaks
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 from tempo_megatron.planner.state import StateBytes, staged_at, state_at
+
+#: What ``rollout.kv_cache_gib: auto`` fills of a GPU at most, with everything else in its fullest phase; and what it
+#: takes of a host, which ranks and other programs share.
+FILLED, CPU_CACHE = 0.95, GIB
 
 #: What no item counts.
 UNMODELLED = (
@@ -129,6 +133,24 @@ def certain_ledger(config: Config, hf_configs: Mapping[str, Any], cluster: Clust
     return _Planner(config, sizes, cluster, working=False).ledger()
 
 
+def with_kv_cache(config: Config, hf_configs: Mapping[str, Any], cluster: Cluster) -> Config:
+    """The configuration with the ``rollout.kv_cache_gib`` that its ledger has: a number, also where it says ``auto``.
+
+    Args:
+        config: one that is sampled with, in training or evaluation.
+        hf_configs, cluster: as of ``plan_ledger``.
+    """
+    if config.rollout.kv_cache_gib != "auto":
+        return config
+    sizes = {role: sizes_of(values) for role, values in hf_configs.items()}
+    if config.stage == "sft":  # its model is evaluated: with the memory of a stage that samples
+        planner = _Planner(config.model_copy(update={"stage": "grpo"}), sizes, cluster)
+    else:
+        planner = _Planner(config, sizes, cluster)
+    rollout = config.rollout.model_copy(update={"kv_cache_gib": planner.cache_bytes / GIB})
+    return config.model_copy(update={"rollout": rollout})
+
+
 class _Planner:
     def __init__(self, config: Config, sizes: dict[str, ModelSizes], cluster: Cluster, *, working: bool = True) -> None:
         self.working = working
@@ -157,7 +179,28 @@ class _Planner:
     def kv(self) -> KVCache | None:
         if not self.samples:
             return None
-        return kv_cache(self.sizes["actor"], self.config.rollout, self.longest, on_cpu=self.cluster.on_cpu)
+        sizes, rollout = self.sizes["actor"], self.config.rollout
+        return kv_cache(sizes, rollout, self.longest, self.cache_bytes, on_cpu=self.cluster.on_cpu)
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """Of the KV cache, as the settings have it or as there is room."""
+        sizes, rollout, room = self.sizes["actor"], self.config.rollout, CPU_CACHE
+        if rollout.kv_cache_gib == "auto" and not self.cluster.on_cpu:
+            # with the upper ends of what work takes, whoever asks
+            room = (self if self.working else _Planner(self.config, self.sizes, self.cluster)).room
+        return cache_bytes(sizes, rollout, self.longest, room, on_cpu=self.cluster.on_cpu)
+
+    @property
+    def room(self) -> int:
+        """Bytes that every phase with a KV cache leaves for it on every rank; below 0: nothing."""
+        used = [
+            sum(item.bytes.high for item in self._items(name, self.stages(rank), cache=False))
+            for name in self._phases
+            if self._is_there(name, KV_CACHE)
+            for rank in self.ranks
+        ]
+        return int(FILLED * self.cluster.card.memory) - max(used)
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -191,8 +234,7 @@ class _Planner:
     # --- the whole
 
     def ledger(self) -> Ledger:
-        names = ["load", *self._phase_names(), "checkpoint"]
-        phases = tuple(self._fullest(name) for name in names)
+        phases = tuple(self._fullest(name) for name in self._phases)
         states: dict[str, StateBytes] = {
             role: max((self.state(role, s) for s in range(self._stages(role))), key=_total) for role in self.roles
         }
@@ -207,12 +249,15 @@ class _Planner:
     def _stages(self, role: Role) -> int:
         return self.roles[role].parallel.pipeline_model_parallel_size
 
-    def _phase_names(self) -> list[str]:
-        if not self.samples:
-            return ["m_step"]
+    @property
+    def _phases(self) -> list[str]:
+        """Their names."""
+        return ["load", *(self._sampling_phases() if self.samples else ["m_step"]), "checkpoint"]
+
+    def _sampling_phases(self) -> list[str]:
         method, algorithm = METHODS[self.config.stage], self.config.algorithm
         found = ["rollout"]
-        if method.critic:
+        if method.critic and "critic" in self.roles:  # an evaluation may have none
             found += ["values"] + (["e_step"] if algorithm.estep.every is not None else [])
         found += ["log_probs"] * (algorithm.mstep.minibatches > 1) + ["m_step", SYNC]
         return found + ["evaluate"] * bool(self.config.evaluation.sets)
@@ -226,9 +271,10 @@ class _Planner:
         least = min(phase.certain for phase in found)
         return replace(max(found, key=lambda phase: phase.total.high), least=least)
 
-    def _items(self, name: str, stages: dict[Role, int]) -> list[Item]:
+    def _items(self, name: str, stages: dict[Role, int], *, cache: bool = True) -> list[Item]:
+        """``cache``: with the KV cache."""
         items = [device_overhead(self.cluster, self.roles.values(), sampled=self.samples)]
-        items += self._resident(name, stages)
+        items += self._resident(name, stages, cache=cache)
         saving = name == "checkpoint"
         if self.cluster.on_cpu and self.working and (saving or self.config.checkpoint.asynchronous):
             size = snapshot(self.config, {role: self.staged(role, stages[role]) for role in self.roles})
@@ -239,7 +285,7 @@ class _Planner:
 
     # --- what is resident
 
-    def _resident(self, name: str, stages: dict[Role, int]) -> list[Item]:
+    def _resident(self, name: str, stages: dict[Role, int], *, cache: bool) -> list[Item]:
         items = []
         for role in self.roles:
             state = self.state(role, stages[role])
@@ -247,12 +293,12 @@ class _Planner:
             for part, size in parts.items():
                 if self._is_there(name, f"{role}.{part}"):
                     items.append(Item(f"{role}.{part}", Bytes(size, size), exact=True))
-        if self.kv is not None:
+        if self.samples:
             weights = rollout_weights(self.sizes["actor"], self.config.rollout)
             if self._is_there(name, ROLLOUT_WEIGHTS):
                 # on the CPU linear layers are kept packed, perhaps beside what they were packed of
                 items.append(Item(ROLLOUT_WEIGHTS, Bytes(weights, weights * (2 if self.cluster.on_cpu else 1)), True))
-            if self._is_there(name, KV_CACHE):
+            if cache and self.kv is not None and self._is_there(name, KV_CACHE):
                 items.append(Item(KV_CACHE, Bytes(self.kv.bytes, self.kv.bytes), exact=True))
         return items
 

@@ -7,6 +7,7 @@ libraries.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tempo_megatron.config.residency import KV_CACHE
 from tempo_megatron.config.schema import Config
 from tempo_megatron.errors import TempoError
 from tempo_megatron.planner.hardware import CARDS, Cluster
-from tempo_megatron.planner.ledger import Ledger, Phase, certain_ledger, plan_ledger
+from tempo_megatron.planner.ledger import Ledger, Phase, certain_ledger, plan_ledger, with_kv_cache
 from tempo_megatron.planner.memory import host_memory
 from tempo_megatron.planner.range import gib
 from tempo_megatron.planner.show import kv_line, verdict_line
@@ -78,7 +79,8 @@ def _reason(config: Config, phase: Phase, needed: int, there: int, whose: str, r
     exact = sorted((item for item in phase.items if item.exact), key=lambda item: -item.bytes.low)
     largest = exact[0].name
     if largest == KV_CACHE:
-        key = f"rollout.kv_cache_gib: {config.rollout.kv_cache_gib:g}"
+        size = config.rollout.kv_cache_gib
+        key = f"rollout.kv_cache_gib: {size if size == 'auto' else format(size, 'g')}"
     elif largest.startswith("rollout."):
         key = f"rollout.tensor_parallel_size: {config.rollout.tensor_parallel_size}"
     else:
@@ -103,6 +105,16 @@ def short_lines(config: Config, world_size: int) -> list[str]:
     return lines + ([kv_line(config, ledger)] if ledger.kv is not None else [])
 
 
+def with_kv_cache_here(config: Config, folders: Mapping[str, Path], world_size: int, ranks_here: int) -> Config:
+    """``with_kv_cache`` on this machine.
+
+    Args:
+        folders: by role, the folder with its ``config.json``.
+        ranks_here: of this node.
+    """
+    return with_kv_cache(config, _read_sizes(folders), _cluster(this_machine(), world_size, ranks_here))
+
+
 def _cluster(machine: Machine, world_size: int, ranks_here: int) -> Cluster:
     if machine.card:
         card = replace(CARDS["h100-80gb"], name="gpu", memory=machine.card)  # its rates are not asked for
@@ -111,5 +123,8 @@ def _cluster(machine: Machine, world_size: int, ranks_here: int) -> Cluster:
 
 
 def _sizes(config: Config) -> dict[str, ModelSizes]:
-    folders = model_folders(config)
+    return _read_sizes(model_folders(config))
+
+
+def _read_sizes(folders: Mapping[str, Path]) -> dict[str, ModelSizes]:
     return {role: ModelSizes.read(folder, f"{role}.init", critic=role == "critic") for role, folder in folders.items()}

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 
-GIB = 1 << 30
 #: Tokens of a block: what ``rollout.engine`` asks for on the CPU, vLLM's default on a GPU.
 CPU_BLOCK, CUDA_BLOCK = 32, 16
 #: Rows of an embedding are padded to a multiple of it before they are cut.
@@ -47,11 +46,15 @@ class KVCache:
     @property
     def needed_bytes(self) -> int:
         """Smallest ``rollout.kv_cache_gib``, in bytes, in which one sequence of full length fits."""
-        return (self.sequence_blocks + 1) * self.bytes_per_block
+        return self.bytes_for(1)
+
+    def bytes_for(self, sequences: int) -> int:
+        """Smallest cache for so many sequences of full length at once."""
+        return (sequences * self.sequence_blocks + 1) * self.bytes_per_block
 
 
-def kv_cache(sizes: ModelSizes, config: RolloutConfig, longest: int, *, on_cpu: bool) -> KVCache:
-    """The cache that vLLM makes of ``rollout.kv_cache_gib`` for sequences of at most ``longest`` tokens."""
+def kv_cache(sizes: ModelSizes, config: RolloutConfig, longest: int, memory: int, *, on_cpu: bool) -> KVCache:
+    """The cache that vLLM makes of ``memory`` bytes for sequences of at most ``longest`` tokens."""
     block = CPU_BLOCK if on_cpu else CUDA_BLOCK
     heads = max(1, sizes.kv_heads // config.tensor_parallel_size)
     page = 2 * block * heads * sizes.head_dim * ITEMSIZE[config.dtype]
@@ -62,9 +65,18 @@ def kv_cache(sizes: ModelSizes, config: RolloutConfig, longest: int, *, on_cpu: 
     for window, count in kinds.items():
         held = longest if window is None else min(window - 1 + in_flight, longest)
         sequence += -(-count // layers) * (-(-held // block) + (window is not None))
-    memory = int(config.kv_cache_gib * GIB)
     blocks = memory // (page * layers)
     return KVCache(block, blocks, blocks * page * layers, page * layers, sequence)
+
+
+def cache_bytes(sizes: ModelSizes, config: RolloutConfig, longest: int, room: int, *, on_cpu: bool) -> int:
+    """``rollout.kv_cache_gib`` in bytes; ``auto``: what ``max_num_seqs`` sequences of ``longest`` tokens take, at most
+    ``room``, but enough for one.
+    """
+    if config.kv_cache_gib != "auto":
+        return config.kv_cache_bytes
+    unit = kv_cache(sizes, config, longest, 0, on_cpu=on_cpu)
+    return max(unit.needed_bytes, min(unit.bytes_for(config.max_num_seqs), room))
 
 
 def _group_size(counts: list[int]) -> int:

@@ -21,6 +21,7 @@ from tempo_megatron.planner.advice import changed
 from tempo_megatron.planner.ledger import Ledger, plan_ledger
 from tempo_megatron.planner.parameters import Role, RoleLayout
 from tempo_megatron.planner.request import PlanRequest
+from tempo_megatron.planner.rollout import cache_bytes
 from tempo_megatron.planner.state import StateBytes, state_at
 from tempo_megatron.planner.work import Lengths, StepWork, step_work
 
@@ -89,13 +90,14 @@ class _Search:
             if ledger.verdict == "fits":
                 layouts.add(layout)
                 different = {key: value for key, value in changes.items() if self._now.get(key) != value}
-                found.append(Proposal(changes, different, ledger, self._work(config, ledger.states)))
+                cache = 0 if ledger.kv is None else ledger.kv.bytes
+                found.append(Proposal(changes, different, ledger, self._work(config, ledger.states, cache)))
             if len(found) == WANTED:
                 break
         return found
 
-    def _work(self, config: Config, states: dict[str, StateBytes]) -> StepWork:
-        return step_work(config, self.request.sizes, self.request.cluster, states, self.lengths)
+    def _work(self, config: Config, states: dict[str, StateBytes], cache: int) -> StepWork:
+        return step_work(config, self.request.sizes, self.request.cluster, states, self.lengths, cache)
 
     def _timed(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """Seconds of a step, of every combination; what trains and what samples have times of their own."""
@@ -161,7 +163,7 @@ class _Search:
         totals = [state.total for state in states.values()]
         if (max(totals) if away else sum(totals)) > self.request.cluster.card.memory:
             return None
-        work = self._work(config, states)
+        work = self._work(config, states, 0)
         return sum(phase.seconds for phase in work.phases if not phase.name.startswith(("rollout", "sync")))
 
     def _states(self, config: Config) -> dict[str, StateBytes]:
@@ -188,8 +190,15 @@ class _Search:
             width = self.request.shapes["actor"].expert_intermediate_size
             if width % size:  # vLLM cuts every expert
                 continue
-            work = self._work(config, self._states(config))
+            work = self._work(config, self._states(config), self._most_cache(config))
             yield changes, sum(p.seconds for p in work.phases if p.name.startswith(("rollout", "sync")))
+
+    def _most_cache(self, config: Config) -> int:
+        """Bytes; of ``auto`` what it would like, for what is left to it is not known before the layout is."""
+        data, cluster = config.data, self.request.cluster
+        longest = data.max_prompt_tokens + data.max_response_tokens
+        sizes = self.request.sizes["actor"]
+        return cache_bytes(sizes, config.rollout, longest, cluster.card.memory, on_cpu=cluster.on_cpu)
 
 
 def _powers(numbers: list[int]) -> list[int]:

@@ -98,13 +98,15 @@ def step_work(
     cluster: Cluster,
     states: Mapping[str, StateBytes],
     lengths: Lengths,
+    cache: int,
 ) -> StepWork:
     """Of one step (of one optimizer step in stage sft).
 
     Args:
         states: by role, of its fullest stage.
+        cache: bytes of a rank's KV cache.
     """
-    return _Step(config, sizes, cluster, states, lengths).work()
+    return _Step(config, sizes, cluster, states, lengths, cache).work()
 
 
 class _Step:
@@ -115,8 +117,10 @@ class _Step:
         cluster: Cluster,
         states: Mapping[str, StateBytes],
         lengths: Lengths,
+        cache: int,
     ) -> None:
         self.config, self.sizes, self.cluster, self.states, self.lengths = config, sizes, cluster, states, lengths
+        self.cache = cache
         data, method = config.data, METHODS.get(config.stage)
         self.method = method
         samples = config.rollout.samples_per_prompt
@@ -176,7 +180,7 @@ class _Step:
         width = ITEMSIZE[rollout.dtype]
         kv_token = 2 * width * max(1, sizes.kv_heads // rollout.tensor_parallel_size) * sizes.head_dim
         held = sum(kv_token * min(lengths.prompt + lengths.response / 2, w or float("inf")) for w in sizes.windows)
-        cache = kv_cache(sizes, rollout, round(lengths.total), on_cpu=self.cluster.on_cpu)
+        cache = kv_cache(sizes, rollout, round(lengths.total), self.cache, on_cpu=self.cluster.on_cpu)
         running = max(1.0, min(rows, rollout.max_num_seqs, cache.sequences))
         weights = rollout_weights(sizes, rollout) * self._read_share(running)
         rounds = max(rows * lengths.response / running, lengths.response)

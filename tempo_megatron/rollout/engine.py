@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
     from vllm.outputs import CompletionOutput
 
-GIB = 1 << 30
-
 #: What has been sampled, read when it is called: in whatever thread has the time.
 ReadResponses = Callable[[], "list[SampledResponse]"]
 
@@ -76,7 +74,7 @@ class RolloutEngine:
 
     Args:
         hf_dir: folder with the ``config.json`` of the policy.
-        config: the ``rollout`` section.
+        config: the ``rollout`` section; ``kv_cache_gib`` a number (``planner.ledger.with_kv_cache``).
         max_model_len: longest prompt + response in tokens.
         seed: of vLLM's own global generator; samples have their own seeds.
         stop_token_ids: ids that end a response.
@@ -413,7 +411,7 @@ def engine_arguments(
         sleeps: whether weights and KV cache leave the device at times.
     """
     on_gpu = gpu_bytes is not None
-    kv_bytes = int(config.kv_cache_gib * GIB)
+    kv_bytes = config.kv_cache_bytes
     return {
         "model": hf_dir,
         "skip_tokenizer_init": True,

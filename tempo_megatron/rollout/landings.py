@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Tokens of a block of the KV cache, vLLM's own number for GPUs.
 KV_BLOCK = 16
+#: Of a replica that nobody asks how much it can sample.
+_ANY_CACHE = 1 << 30
 
 _ATEN = torch.ops.aten
 _FILLS = (_ATEN.fill_.Scalar, _ATEN.fill_.Tensor, _ATEN.zero_.default)
@@ -137,6 +139,7 @@ def foreseen_ranks(
     No engine is built and no process group: twins are told their place. Only ``config.json`` is read.
 
     Args:
+        settings: ``kv_cache_gib`` a number, where it is asked for.
         max_model_len: longest prompt + response in tokens; None: nothing is said of the KV cache.
 
     Raises:
@@ -153,7 +156,7 @@ def foreseen_ranks(
         dtype=settings.dtype,
         enforce_eager=True,
         max_model_len=max_model_len or 64,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * (1 << 30)),
+        kv_cache_memory_bytes=_ANY_CACHE if max_model_len is None else settings.kv_cache_bytes,
         block_size=KV_BLOCK,
     )
     try:
@@ -186,7 +189,7 @@ def _kv_tokens(config: VllmConfig, twin: torch.nn.Module, settings: RolloutConfi
         (found,) = get_kv_cache_configs(config, [specs], [cache.kv_cache_memory_bytes])
     except ValueError as error:
         told = str(error).partition(". ")[0]
-        raise TempoError(f"rollout.kv_cache_gib: {settings.kv_cache_gib:g}: {told}") from error
+        raise TempoError(f"rollout.kv_cache_gib: {settings.kv_cache_gib}: {told}") from error
     return int(found.num_blocks) * KV_BLOCK // len(found.kv_cache_groups)
 
 

@@ -70,7 +70,7 @@ def against(tmp_path: Path, job: dict[str, Any], config: Config, ranks: int = 1)
         ("actor.optimizer.lr", 1e-9, "1e-06 -> 1e-09"),
         ("critic.parallel.tensor_model_parallel_size", 2, "1 -> 2"),
         ("actor.max_tokens_per_microbatch", 30000, "20480 -> 30000"),
-        ("rollout.kv_cache_gib", 2.0, "1.0 -> 2.0"),
+        ("rollout.kv_cache_gib", 2.0, '"auto" -> 2.0'),
         ("rollout.bucket_mib", 256, "64 -> 256"),
         ("evaluation.every", 3, "null -> 3"),
         ("telemetry.wandb", "offline", '"off" -> "offline"'),

@@ -215,7 +215,9 @@ def test_ordinary_aliases_and_merges_are_read(write: Any) -> None:
         ("seed: 010\n", "seed: '010' must be a valid integer"),
         ("output_dir: null\n", "output_dir: null must be a valid string"),
         ("rollout: {top_p: 1.5}\n", "rollout.top_p: 1.5 must be less than or equal to 1"),
-        ("rollout: {kv_cache_gib: .inf}\n", "rollout.kv_cache_gib: inf must be a finite number"),
+        ("rollout: {temperature: .inf}\n", "rollout.temperature: inf must be a finite number"),
+        ("rollout: {kv_cache_gib: .inf}\n", "rollout.kv_cache_gib: inf must be a finite number above 0, or auto"),
+        ("rollout: {kv_cache_gib: all}\n", "rollout.kv_cache_gib: 'all' must be a finite number above 0, or auto"),
         (
             "rollout: {max_log_prob_diff: off}\n",
             "rollout.max_log_prob_diff: 'off' must be a number above 0, auto or null",

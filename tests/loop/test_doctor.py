@@ -63,7 +63,6 @@ def found(demo_inputs: DemoInputs, tmp_path_factory: pytest.TempPathFactory) -> 
     settings = {
         "actor.dtype": "float32",
         "rollout.dtype": "float32",
-        "rollout.kv_cache_gib": 0.0625,
         "rollout.max_num_seqs": 64,
         "data.max_prompt_tokens": 16,
         "data.max_response_tokens": 24,

@@ -46,7 +46,7 @@ def measured(case: RolloutCase, rollout: RolloutEngine, groups: dict[str, ModelP
     borrowing = [t for t in range(len(updater._weights.destination.targets)) if updater._receiver.borrows(t)]
     sizes = ModelSizes.of(config.to_dict())
     peak = buffer_peak(updater.plan, distributed.rank(), borrowing=borrowing, dtype=case.dtype)
-    cache = kv_cache(sizes, case.config, LONGEST, on_cpu=True)
+    cache = kv_cache(sizes, case.config, LONGEST, case.config.kv_cache_bytes, on_cpu=True)
     parameters = {t.name: t.nbytes for t in updater._weights.destination.targets}
     (blocks,) = rollout._llm.collective_rpc(lambda worker: worker.cache_config.num_gpu_blocks)
     return {

@@ -13,7 +13,15 @@ import pytest
 from tempo_megatron.config.residency import NEEDS
 from tempo_megatron.config.schema import Config
 from tempo_megatron.planner.hardware import CARDS, Cluster
-from tempo_megatron.planner.ledger import Ledger, Phase, certain_ledger, plan_ledger
+from tempo_megatron.planner.ledger import (
+    CPU_CACHE,
+    FILLED,
+    Ledger,
+    Phase,
+    certain_ledger,
+    plan_ledger,
+    with_kv_cache,
+)
 from tempo_megatron.planner.rollout import kv_cache
 from tempo_megatron.planner.sizes import ModelSizes
 
@@ -136,7 +144,7 @@ def test_the_fullest_rank_is_of_the_stage_that_holds_most() -> None:
 def test_a_cache_is_judged_by_sequences_of_full_length() -> None:
     """Qwen3-8B: 8 KV heads of 128, 36 layers, bfloat16: 147,456 bytes a token, in blocks of 16."""
     sizes, rollout = ModelSizes.of(values("Qwen3-8B-Base")), config(rollout={"kv_cache_gib": 1.0}).rollout
-    cache = kv_cache(sizes, rollout, 4096, on_cpu=False)
+    cache = kv_cache(sizes, rollout, 4096, rollout.kv_cache_bytes, on_cpu=False)
     assert cache.blocks == 2**30 // (16 * 147_456)
     assert cache.sequences == pytest.approx((cache.blocks - 1) / 256)
     assert cache.needed_bytes == 257 * 16 * 147_456
@@ -145,8 +153,63 @@ def test_a_cache_is_judged_by_sequences_of_full_length() -> None:
 def test_layers_with_a_window_keep_no_more_than_it() -> None:
     sizes = ModelSizes.of(values("Olmo-3-1025-7B"))
     rollout = config(rollout={"max_num_batched_tokens": 1024}).rollout
-    long, longer = (kv_cache(sizes, rollout, n, on_cpu=False).sequence_blocks for n in (16384, 32768))
+    long, longer = (kv_cache(sizes, rollout, n, 0, on_cpu=False).sequence_blocks for n in (16384, 32768))
     assert longer - long == 16384 // 16  # of the one group in four that attends to everything
+
+
+AUTO: dict[str, Any] = {"rollout": {"tensor_parallel_size": 2}}
+
+
+@pytest.mark.parametrize("sleep", [False, True], ids=["awake", "sleeps"])
+def test_a_cache_of_its_own_size_fills_what_is_left(sleep: bool) -> None:
+    """Of the phases that it is in, and no more than what all sequences can use."""
+    found = ledger(**AUTO, residency={"offload": "optimizer", "sleep": sleep})
+    with_cache = [phase for phase in found.phases if "rollout.kv_cache" in parts(phase)]
+    assert len(with_cache) < len(found.phases) if sleep else len(with_cache) == len(found.phases)
+    assert found.kv is not None and 1 < found.kv.sequences < 256
+    room = FILLED * NODE.card.memory - max(phase.total.high for phase in with_cache)
+    assert 0 <= room < found.kv.bytes_per_block + 2
+    assert found.verdict == "fits"
+
+
+def test_a_cache_of_its_own_size_has_room_for_all_sequences_where_there_is_and_for_one_always() -> None:
+    large, small = ledger(**AUTO, cluster=NODE.with_memory(10**12)).kv, ledger(**AUTO, cluster=NODE.with_memory(1)).kv
+    assert large is not None and small is not None
+    assert large.sequences == 256
+    assert small.sequences == 1
+
+
+def test_on_a_cpu_it_stays_small() -> None:
+    cluster = Cluster(1, 8, CARDS["cpu"]).with_memory(10**12)
+    cache = ledger(**AUTO, cluster=cluster).kv
+    assert cache is not None
+    assert cache.bytes > CPU_CACHE and cache.sequences == 1
+    few = ledger(
+        data={"labeled_prompts_per_step": 64, "max_response_tokens": 64, "max_prompt_tokens": 64},
+        **AUTO,
+        cluster=cluster,
+    ).kv
+    assert few is not None and few.bytes == pytest.approx(CPU_CACHE, rel=0.01)
+
+
+@pytest.mark.parametrize("cluster", [NODE, Cluster(1, 8, CARDS["cpu"]).with_memory(10**12)], ids=["gpu", "cpu"])
+def test_whoever_asks_gets_the_same_size(cluster: Cluster) -> None:
+    """The plan, what is refused, and the engine."""
+    given = {"actor": values("Qwen3-8B-Base"), "critic": values("Qwen3-8B-Base")}
+    auto = config(**AUTO)
+    settled = with_kv_cache(auto, given, cluster)
+    plan = plan_ledger(auto, given, cluster)
+    assert plan_ledger(settled, given, cluster) == plan
+    assert certain_ledger(auto, given, cluster).kv == plan.kv
+    assert with_kv_cache(settled, given, cluster) == settled
+    with pytest.raises(ValueError, match="auto must be made a number"):
+        _ = auto.rollout.kv_cache_bytes
+
+
+def test_a_model_without_a_critic_that_is_evaluated_has_a_cache_too() -> None:
+    given, evaluation = {"actor": values("Qwen3-8B-Base")}, {"critic": None, "data": {}, **AUTO}
+    sizes = {stage: with_kv_cache(config(stage=stage, **evaluation), given, NODE) for stage in ("sft", "tempo")}
+    assert all(found.rollout.kv_cache_bytes > 1 << 30 for found in sizes.values())
 
 
 def test_the_short_form_has_what_is_certain_and_no_more() -> None:

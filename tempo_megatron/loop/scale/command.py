@@ -22,6 +22,8 @@ from tempo_megatron.loop.scale.rows import DRAWS, draw_rows, queue_shares
 from tempo_megatron.loop.scale.setting import find_setting, telling_ranks
 from tempo_megatron.loop.scale.walk import Job, play
 from tempo_megatron.model.held import megatron_holdings
+from tempo_megatron.planner.hardware import CARDS, Cluster
+from tempo_megatron.planner.ledger import with_kv_cache
 
 T = TypeVar("T")
 
@@ -34,7 +36,7 @@ def dry_run_at_scale(config: Config, job: ScaledJob) -> None:
     """
     began = time.perf_counter()
     setting = find_setting(config, job)
-    config, world = setting.config, job.world_size
+    given, config, world = config, setting.config, job.world_size
     for note in setting.notes:
         _say(note)
     hf_configs = {role: load_hf_config(folder) for role, folder in setting.hf_dirs.items()}
@@ -45,6 +47,12 @@ def dry_run_at_scale(config: Config, job: ScaledJob) -> None:
         }
         replicas = None
         if config.stage != "sft":
+            cluster = Cluster(job.nodes, job.gpus_per_node, CARDS[config.slurm.gpu or "h100-80gb"])
+            config = config.model_copy(
+                update={
+                    "rollout": with_kv_cache(given, {str(role): c for role, c in hf_configs.items()}, cluster).rollout
+                }
+            )
             arguments = config, setting.hf_dirs["actor"], holdings["actor"], job.gpus_per_node
             replicas = _in_phase("rollout", partial(foresee_replicas, *arguments))
             took = time.perf_counter() - began
