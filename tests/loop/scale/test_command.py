@@ -92,7 +92,7 @@ def test_a_job_is_walked_through_and_told(dry_run: Callable[..., Told], tmp_path
     assert set(ranks) == {"0", "8"}
     first = ranks["0"]
     assert first["roles"]["actor"]["groups"]["pipeline"] == [0, 8]
-    assert first["rollout"]["kv_tokens"] == (1 << 30) // (4 * 2 * 1 * 32 * 2)
+    assert first["rollout"]["kv_tokens"] == (8 * 15 + 1) * 16  # of max_num_seqs sequences of 232 tokens, by blocks
     assert first["rollout"]["received"] + first["rollout"]["local"] == first["rollout"]["weights"]
     steps = [p for p in first["passes"]["longest"] if p["phase"] == "m_step"]
     assert sum(p["rows"] for p in steps) == 32 // 4
