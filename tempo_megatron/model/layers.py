@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from tempo_megatron.model.attention import Layout, blockwise_attention
 from tempo_megatron.patching import replace_value
 
 
@@ -181,6 +182,7 @@ class PackedAttention(MegatronModule):
 
     Megatron's own DotProductAttention refuses packed input and context parallelism.  Runs of neighbouring sequences
     of one length are computed as one batch, so nothing is padded; packs are laid out by length for that reason.
+    Memory is linear in the tokens: with windows or context parallelism queries are computed in blocks.
     """
 
     def __init__(
@@ -224,34 +226,25 @@ class PackedAttention(MegatronModule):
         for length, count in length_runs(packed_seq_params):
             part = length // cp
             end = start + part * count
-            q = query[start:end].unflatten(0, (count, part)).transpose(1, 2)
-            k, v = (
-                x[:, start:end].unflatten(1, (count, part)).transpose(0, 1).flatten(1, 2).transpose(1, 2)
-                for x in (key, value)
-            )
-            mask = self._mask(length, query.device, packed_seq_params)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-            )
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            q = query[start:end].unflatten(0, (count, part))
+            k, v = (x[:, start:end].unflatten(1, (count, part)) for x in (key, value))
+            window = self.window if self.window is not None and self.window < length else None
+            if cp > 1 or window is not None or not _has_fused_kernel(q, k):
+                layout = Layout(length, cp, self.cp_group.rank(), window)
+                outputs.append(blockwise_attention(q, k, v, layout, self.scale).flatten(0, 1))
+            else:
+                q, k, v = (x.transpose(1, 2) for x in (q, k.flatten(0, 1), v.flatten(0, 1)))
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+                outputs.append(out.transpose(1, 2).flatten(0, 1))
             start = end
         return torch.cat(outputs).flatten(1)
 
-    def _mask(self, length: int, device: torch.device, packed: PackedSeqParams) -> Tensor | None:
-        """``[length / cp, length]``, True where a query sees a key; None where plain causal attention does."""
-        cp = self.cp_group.size()
-        window = self.window if self.window is not None and self.window < length else None
-        if cp == 1 and window is None:
-            return None
-        masks: dict[tuple[int, int | None], Tensor] = packed.__dict__.setdefault("masks", {})
-        if (length, window) not in masks:
-            keys = torch.cat([context_positions(length, cp, r) for r in range(cp)]).to(device)
-            queries = context_positions(length, cp, self.cp_group.rank()).unsqueeze(1).to(device)
-            mask = keys <= queries
-            if window is not None:
-                mask &= keys > queries - window
-            masks[length, window] = mask
-        return masks[length, window]
+
+def _has_fused_kernel(query: Tensor, key: Tensor) -> bool:
+    """Whether plain causal attention takes no scores of all queries and keys: by torch's dispatch, on a GPU the kernels
+    that know of heads that share keys and values compute in 16 bits.
+    """
+    return query.device.type != "cuda" or query.dtype != torch.float32 or query.shape[-2] == key.shape[-2]
 
 
 def context_positions(length: int, cp_size: int, cp_rank: int) -> Tensor:

@@ -63,7 +63,7 @@ class ChunkRun:
     ) -> None:
         self.meter = Meter()
         self.sizes, self.name, self.role, self.chunk, self.pack = sizes, name, role, chunk, pack
-        self.layers = Layers(self.meter, sizes, role, spec, pack)
+        self.layers = Layers(self.meter, sizes, role, spec, pack, on_cpu=on_cpu)
         self.ops, self.on_cpu = self.layers.ops, on_cpu
 
     def measure(self) -> ChunkBytes:
@@ -114,15 +114,14 @@ class ChunkRun:
         return x
 
     def _description(self) -> list[Memory]:
-        """Token ids, positions and targets (int64), angles and their cosines and sines (float32), masks."""
+        """Token ids, positions and targets (int64), angles and their cosines and sines (float32)."""
         t, whole = self.pack.tokens, self.pack.tokens * self.layers.context
         longest = max(length for length, _ in self.pack.lengths)
         windows = set(self.sizes.windows)
         found = [self.ops.new(5 * t + 2 * whole, 8)]
         for _ in windows:  # a family with several kinds of attention has as many ropes
             found += [self.ops.new(n * self.sizes.head_dim, SINGLE) for n in (t, longest)]
-        masks = sum(self.layers.mask(n, window) for n, _ in self.pack.lengths for window in windows)
-        return [*found, self.ops.new(masks, 1)]
+        return found
 
     def _embedding(self, weight: Value) -> Value:
         ops, sizes, t = self.ops, self.sizes, self.pack.tokens

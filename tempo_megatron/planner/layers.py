@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isqrt
 from typing import Literal
 
 from tempo_megatron.config.schema import RoleConfig
@@ -17,6 +18,8 @@ from tempo_megatron.planner.shadow import Memory, Meter, Value, apply
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 
 Spec = Literal["torch", "te"]
+#: ``model.attention``: scores of one block of queries.
+BLOCK_BYTES, FEW_ROWS = 256 << 20, 128
 #: Experts of a rank that are gone through one by one.
 _EXPERTS_SHOWN = 8
 
@@ -40,7 +43,10 @@ class Pack:
 class Layers:
     """A role's layers on one tensor-parallel rank."""
 
-    def __init__(self, meter: Meter, sizes: ModelSizes, role: RoleConfig, spec: Spec, pack: Pack) -> None:
+    def __init__(
+        self, meter: Meter, sizes: ModelSizes, role: RoleConfig, spec: Spec, pack: Pack, *, on_cpu: bool
+    ) -> None:
+        self.on_cpu = on_cpu
         self.sizes, self.role, self.spec, self.pack = sizes, role, spec, pack
         self.meter, self.training = meter, True
         self._dispatched: list[Memory] = []
@@ -161,25 +167,65 @@ class Layers:
             q, k, v = query, key, value
             q = ops.part(q, t * self.q)
             k, v = (ops.part(x, t * cp * self.kv) for x in (k, v))
-            if cp > 1 and count > 1:
-                k, v = (ops.fresh(x, tokens * cp * self.kv) for x in (k, v))
-            outputs.append(self._scaled_dot_product(q, k, v, tokens, self.mask(length, window)))
+            if cp > 1 or (window is not None and window < length):
+                outputs.append(self._blockwise(q, k, v, tokens, length, window))
+            else:
+                outputs.append(self._scaled_dot_product(q, k, v, tokens))
         return self.ops._apply(outputs, self.new(t * self.q), lambda g: [g[0]] * len(self.pack.lengths))
 
-    def mask(self, length: int, window: int | None) -> int:
-        """Elements of the mask of one sequence; 0: causal attention needs none."""
-        needed = self.context > 1 or (window is not None and window < length)
-        return length // self.context * length if needed else 0
+    def _blockwise(self, q: Value, k: Value, v: Value, tokens: int, length: int, window: int | None) -> Value:
+        """model/attention.py: keys and values by position, and of one block its mask (in numbers too), output and
+        gradients; on a GPU scores as well, some four times.
+        """
+        nq, nk = tokens * self.q, tokens * self.context * self.kv
+        rows, seen = self._block(tokens, length, window)
+        count = tokens * self.context // length
 
-    def _scaled_dot_product(self, q: Value, k: Value, v: Value, tokens: int, mask: int) -> Value:
+        def block(*, back: bool) -> list[Memory]:
+            found = [self.new(3 * rows * seen, 1), self.new(rows * seen), self.new(count * rows * self.q)]
+            if not self.on_cpu:
+                found.append(self.new(4 * count * self.heads * rows * seen, SINGLE))
+            if back:
+                found += [self.new(count * rows * self.q), self.new(2 * count * seen * self.kv)]
+            return found
+
+        def ordered() -> list[Memory]:
+            return [self.new(2 * nk)] if self.context > 1 else []
+
+        def backward(_: list[Memory | None]) -> Sequence[Memory | None]:
+            placed, of_query, exact = ordered(), self.new(nq), [self.new(nk, SINGLE) for _ in range(2)]
+            one = block(back=True)
+            del one
+            dealt = self.new(2 * nk, SINGLE) if self.context > 1 else None
+            found = exact
+            if self.context > 1 or self.width != SINGLE:
+                found = [self.new(nk) for _ in range(2)]
+            del placed, dealt, exact
+            return [of_query, *found]
+
+        placed, output = ordered(), self.new(nq)
+        one = block(back=False)
+        del one, placed
+        return self.ops._apply([q, k, v], output, backward, q.memory, k.memory, v.memory)
+
+    def _block(self, tokens: int, length: int, window: int | None) -> tuple[int, int]:
+        """Queries of a block and keys that they see, of sequences of one length."""
+        scores = BLOCK_BYTES // (4 * self.heads * tokens * self.context // length)
+        rows = scores // length
+        if window is not None:
+            rows = max(rows, (isqrt(window**2 + 4 * scores) - window) // 2)
+        span = length if self.context == 1 else length // (2 * self.context)
+        rows = min(max(1, rows), max(FEW_ROWS, (window or length // 4) // 2), span)
+        return rows, length if window is None else min(length, window - 1 + rows)
+
+    def _scaled_dot_product(self, q: Value, k: Value, v: Value, tokens: int) -> Value:
         nq, nk = tokens * self.q, tokens * self.context * self.kv
         output, sums = self.new(nq), self.new(tokens * self.heads, SINGLE)
-        added = [self.new(mask)] if mask else []  # a bool mask is made one of numbers, and saved
 
         def back(_: list[Memory | None]) -> Sequence[Memory | None]:
             return [self.new(nq), self.new(nk), self.new(nk)]
 
-        return self.ops._apply([q, k, v], output, back, q.memory, k.memory, v.memory, output, sums, *added)
+        return self.ops._apply([q, k, v], output, back, q.memory, k.memory, v.memory, output, sums)
 
     def _te_core(self, query: Value, key: Value, value: Value) -> Value:
         """Flash attention; with context parallelism keys and values of two ranks at a time, and partial outputs."""

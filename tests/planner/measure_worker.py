@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 import tempfile
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tempo_megatron.parallel import cpu_shim
 
@@ -33,32 +30,8 @@ from tempo_megatron.parallel.distributed import gather_objects, on_rank0, start 
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
 from tempo_megatron.training.engine import MegatronEngine  # noqa: E402
 from tempo_megatron.training.microbatch import Sequences  # noqa: E402
+from tests.live_bytes import LiveBytes  # noqa: E402
 from tests.planner.cases import PlanCase  # noqa: E402
-
-
-class LiveBytes(TorchDispatchMode):
-    """Storages that torch's operations have made and that are still there, and the most of them at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, int] = {}
-        self._now = self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in self._known and id(storage) not in given and storage.nbytes():
-                    self._known[id(storage)] = storage.nbytes()
-                    self._now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, id(storage))
-        self.most = max(self.most, self._now)
-        return result
-
-    def _gone(self, key: int) -> None:
-        self._now -= self._known.pop(key)
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
