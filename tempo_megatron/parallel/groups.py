@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -17,12 +17,37 @@ from megatron.core import parallel_state as mpu
 
 from tempo_megatron.config.schema import ParallelConfig
 from tempo_megatron.parallel.shards import Grid
+from tempo_megatron.patching import kept, replace_function
 
 
 def _layout_globals() -> dict[str, Any]:
     return {
         k: v for k, v in vars(mpu).items() if k.startswith("_") and (k.isupper() or k == "_global_process_group_list")
     }
+
+
+def _backends() -> dict[str, str]:
+    """Of the world's default group, by kind of device."""
+    return dict(pair.split(":", 1) for pair in dist.get_backend_config().split(","))
+
+
+@contextmanager
+def alone(default: str) -> Iterator[None]:
+    """Groups that Megatron makes in the block, and names no backend for, have ``default`` and not all of the world's.
+
+    A group of a world with gloo and NCCL opens both, and gloo's connections to every other rank for nothing. What
+    travels in Megatron's groups are tensors of the device, and objects (its checkpoints' plans, the weight stream's),
+    which torch puts on the device where a group has no backend for the host; so it is in Megatron's own programs, whose
+    world has NCCL alone.
+    """
+
+    def create(ranks: Any = None, timeout: Any = None, backend: str | None = None, *rest: Any, **named: Any) -> Any:
+        return original(ranks, timeout, backend or default, *rest, **named)
+
+    parameters = ("ranks", "timeout", "backend", "pg_options", "use_local_synchronization", "group_desc")
+    with kept(mpu, "create_group"):
+        original = replace_function(mpu, "create_group", create, parameters)
+        yield
 
 
 @contextmanager
@@ -43,23 +68,26 @@ class ModelParallelGroups:
     Attributes: rank and size of this process along each dimension, and the groups of those that share the rest:
     ``tp_*`` tensor, ``pp_*`` pipeline, ``cp_*`` context, ``dp_*`` data (without context), ``ep_*`` expert,
     ``etp_*`` expert-tensor parallel. ``grid`` says the same of every rank of the job. ``has_gloo``: Megatron has groups
-    for tensors of the host beside them.
+    for tensors of the host beside them; not with NCCL: it is asked for nothing that needs them.
     """
 
     def __init__(self, layout: ParallelConfig, timeout_s: int) -> None:
         self.layout = layout
+        backends = _backends()
         # the one process that plays ranks (parallel/played.py) cannot meet the others
-        self.has_gloo = dist.get_backend() != "fake"
+        self.has_gloo = set(backends.values()) == {"gloo"}
+        on_gpu = backends.get("cuda", "")
         self.grid = Grid.of(layout, dist.get_world_size())
         before = _layout_globals()
         for name in before:
             setattr(mpu, name, {} if isinstance(before[name], dict) else None)
         try:
-            mpu.initialize_model_parallel(
-                **layout.megatron_sizes(),
-                distributed_timeout_minutes=timeout_s / 60,
-                create_gloo_process_groups=self.has_gloo,
-            )
+            with alone(on_gpu) if on_gpu not in ("", backends.get("cpu")) else nullcontext():
+                mpu.initialize_model_parallel(
+                    **layout.megatron_sizes(),
+                    distributed_timeout_minutes=timeout_s / 60,
+                    create_gloo_process_groups=self.has_gloo,
+                )
             self._globals = _layout_globals()
             self.tp_group: dist.ProcessGroup = mpu.get_tensor_model_parallel_group()
             self.pp_group: dist.ProcessGroup = mpu.get_pipeline_model_parallel_group()
