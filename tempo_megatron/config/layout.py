@@ -30,6 +30,7 @@ class ModelShape:
     key_value_heads: int
     head_dim: int
     copies_kv_heads: bool
+    hidden_size: int
     intermediate_size: int
     layers: int
     vocab_size: int
@@ -83,6 +84,7 @@ def read_model_shape(config_json: Path, key: str, *, critic: bool = False) -> Mo
         key_value_heads=heads if values.get("num_key_value_heads") is None else number("num_key_value_heads"),
         head_dim=number("hidden_size") // heads if values.get("head_dim") is None else number("head_dim"),
         copies_kv_heads=not family.projection_norm,
+        hidden_size=number("hidden_size"),
         intermediate_size=number("intermediate_size"),
         layers=number("num_hidden_layers", MOST_LAYERS),
         vocab_size=number("vocab_size"),
@@ -166,6 +168,7 @@ def _check_kernels(shape: ModelShape, role: RoleConfig, name: str) -> None:
         else ("intermediate_size", shape.intermediate_size, "tensor_model_parallel_size")
     )
     widths = {
+        f"hidden_size {shape.hidden_size}, which no layout cuts,": shape.hidden_size,
         f"the heads' {shape.attention_heads * shape.head_dim} columns / tensor_model_parallel_size {tensor}": (
             shape.attention_heads * shape.head_dim // tensor
         ),

@@ -19,6 +19,7 @@ DENSE = ModelShape(
     key_value_heads=4,
     head_dim=16,
     copies_kv_heads=True,
+    hidden_size=128,
     intermediate_size=192,
     layers=6,
     vocab_size=100,
@@ -101,6 +102,21 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], told: str) -
             "multiples of 16, but the heads' 128 columns / tensor_model_parallel_size 32 is 4",
         ),
         (
+            ModelShape(**{**vars(DENSE), "hidden_size": 112}),
+            _role({"recipe": "mxfp8"}),
+            "multiples of 32, but hidden_size 112, which no layout cuts, is 112",
+        ),
+        (
+            ModelShape(**{**vars(MOE), "hidden_size": 120}),
+            _role({"recipe": "current"}, parallel={"tensor_model_parallel_size": 2}),
+            "multiples of 16, but hidden_size 120, which no layout cuts, is 120",
+        ),
+        (
+            ModelShape(**{**vars(DENSE), "key_value_heads": 1, "head_dim": 8, "attention_heads": 8}),
+            _role({"recipe": "current"}, parallel={"tensor_model_parallel_size": 4}),
+            "multiples of 16, but the 80 rows of q, k and v / tensor_model_parallel_size 4 is 20",
+        ),
+        (
             MOE,
             _role({"recipe": "mxfp8"}, parallel={"expert_tensor_parallel_size": 2}),
             "multiples of 32, but moe_intermediate_size 96 / expert_tensor_parallel_size 2 is 48",
@@ -123,3 +139,8 @@ def test_what_a_model_or_a_role_cannot_have(shape: ModelShape, role: RoleConfig,
 )
 def test_what_they_can_have(role: RoleConfig) -> None:
     check_fp8(DENSE, role, "actor")
+
+
+def test_emulated_blocks_may_end_anywhere() -> None:
+    odd = ModelShape(**{**vars(DENSE), "hidden_size": 100, "intermediate_size": 190})
+    check_fp8(odd, _role({"recipe": "mxfp8", "emulated": True}), "actor")

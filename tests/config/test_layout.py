@@ -21,6 +21,7 @@ DENSE = ModelShape(
     key_value_heads=4,
     head_dim=8,
     copies_kv_heads=True,
+    hidden_size=64,
     intermediate_size=96,
     layers=12,
     vocab_size=101,
