@@ -93,6 +93,10 @@ READ = [
         "fused_weight_gradient_mlp_cuda",
     ),
     (f"{MEGATRON}.tensor_parallel.layers:ColumnParallelLinear.__init__", "_grad_accum_fusion_available"),
+    # model/fp8.py: the products that are emulated
+    *((f"{MEGATRON}.tensor_parallel.layers:{n}ParallelLinear.forward", "_forward_impl") for n in ("Column", "Row")),
+    # model/layers.py and fp8.py: what a cast of the whole model does not reach
+    ("torch.nn.modules.module:Module.bfloat16", "_apply"),
     # model/layers.py: where PackedSelfAttention turns queries and keys
     (f"{MEGATRON}.transformer.attention:Attention.forward", "_adjust_key_value_for_inference"),
     (
@@ -141,6 +145,10 @@ READ = [
         f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
         "load_parameter_state_from_fully_reshardable",
     ),
+    (
+        f"{MEGATRON}.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
+        "_get_main_param_and_optimizer_states",
+    ),
     (f"{STRATEGY}:mcore_to_pyt_state_dict", "LocalShardsContainer"),
     # checkpoint/megatron_state.py: where the writer of a save is kept; what it has to say is asked of its queue
     (f"{STRATEGY}:TorchDistSaveShardedStrategy.async_save", "_get_save_and_finalize_callbacks"),
@@ -159,18 +167,29 @@ READ = [
         "_setup_kernel",
     ),
     (
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+        "_init_moe_kernel",
+    ),
+    (
         "vllm.model_executor.models.transformers.base:Base._decorate_for_torch_compile",
         "_decorate_cls_for_torch_compile",
     ),
     ("vllm.model_executor.layers.quantization.fp8:Fp8LinearMethod.create_weights", "init_fp8_linear_kernel"),
     ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "cpu_linear"),
     ("vllm.model_executor.layers.utils:cpu_unquantized_gemm", "cpu_linear"),
+    # rollout/weights.py: what only packs, and how vLLM finishes a layer whose tensors have come
+    ("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", "_supports_onednn"),
+    *(
+        ("vllm.model_executor.model_loader.reload.layerwise:_layerwise_process", n)
+        for n in ("_already_called_process_weights_after_loading", "_copy_and_restore_kernel_tensors")
+    ),
     # rollout/sleep.py: sizes of packed weights
     ("vllm.model_executor.model_loader.reload.layerwise:record_metadata_for_reloading", "restore_metadata"),
     ("vllm.usage.usage_lib:is_usage_stats_enabled", "VLLM_NO_USAGE_STATS"),
     ("vllm.v1.engine.llm_engine:LLMEngine.from_engine_args", "VLLM_ENABLE_V1_MULTIPROCESSING"),
     ("vllm.logger:_configure_vllm_root_logger", "VLLM_CONFIGURE_LOGGING"),
     ("vllm.triton_utils.dispatcher:register_kernels", "_rebind_kernels"),
+    ("vllm.triton_utils.dispatcher:_rebind_kernels", "_kernel_arg_names"),
     (f"{VLLM_CPU}._init_cpu_shm", "barrier"),
     # checkpoint/convert/plan.py: each init wraps sys.excepthook
     ("torch.distributed.distributed_c10d:init_process_group", "excepthook"),
