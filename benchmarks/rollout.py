@@ -86,26 +86,18 @@ def bare(settings: dict[str, Any]) -> Prepare:
     }
     if not on_gpu:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import torch
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    llm = LLM(
-        model=settings["model"],
-        dtype=engine["dtype"],
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        seed=0,
-        enforce_eager=not on_gpu,
-        max_model_len=settings["length"],
-        max_num_seqs=engine["max_num_seqs"],
-        max_num_batched_tokens=engine["max_num_batched_tokens"],
-        enable_chunked_prefill=on_gpu,
-        kv_cache_memory_bytes=int(engine["kv_cache_gib"] * 2**30),
-        enable_prefix_caching=True,
-        block_size=None if on_gpu else 32,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
+    from tempo_megatron.config.rollout import RolloutConfig
+    from tempo_megatron.rollout.engine import engine_arguments
+
+    gpu_bytes = torch.cuda.mem_get_info()[1] if on_gpu else None
+    given = engine_arguments(
+        settings["model"], RolloutConfig(**engine), settings["length"], 0, 1, gpu_bytes, sleeps=False
     )
+    llm = LLM(**{**given, "load_format": "auto"})
 
     def prepare(case: dict[str, Any]) -> Run:
         prompts = [{"prompt_token_ids": ids} for ids in _prompts(case)]
