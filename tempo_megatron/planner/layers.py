@@ -167,8 +167,11 @@ class Layers:
             q, k, v = query, key, value
             q = ops.part(q, t * self.q)
             k, v = (ops.part(x, t * cp * self.kv) for x in (k, v))
-            if cp > 1 or (window is not None and window < length):
-                outputs.append(self._blockwise(q, k, v, tokens, length, window))
+            # on a GPU no fused kernel takes heads that share keys and values in float32
+            unfused = not self.on_cpu and self.width == SINGLE and self.heads != self.kv_heads
+            if cp > 1 or (window is not None and window < length) or unfused:
+                seen = window if window is not None and window < length else None
+                outputs.append(self._blockwise(q, k, v, tokens, length, seen))
             else:
                 outputs.append(self._scaled_dot_product(q, k, v, tokens))
         return self.ops._apply(outputs, self.new(t * self.q), lambda g: [g[0]] * len(self.pack.lengths))
