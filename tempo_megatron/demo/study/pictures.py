@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -14,11 +15,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from tempo_megatron.demo.study import precision
 from tempo_megatron.demo.study.ablations import BASELINE, SHOWN, present
 from tempo_megatron.demo.study.guard import OFF, ON, ending
 from tempo_megatron.demo.study.intervals import over_seeds
 from tempo_megatron.demo.study.recalibration import Pair, pairs_of
-from tempo_megatron.demo.study.results import D_L, D_U, HELD_OUT, MEAN, PASS, Results, Run, end
+from tempo_megatron.demo.study.results import (
+    D_L,
+    D_U,
+    GATE_AUROC,
+    HELD_OUT,
+    MEAN,
+    MISMATCH,
+    PASS,
+    Results,
+    Run,
+    end,
+)
 from tempo_megatron.telemetry.style import DPI, PALETTE, STYLE, WIDTH_IN
 
 GREY = PALETTE[6]
@@ -181,9 +194,57 @@ def _draw_differences(figure: Figure, ax: Axes, pairs: list[Pair]) -> None:
     figure.colorbar(ScalarMappable(shades, "cividis"), ax=ax, label="accuracy on D_L at the start")
 
 
+# ---------------------------------------------------------------- precision
+
+
+def _precision(results: Results) -> Figure:
+    figure = Figure(figsize=(WIDTH_IN, 7.0), layout="constrained")
+    curve, ends, mismatch, auroc = figure.subplots(2, 2).flat
+    key = f"{D_U}/{MEAN}"
+    for i, arm in enumerate(arm.name for arm in results.part.arms if results.of(arm.name)):
+        runs, label, color = results.of(arm), precision.title(results, arm), PALETTE[i]
+        _band(curve, runs, key, label, color, "-")
+        _series(mismatch, runs, MISMATCH, color)
+        _series(auroc, runs, GATE_AUROC, color)
+        if arm != precision.FLOAT32:
+            values = list(results.differences(arm, precision.FLOAT32, end(key)).values())
+            estimate = over_seeds(values)
+            ends.plot(values, [i] * len(values), "o", color=color, ms=4, alpha=0.45, mew=0)
+            ends.plot([estimate.low, estimate.high], [i, i], color=color, lw=1.6)
+            ends.plot([estimate.mean], [i], "D", color=color, ms=6)
+    if noise := precision.seed_noise(results, key):
+        ends.axvspan(-noise, noise, color=GREY, alpha=0.15, lw=0)
+    ends.axvline(0, color="black", lw=0.8)
+    ends.invert_yaxis()
+    ends.set_yticks([])
+    ends.set_title("D_U at the end, less float32", loc="left")
+    curve.set_title(TITLES[key], loc="left")
+    curve.set_xlabel("policy updates")
+    curve.set_ylim(-0.02, 1.02)
+    mismatch.set_yscale("log")
+    mismatch.set_title("mean |log p(vLLM) - log p(trainer)|, nats", loc="left")
+    auroc.set_title("AUROC of the gate, on D_L", loc="left")
+    for ax in (mismatch, auroc):
+        ax.set_xlabel("step")
+    handles, labels = curve.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _series(ax: Axes, runs: list[Run], key: str, color: str) -> None:
+    """Mean over seeds by step; what a run that ended early no longer has is left out."""
+    steps: dict[int, list[float]] = {}
+    for run in runs:
+        for step, value in run.series.get(key, ()):
+            steps.setdefault(step, []).append(value)
+    shown = sorted(steps)
+    ax.plot(shown, [fmean(steps[step]) for step in shown], color=color, lw=1.4)
+
+
 _DRAWN: Mapping[str, Callable[[Results], Figure | None]] = {
     "claims": _claims,
     "guard": _guard,
     "ablations": _ablations,
     "recalibration": _recalibration,
+    "precision": _precision,
 }

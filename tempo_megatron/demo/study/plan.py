@@ -139,4 +139,30 @@ RECALIBRATION = Part(
     seeds=3,
 )
 
-PARTS: Mapping[str, Part] = {part.name: part for part in (CLAIMS, GUARD, ABLATIONS, RECALIBRATION)}
+_BF16: dict[str, object] = {
+    "actor.dtype": "bfloat16",
+    "critic.dtype": "bfloat16",
+    "rollout.dtype": "bfloat16",
+    "rollout.max_log_prob_diff": "auto",
+}
+_FP8_ROLLOUT: dict[str, object] = {"rollout.weights": "fp8-emulated"}
+#: The recipe of FP8 training runs on Hopper; both layers, which as first and last would stay out.
+_FP8_TRAINING: dict[str, object] = {
+    f"{role}.fp8": {"recipe": "blockwise", "emulated": True, "first_layers_out": 0, "last_layers_out": 0}
+    for role in ("actor", "critic")
+}
+
+PRECISION = Part(
+    "precision",
+    "Does TEMPO survive bfloat16 and FP8?",
+    (
+        TEMPO_ARM,
+        Arm("bf16", "bfloat16", overrides=_BF16),
+        Arm("fp8-rollout", "FP8 rollout", overrides=_BF16 | _FP8_ROLLOUT),
+        Arm("fp8-training", "FP8 training", overrides=_BF16 | _FP8_TRAINING),
+        Arm("fp8-both", "FP8 both", overrides=_BF16 | _FP8_ROLLOUT | _FP8_TRAINING),
+    ),
+    seeds=5,
+)
+
+PARTS: Mapping[str, Part] = {part.name: part for part in (CLAIMS, GUARD, ABLATIONS, RECALIBRATION, PRECISION)}

@@ -17,6 +17,7 @@ from tempo_megatron.demo.study.claims import claims_section
 from tempo_megatron.demo.study.guard import guard_section
 from tempo_megatron.demo.study.pictures import draw
 from tempo_megatron.demo.study.plan import Part
+from tempo_megatron.demo.study.precision import precision_section
 from tempo_megatron.demo.study.recalibration import recalibration_section
 from tempo_megatron.demo.study.results import Results
 from tempo_megatron.demo.study.section import Section, Table, Verdict
@@ -32,6 +33,7 @@ SECTIONS = {
     "guard": guard_section,
     "ablations": ablations_section,
     "recalibration": recalibration_section,
+    "precision": precision_section,
 }
 
 INTRODUCTION = f"""# The study

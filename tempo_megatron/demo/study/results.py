@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tempo_megatron.demo.study.intervals import Interval, over_seeds
@@ -20,6 +21,12 @@ D_U, D_L, HELD_OUT = "D_U", "D_L", "held-out"
 MEAN, PASS, MAJ, DISTINCT, AUROC = "mean@16", "pass@8", "maj@8", "distinct@8", "critic_auroc"
 #: What is read of an evaluation.
 FIGURES = (MEAN, PASS, MAJ, DISTINCT, AUROC)
+
+#: Of training: log-probabilities of vLLM against the trainer's, and how well the critic ranks fresh responses on D_L.
+MISMATCH, LARGEST, KL, ESS = (f"mismatch/{name}" for name in ("mean_abs", "max_abs", "kl_k3", "ess"))
+GATE_AUROC = "gate/auroc_average"
+#: What is read of each step.
+SERIES = (MISMATCH, LARGEST, KL, ESS, GATE_AUROC)
 
 #: Problems in the files of the evaluation sets.
 _SET_SIZES = {D_U: SET_SIZE, D_L: EVAL_DL_SIZE, HELD_OUT: SET_SIZE}
@@ -40,6 +47,7 @@ class Run:
 
     Attributes:
         curves: ``"D_U/mean@16"`` -> its evaluations in order of policy updates; only what was measured.
+        series: ``"mismatch/mean_abs"`` -> what the steps had, each after its number; only steps that had it.
         planned: policy updates that were asked for; the guard may have ended the run before.
         samples: of each evaluation set, prompts times samples.
         rollbacks: of the guard; None without one that goes back.
@@ -53,6 +61,7 @@ class Run:
     samples: Mapping[str, int]
     rollbacks: int | None = None
     min_accuracy: float | None = None
+    series: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
     @property
     def updates(self) -> int:
@@ -82,6 +91,11 @@ class Run:
         between = self.curves.get(key, ())[1:-1]
         nearest = min(between, key=lambda p: abs(p.updates - self.updates / 2), default=None)
         return nearest.value if nearest else None
+
+    def over_steps(self, key: str) -> float | None:
+        """Mean over the steps that had it."""
+        points = self.series.get(key, ())
+        return fmean(value for _, value in points) if points else None
 
     def at(self, key: str, updates: int) -> float | None:
         """The latest evaluation up to ``updates``; what a run that ended early had at its end stays."""
@@ -117,6 +131,11 @@ def end(key: str) -> Figure:
 def change(key: str) -> Figure:
     """From start to end."""
     return lambda run: _less(run.end(key), run.start(key))
+
+
+def over_steps(key: str) -> Figure:
+    """The mean over the steps of training."""
+    return lambda run: run.over_steps(key)
 
 
 def second_half(key: str) -> Figure:
@@ -204,6 +223,7 @@ def read_run(folder: Path, arm: Arm, seed: int) -> Run:
         samples=_samples(run),
         rollbacks=next((int(r["guard/rollbacks"]) for r in reversed(run.records) if "guard/rollbacks" in r), None),
         min_accuracy=guard.get("min_accuracy") if guard.get("enabled") else None,
+        series=_series(run.records),
     )
     for key in (f"{D_U}/{MEAN}", f"{D_L}/{MEAN}"):
         if found.start(key) is None or found.end(key) is None:
@@ -221,6 +241,11 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Point, ...]
             if match and match[2] in FIGURES and value is not None:
                 found.setdefault(match[1], {})[updates] = float(value)
     return {key: tuple(Point(u, v) for u, v in sorted(points.items())) for key, points in found.items()}
+
+
+def _series(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[int, float], ...]]:
+    found = {key: tuple((int(r["step"]), float(r[key])) for r in records if r.get(key) is not None) for key in SERIES}
+    return {key: points for key, points in found.items() if points}
 
 
 def _samples(run: RunFolder) -> dict[str, int]:
