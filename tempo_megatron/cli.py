@@ -229,7 +229,9 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--report-only", action="store_true", help="table and report of stages that were run")
     study = demo.add_argument_group("study", STUDY_HELP)
     study.add_argument("--study", action="store_true", help="several methods and seeds; goes on where it was stopped")
-    study.add_argument("--part", metavar="NAME", help="claims (default), guard, ablations, recalibration, precision or all")
+    study.add_argument(
+        "--part", metavar="NAME", help="claims (default), guard, ablations, recalibration, precision or all"
+    )
     study.add_argument("--seeds", metavar="N,N,...", help="default: 11, 12, ... one more than the part asks for")
     study.add_argument("--jobs", type=int, metavar="N", help="runs at a time, a rank each; default: 2")
     demo.set_defaults(run=_demo)

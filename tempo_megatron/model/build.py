@@ -36,7 +36,16 @@ from tempo_megatron.config.stages import chunk_sizes
 from tempo_megatron.errors import TempoError
 from tempo_megatron.model.families import family_of
 from tempo_megatron.model.families.base import Family
-from tempo_megatron.model.fp8 import DelayedScaling, Fp8ColumnLinear, Fp8RowLinear, check_card, megatron_settings
+from tempo_megatron.model.fp8 import (
+    DelayedScaling,
+    Fp8ColumnLinear,
+    Fp8RowLinear,
+    WideColumnLinear,
+    WideRowLinear,
+    check_card,
+    megatron_settings,
+    multiplies_bfloat16,
+)
 from tempo_megatron.model.hf_tensors import Role
 from tempo_megatron.model.layers import (
     PackedAttention,
@@ -197,12 +206,16 @@ class _Backend:
     core_attention: type
 
 
-def _backend(name: Literal["torch", "te"], family: Family, emulated: Fp8Config | None) -> _Backend:
-    """``emulated``: the recipe of linear layers that compute in emulated FP8."""
+def _backend(
+    name: Literal["torch", "te"], family: Family, emulated: Fp8Config | None, *, wide: bool = False
+) -> _Backend:
+    """``emulated``: the recipe of linear layers that compute in emulated FP8; ``wide``: products through float32."""
     if name == "torch" and emulated is not None:
         own = {"fp8": emulated}
         column, row = ModuleSpec(Fp8ColumnLinear, params=own), ModuleSpec(Fp8RowLinear, params=own)
         return _Backend(RMSNorm, column, row, PackedSelfAttention, PackedAttention)
+    if name == "torch" and wide:
+        return _Backend(RMSNorm, WideColumnLinear, WideRowLinear, PackedSelfAttention, PackedAttention)
     if name == "torch":
         return _Backend(RMSNorm, ColumnParallelLinear, RowParallelLinear, PackedSelfAttention, PackedAttention)
     from megatron.core.extensions.transformer_engine import (
@@ -228,7 +241,8 @@ def _layer_spec(
     """Spec of (0-based) layer ``layer``."""
     family = family_of(config)
     emulated = fp8.emulated and fp8.takes(layer, config.num_hidden_layers)
-    backend = _backend(name, family, fp8 if emulated else None)
+    wide = megatron_config.params_dtype == torch.bfloat16 and not multiplies_bfloat16()
+    backend = _backend(name, family, fp8 if emulated else None, wide=wide)
     pre_norm = family.norm == "pre"
     separate_norm = backend.norm if pre_norm and name == "torch" else IdentityOp
     add = get_bias_dropout_add if pre_norm else ModuleSpec(module=PostNormAdd, params={"config": megatron_config})

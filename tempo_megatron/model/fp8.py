@@ -25,7 +25,15 @@ from torch import Tensor
 from tempo_megatron.config.fp8 import Fp8Config
 from tempo_megatron.errors import TempoError
 from tempo_megatron.numerics.fp8 import BLOCK, E4M3, E5M2, next_scales
-from tempo_megatron.numerics.linear import Blockwise, Current, Delayed, Microscaled, Operands, fp8_linear
+from tempo_megatron.numerics.linear import (
+    Blockwise,
+    Current,
+    Delayed,
+    Microscaled,
+    Operands,
+    Unrounded,
+    fp8_linear,
+)
 
 #: Megatron's names of recipes that have another here.
 _MEGATRON_RECIPES = {"current": "tensorwise"}
@@ -71,18 +79,12 @@ def check_card(fp8: Fp8Config, capability: tuple[int, int]) -> None:
     )
 
 
-class _Emulated(torch.nn.Module):
-    """What Fp8ColumnLinear and Fp8RowLinear add to Megatron's layers."""
+class _Float32Products(torch.nn.Module):
+    """Megatron's linear layer with operands of any kind and products in float32."""
 
     weight: Tensor
+    operands: Operands
     after_backward: Callable[[], None] | None = None
-
-    def _set_up(self, fp8: Fp8Config) -> None:
-        self.backward_code = E5M2 if fp8.megatron_format == "hybrid" else E4M3
-        if fp8.recipe == "delayed":
-            self.register_buffer(HISTORY, torch.zeros(fp8.amax_history, 3, device=self.weight.device))
-            self.register_buffer(SCALES, torch.ones(3, device=self.weight.device))
-        self.operands = _operands(fp8, self)
 
     def _forward_impl(
         self,
@@ -109,6 +111,17 @@ class _Emulated(torch.nn.Module):
         ).unflatten(0, input.shape[:-1])
         return output if bias is None else output + bias
 
+
+class _Emulated(_Float32Products):
+    """What Fp8ColumnLinear and Fp8RowLinear add to Megatron's layers."""
+
+    def _set_up(self, fp8: Fp8Config) -> None:
+        self.backward_code = E5M2 if fp8.megatron_format == "hybrid" else E4M3
+        if fp8.recipe == "delayed":
+            self.register_buffer(HISTORY, torch.zeros(fp8.amax_history, 3, device=self.weight.device))
+            self.register_buffer(SCALES, torch.ones(3, device=self.weight.device))
+        self.operands = _operands(fp8, self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # a cast of the whole model (Megatron's Float16Module) moves histories and scales at most
         kept = {name: t for name in (HISTORY, SCALES) if (t := self._buffers.get(name)) is not None}
@@ -132,6 +145,24 @@ class Fp8RowLinear(_Emulated, RowParallelLinear):
     def __init__(self, *args: Any, fp8: Fp8Config, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(fp8)
+
+
+class WideColumnLinear(_Float32Products, ColumnParallelLinear):
+    """ColumnParallelLinear in bfloat16 where the processor has no products of it: through float32."""
+
+    operands = Operands(Unrounded(), Unrounded(), Unrounded())
+
+
+class WideRowLinear(_Float32Products, RowParallelLinear):
+    """RowParallelLinear, likewise."""
+
+    operands = Operands(Unrounded(), Unrounded(), Unrounded())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this process's device has products of bfloat16; torch's own are else 20 times as slow as float32's."""
+    supported: bool = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def _operands(fp8: Fp8Config, layer: _Emulated) -> Operands:

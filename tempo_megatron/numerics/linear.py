@@ -1,5 +1,8 @@
 """A linear layer whose three products have FP8 operands, as Transformer Engine quantises them; products in float32.
 
+With operands that are left as they are, it is what a linear layer in bfloat16 computes where products are summed up in
+float32.
+
 ``y = x w^T``, ``dx = dy w`` and ``dw = dy^T x`` each sum over another dimension. Where a scale is of neighbours along
 that dimension, an operand of two products is quantised for each from its own values, not one from the other. Source:
 Transformer Engine 2.11, pytorch/module/linear.py and pytorch/tensor/*.
@@ -87,6 +90,17 @@ class Microscaled:
 
     def transposed(self, values: Tensor, quantised: Quantised) -> Quantised:
         return quantise_mx(values.t(), self.code)
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """No FP8: the values as they are, which products still take in float32."""
+
+    def quantise(self, values: Tensor) -> Quantised:
+        return Quantised(values, values.new_ones(1, 1), (values.shape[0], values.shape[1]))
+
+    def transposed(self, values: Tensor, quantised: Quantised) -> Quantised:
+        return quantised.t()
 
 
 @dataclass(frozen=True)
