@@ -1,7 +1,8 @@
 """Roles with emulated FP8 on the ranks of a job; launched by test_fp8.py. Rank 0 prints a JSON line per case.
 
 Arguments: an empty folder, and a JSON list of {"layout", "family", "role", "fp8", ...}; ``resume`` saves after a step,
-and goes on after it, as does an engine that has loaded it, with the changes that the value names.
+and goes on after it, as does an engine that has loaded it, with the changes that the value names; ``wide`` is whether
+bfloat16 is multiplied through float32, by default true.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from tempo_megatron.checkpoint.hf_read import HFTensors  # noqa: E402
 from tempo_megatron.checkpoint.megatron_state import load_role, plan_role  # noqa: E402
 from tempo_megatron.config.fp8 import Fp8Config  # noqa: E402
 from tempo_megatron.config.schema import CriticConfig, OptimizerConfig, RoleConfig  # noqa: E402
+from tempo_megatron.model import build  # noqa: E402
 from tempo_megatron.model.fp8 import is_state  # noqa: E402
 from tempo_megatron.model.weights import load_hf_weights  # noqa: E402
 from tempo_megatron.parallel.distributed import on_rank0, start  # noqa: E402
@@ -106,9 +109,13 @@ def run(case: dict[str, Any], layouts: Layouts, shared: Path) -> dict[str, Any]:
     layout, groups = of_name(layouts, case["layout"])
     folder = shared / f"{case['family']}-{case['role']}"
     save_reference(config_of(case["family"], **SIZES), case["role"], folder)
-    engine = engine_of(case, layout, groups, folder)
+    with mock.patch.object(build, "multiplies_bfloat16", return_value=not case.get("wide", True)):
+        engine = engine_of(case, layout, groups, folder)
     layers = [
-        type(m).__name__ for model in engine.models for m in model.modules() if type(m).__name__.startswith("Fp8")
+        name
+        for model in engine.models
+        for m in model.modules()
+        if (name := type(m).__name__).startswith(("Fp8", "Wide"))
     ]
     steps = [step(engine)]
     packs = engine._microbatches(data(), engine.homes(data())).sizes

@@ -45,6 +45,7 @@ def one_rank(folder: Path) -> dict[str, dict[str, Any]]:
     cases["recomputed"] = _case("current", recompute="full", lr=0.0)
     cases["moe"] = _case("blockwise", family="qwen3-moe")
     cases["critic bfloat16"] = _case("delayed", role="critic", dtype="bfloat16")
+    cases |= {f"bfloat16 wide={wide}": _case(None, dtype="bfloat16", wide=wide, lr=0.0) for wide in (True, False)}
     cases |= {f"{recipe} resumed": _case(recipe, resume={}) for recipe in ("delayed", "blockwise")}
     cases["delayed begins"] = _case("delayed", resume={"fp8": {"recipe": "blockwise", "emulated": True}})
     return dict(zip(cases, _run(folder, list(cases.values()), 1), strict=True))
@@ -77,6 +78,21 @@ def test_which_layers_compute_in_fp8(one_rank: dict[str, dict[str, Any]]) -> Non
     assert [one_rank[name]["layers"] for name in ("None", "delayed", "current")] == [0, 12, 8]
     assert one_rank["moe"]["layers"] == 2 * (2 + 2 * 8)
     assert one_rank["critic bfloat16"]["layers"] == 12
+
+
+@pytest.mark.slow
+def test_bfloat16_through_float32_is_as_far_from_float32_as_torchs(one_rank: dict[str, dict[str, Any]]) -> None:
+    """Where the processor has no products of bfloat16; all that differs is how they are summed up, and that a weight's
+    gradient goes to its float32 buffer unrounded."""
+    wide, torchs = (one_rank[f"bfloat16 wide={wide}"] for wide in (True, False))
+    assert (wide["layers"], torchs["layers"]) == (12, 0)
+    one, other, exact = (found["steps"][0] for found in (wide, torchs, one_rank["None"]))
+    assert _difference(one, other) <= _difference(other, exact) / 4 and one["gradient"] != other["gradient"]
+    assert _difference(one, exact) <= 1.2 * _difference(other, exact) < 0.03
+    assert one["norm"] == pytest.approx(other["norm"], rel=3e-3)
+    assert one["norm"] == pytest.approx(exact["norm"], rel=1e-2)
+    for name, norm in other["gradient"].items():
+        assert one["gradient"][name] == pytest.approx(norm, rel=2e-2), name
 
 
 @pytest.mark.slow

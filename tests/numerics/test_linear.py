@@ -14,6 +14,7 @@ from tempo_megatron.numerics.linear import (
     Microscaled,
     Operand,
     Operands,
+    Unrounded,
     fp8_linear,
 )
 
@@ -148,3 +149,19 @@ def test_delayed_scales_are_those_of_the_steps_before() -> None:
         seen.append(x.detach().abs().max())
         assert scales[0] == torch.tensor(448.0) / max(seen[-3:])
     assert used[0] == [1, 1, 1] and used[1] != used[2] != used[3]
+
+
+def test_unrounded_operands_are_multiplied_as_they_are_and_rounded_once() -> None:
+    x, w, gradient = _matrices(torch.bfloat16)
+    y = fp8_linear(x, w, Operands(Unrounded(), Unrounded(), Unrounded()))
+    y.backward(gradient)
+    exact = x.detach().double(), w.detach().double(), gradient.double()
+    for got, want in (
+        (y.detach(), exact[0] @ exact[1].t()),
+        (x.grad, exact[2] @ exact[1]),
+        (w.grad, exact[2].t() @ exact[0]),
+    ):
+        assert got is not None and got.dtype == torch.bfloat16
+        # float32's sums may fall on the other side of a tie
+        assert (got.double() - want).abs().max() <= 2**-8 * want.abs().max()
+        assert (got == want.bfloat16()).double().mean() > 0.999

@@ -11,7 +11,17 @@ import pytest
 import yaml
 
 from tempo_megatron.demo.study.plan import PARTS
-from tempo_megatron.demo.study.results import Missing, Point, Results, Run
+from tempo_megatron.demo.study.results import (
+    ESS,
+    GATE_AUROC,
+    KL,
+    LARGEST,
+    MISMATCH,
+    Missing,
+    Point,
+    Results,
+    Run,
+)
 from tempo_megatron.demo.study.run import DONE, arm_folder, jobs_of
 
 UPDATES = (0, 15, 30, 45, 60, 75, 90)
@@ -48,6 +58,7 @@ def _run(
     auroc: float | None = 0.85,
     updates: tuple[int, ...] = UPDATES,
     min_accuracy: float | None = None,
+    mismatch: float | None = None,
 ) -> Run:
     def line(ends: Ends) -> tuple[Point, ...]:
         return tuple(Point(u, ends[0] + (ends[1] - ends[0]) * u / updates[-1]) for u in updates)
@@ -57,7 +68,10 @@ def _run(
     if auroc is not None:  # undefined at the end, as where every response is right
         curves["D_U/critic_auroc"] = line((auroc, auroc))[:-1]
     rollbacks = None if min_accuracy is None else 1
-    return Run(arm, seed, curves, UPDATES[-1], SAMPLES, rollbacks, min_accuracy)
+    figures = {} if mismatch is None else {MISMATCH: mismatch, LARGEST: 9 * mismatch, KL: mismatch**2, ESS: 0.99}
+    figures |= {} if mismatch is None else {GATE_AUROC: 0.9}
+    series = {key: tuple((step + 1, value) for step in range(updates[-1])) for key, value in figures.items()}
+    return Run(arm, seed, curves, UPDATES[-1], SAMPLES, rollbacks, min_accuracy, series)
 
 
 def _write(run: Run, folder: Path) -> None:
@@ -74,8 +88,13 @@ def _write(run: Run, folder: Path) -> None:
         if updates:  # neither is in the record of the start
             record |= {"policy_updates": updates, "reward/labeled_mean": 0.5}
             record |= {} if run.rollbacks is None else {"guard/rollbacks": run.rollbacks}
+        record |= _of_step(run, updates)
         records += [record, {"step": updates + 1, "policy_updates": updates + 1, "reward/labeled_mean": 0.5}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:-1]))
+
+
+def _of_step(run: Run, step: int) -> dict[str, float]:
+    return {key: value for key, points in run.series.items() for at, value in points if at == step}
 
 
 MakeRun = Callable[..., Run]

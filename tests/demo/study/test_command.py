@@ -69,9 +69,10 @@ def test_pictures_of_every_part(tmp_path: Path, make_run: MakeRun, write_arm: Wr
     write_arm("ablations", make_run("every-8", 11, (0.4, 0.8)))
     write_arm("recalibration", make_run("recalibrated-base", 11, (0.4, 0.8)))
     write_arm("recalibration", make_run("frozen-base", 11, (0.4, 0.5), auroc=0.6))
+    write_arm("precision", make_run("bf16", 11, (0.4, 0.8), mismatch=1e-3))
     page = report(tmp_path, part="all", seeds="11")
     assert sorted(p.name for p in (tmp_path / "study").iterdir()) == [
-        "ablations.png", "claims.png", "guard.png", "recalibration.png",
+        "ablations.png", "claims.png", "guard.png", "precision.png", "recalibration.png",
     ]  # fmt: skip
     assert "paper, guarded, seed 11: the guard ended the run at policy update 15 of 90" in page
 
@@ -119,7 +120,10 @@ def test_failed_runs_end_with_exit_code_3_after_the_report(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--part", "claim"], "command line: --part claim must be one of claims, guard, ablations, recalibration, all"),
+        (
+            ["--part", "claim"],
+            "command line: --part claim must be one of claims, guard, ablations, recalibration, precision, all",
+        ),
         (["--seeds", "11,x"], "command line: --seeds 11,x: 'x' is no seed; integers from 0 are, as in 11,12,13"),
         (["--seeds", "11,-1"], "'-1' is no seed"),
         (["--seeds", ""], "'' is no seed"),

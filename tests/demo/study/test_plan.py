@@ -75,6 +75,13 @@ def test_overrides_reach_the_configuration(output: Path) -> None:
     assert settings("labeled-16").data.labeled_limit == 16
     assert settings("paper-guarded").algorithm.guard.enabled and not settings("paper").algorithm.guard.enabled
     assert settings("ttrl").critic is None
+    both = settings("fp8-both")
+    assert both.critic is not None and both.actor.dtype == both.critic.dtype == both.rollout.dtype == "bfloat16"
+    assert both.rollout.weights == "fp8-emulated" and settings("fp8-training").rollout.weights == "trained"
+    for fp8 in (both.actor.fp8, both.critic.fp8, settings("fp8-training").actor.fp8):
+        assert fp8.emulated and all(fp8.takes(layer, 2) for layer in range(2))
+    assert not settings("fp8-rollout").actor.fp8.is_on and not settings("bf16").actor.fp8.is_on
+    assert settings("bf16").rollout.log_prob_bound("bfloat16", fp8=False) == 0.1
     frozen = settings("frozen")
     assert frozen.critic is not None and frozen.critic.optimizer.lr == 0
 

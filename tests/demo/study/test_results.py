@@ -35,6 +35,15 @@ def test_an_undefined_auroc_at_the_end_is_not_the_one_before(
     assert run.end("D_U/critic_auroc") is None
 
 
+def test_reads_what_the_steps_had(tmp_path: Path, write_arm: WriteArm, make_run: MakeRun) -> None:
+    write_arm("precision", make_run("bf16", 11, (0.4, 0.9), mismatch=0.01))
+    write_arm("precision", make_run("tempo", 11, (0.4, 0.9)))
+    runs = read_results(tmp_path, PARTS["precision"], [11]).runs
+    assert [step for step, _ in runs["bf16", 11].series["mismatch/mean_abs"]] == [15, 30, 45, 60, 75, 90]
+    assert runs["bf16", 11].over_steps("mismatch/max_abs") == pytest.approx(0.09)
+    assert runs["tempo", 11].series == {} and runs["tempo", 11].over_steps("mismatch/mean_abs") is None
+
+
 def test_a_run_without_a_critic_has_no_auroc(tmp_path: Path, write_arm: WriteArm, make_run: MakeRun) -> None:
     write_arm("claims", make_run("ttrl", 11, (0.4, 0.5), auroc=None))
     results = read_results(tmp_path, PARTS["claims"], [11])

@@ -9,6 +9,7 @@ import pytest
 from tempo_megatron.demo.study.ablations import ablations_section
 from tempo_megatron.demo.study.claims import FATES, claims_section
 from tempo_megatron.demo.study.guard import guard_section
+from tempo_megatron.demo.study.precision import precision_section, seed_noise
 from tempo_megatron.demo.study.recalibration import Pair, cells_of, pairs_of, recalibration_section
 from tempo_megatron.demo.study.results import Results, Run
 from tempo_megatron.demo.study.section import Outcome, Section, Verdict
@@ -216,3 +217,56 @@ def test_differences_within_the_noise_are_neither_better_nor_worse() -> None:
 
     (cell,) = cells_of([pair(0.91), pair(0.89), pair(0.93), pair(0.85)])
     assert (cell.better, cell.worse) == (1, 1)
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.fixture
+def precision(make_run: MakeRun, gather: Gather) -> Callable[..., Section]:
+    """(seeds, **{arm: end less float32's}) -> the section; float32 ends at 0.88, 0.90, 0.92, 0.88, ..."""
+
+    def make(seeds: int, **less: float) -> Section:
+        chosen = list(range(11, 11 + seeds))
+        runs = []
+        for seed in chosen:
+            runs.append(make_run("tempo", seed, (0.4, 0.88 + 0.02 * ((seed - 11) % 3)), mismatch=1e-7))
+            for arm in ("bf16", "fp8-rollout", "fp8-training", "fp8-both"):
+                wiggle = 0.005 * (-1) ** seed
+                ends = (0.4, 0.88 + 0.02 * ((seed - 11) % 3) + less.get(arm.replace("-", "_"), 0.0) + wiggle)
+                runs.append(make_run(arm, seed, ends, mismatch=1e-3 if arm == "bf16" else 1e-2))
+        return precision_section(gather("precision", chosen, runs))
+
+    return make
+
+
+def test_the_same_ends_within_the_seed_noise_hold(precision: Callable[..., Section]) -> None:
+    section = precision(5)
+    assert outcomes(section) == [Outcome.HOLDS] * 3
+    # of 0.88, 0.90, 0.92, 0.88, 0.90: t(4) = 2.776, s = 0.01673, sqrt(2 / 5)
+    assert seed_noise(section.results, "D_U/mean@16") == pytest.approx(2.776 * 0.016733 * 0.632456, rel=1e-3)
+    ends, changes, training, by_seed = section.tables
+    assert [row[0] for row in ends.rows] == ["float32", "bfloat16", "FP8 rollout", "FP8 training", "FP8 both"]
+    assert changes.rows[-1][:2] == ("float32's seed noise", "within 0.029")
+    assert training.rows[1][1:6] == ("1.0e-03", "9.0e-03", "1.0e-06", "1.0e-02", "0.900")
+    assert by_seed.rows[0][:2] == ("11", "0.880")
+
+
+def test_another_end_in_bfloat16_fails(precision: Callable[..., Section]) -> None:
+    section = precision(5, bf16=-0.06)
+    assert checks(section.verdicts[0]) == [Outcome.FAILS] * 2
+    assert outcomes(section)[1] is Outcome.HOLDS
+
+
+def test_fp8_may_cost_accuracy_and_survive(precision: Callable[..., Section]) -> None:
+    section = precision(5, fp8_both=-0.2)
+    assert outcomes(section) == [Outcome.HOLDS, Outcome.HOLDS, Outcome.FAILS]
+    assert checks(section.verdicts[2]) == [Outcome.HOLDS] * 4 + [Outcome.FAILS] * 2
+
+
+def test_fp8_that_does_not_improve_has_not_survived(precision: Callable[..., Section]) -> None:
+    assert checks(precision(5, fp8_training=-0.6).verdicts[1]) == [Outcome.HOLDS, Outcome.FAILS, Outcome.HOLDS]
+
+
+def test_four_seeds_show_nothing_of_precision(precision: Callable[..., Section]) -> None:
+    assert outcomes(precision(4)) == [Outcome.TOO_FEW] * 3
