@@ -35,6 +35,7 @@ ITEMS = (
     Item("models", "gpu_check.items.models:run", "families and roles against transformers", 60, 400),
     Item("ranks", "gpu_check.items.ranks:run", "models on two ranks, collectives", 60, 300),
     Item("rollout", "gpu_check.items.rollout:run", "vLLM beside a trainer that fills the card, two reloads", 70, 300),
+    Item("rollout_fp8", "gpu_check.items.rollout:fp8", "vLLM that holds FP8, two reloads", 70, 300),
     Item("sync_speed", "gpu_check.items.speed:sync", "new weights to vLLM against a copy of the same bytes", 80, 300),
     Item("demo", "gpu_check.items.demo:run", "EM steps, and a run that goes on", 90, 400),
     Item("residency", "gpu_check.items.residency:run", "offload and sleep, peaks as planned", 90, 400),

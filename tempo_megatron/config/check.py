@@ -363,6 +363,10 @@ def _check_rollout(config: Config, actor: ModelShape, world_size: int) -> None:
             f"{heads}, and divide or be a multiple of num_key_value_heads {kv_heads} ({actor.file}); "
             f"nearest valid: {nearest(size, valid)}"
         )
+    if config.rollout.weights == "fp8" and config.rollout.dtype != "bfloat16":
+        raise TempoError(
+            f"rollout.dtype: {config.rollout.dtype} must be bfloat16 with rollout.weights: fp8, whose kernels take it"
+        )
     if config.rollout.max_num_batched_tokens < config.rollout.max_num_seqs:
         raise TempoError(
             f"rollout.max_num_batched_tokens: {config.rollout.max_num_batched_tokens} must be at least "

@@ -23,8 +23,10 @@ class RolloutConfig(Section):
         description="ranks of a replica have whole experts each (vLLM's expert parallelism), not a slice of every one",
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of vLLM's weights and KV cache")
-    weights: Literal["trained", "fp8-emulated"] = Field(
-        "trained", description="fp8-emulated: linear layers' rounded to FP8 by blocks and back: docs/fp8.md"
+    weights: Literal["trained", "fp8", "fp8-emulated"] = Field(
+        "trained",
+        description="fp8: linear layers in FP8 by blocks of 128 x 128, quantised on the trainer's ranks; takes a GPU "
+        "that has it, or a CPU with AMX. fp8-emulated: the same rounded weights in dtype, anywhere: docs/fp8.md",
     )
     kv_cache_gib: float | Literal["auto"] = Field(
         "auto",

@@ -116,10 +116,11 @@ def _check_rollout(config: Config, hf_dir: str, hf_config: PretrainedConfig) -> 
     or about stages that come after this one.
     """
     size, experts = config.rollout.tensor_parallel_size, config.rollout.expert_parallel
+    weights = config.rollout.weights
     if config.stage != "sft":
-        check_model(hf_dir, hf_config, size, on_cpu=False, expert_parallel=experts)
+        check_model(hf_dir, hf_config, size, on_cpu=False, expert_parallel=experts, weights=weights)
     try:
-        check_model(hf_dir, hf_config, size, on_cpu=not use_cuda(), expert_parallel=experts)
+        check_model(hf_dir, hf_config, size, on_cpu=not use_cuda(), expert_parallel=experts, weights=weights)
     except TempoError as error:
         return [f"vLLM: warning: {error}"]
     return ["vLLM: takes the sizes of this model"]

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tempo_megatron.config.rollout import RolloutConfig
+from tempo_megatron.numerics.fp8 import BLOCK
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 
 #: Tokens of a block: what ``rollout.engine`` asks for on the CPU, vLLM's default on a GPU.
@@ -85,11 +86,14 @@ def _group_size(counts: list[int]) -> int:
 
 
 def rollout_weights(sizes: ModelSizes, config: RolloutConfig) -> int:
-    """Bytes of vLLM's parameters on one rank of a replica, as its loader fills them."""
+    """Bytes of vLLM's parameters on one rank of a replica, as its loader fills them.
+
+    With ``weights: fp8`` a layer's matrices take a byte a weight, and four for each block's scale.
+    """
     size, hidden = config.tensor_parallel_size, sizes.hidden
     vocab = -(-sizes.vocab // _VOCAB_PADDING) * _VOCAB_PADDING // size * hidden
     kv = max(1, sizes.kv_heads // size) * sizes.head_dim
-    layer = hidden * (2 * sizes.q // size + 2 * kv) + 2 * hidden
+    matrices, layer = hidden * (2 * sizes.q // size + 2 * kv), 2 * hidden
     if sizes.qkv_bias:
         layer += sizes.q // size + 2 * kv
     if sizes.head_norm:
@@ -97,7 +101,10 @@ def rollout_weights(sizes: ModelSizes, config: RolloutConfig) -> int:
     elif sizes.projection_norm:
         layer += sizes.q + sizes.kv  # vLLM cuts the heads, not their norm
     if sizes.experts:
-        layer += sizes.mlp_parameters(0) + 3 * hidden * sizes.expert_intermediate * sizes.experts // size
+        layer += sizes.mlp_parameters(0)
+        matrices += 3 * hidden * sizes.expert_intermediate * sizes.experts // size
     else:
-        layer += 3 * hidden * sizes.intermediate // size
-    return ITEMSIZE[config.dtype] * (vocab * (1 if sizes.tied else 2) + sizes.layers * layer + hidden)
+        matrices += 3 * hidden * sizes.intermediate // size
+    item = ITEMSIZE[config.dtype]
+    in_layers = matrices * (1 + 4 / BLOCK**2) if config.weights == "fp8" else matrices * item
+    return item * (vocab * (1 if sizes.tied else 2) + sizes.layers * layer + hidden) + round(sizes.layers * in_layers)

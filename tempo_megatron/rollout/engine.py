@@ -21,8 +21,8 @@ from tempo_megatron.imports import absent, uncollected
 from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.reshard.holdings import WeightSource
-from tempo_megatron.rollout import patches
-from tempo_megatron.rollout.limits import check_model
+from tempo_megatron.rollout import fp8, patches
+from tempo_megatron.rollout.limits import check_model, read_hf_config
 from tempo_megatron.rollout.sleep import RolloutParts
 from tempo_megatron.rollout.update import Update, WeightUpdater
 
@@ -109,7 +109,7 @@ class RolloutEngine:
         self.num_replicas = world // size
         self.replica_index, within = divmod(dist.get_rank(), size)
         self.is_replica_leader = within == 0
-        hf_config = _read_hf_config(hf_dir)
+        hf_config = read_hf_config(hf_dir)
         self._llm = _build_engine(str(hf_dir), hf_config, config, max_model_len, seed, sleeps=sleeps)
         self.parts = RolloutParts(self._llm, forget=self._forget)
         self._updater = WeightUpdater(self._llm, expected_tensors(hf_config, "actor"), config)
@@ -348,14 +348,6 @@ def _response(sample: CompletionOutput, version: int) -> SampledResponse:
     return SampledResponse(token_ids, log_probs, sample.finish_reason)
 
 
-def _read_hf_config(hf_dir: str | Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    if not (Path(hf_dir) / "config.json").is_file():
-        raise TempoError(f"{hf_dir}: no config.json; the rollout engine needs the policy's HF folder")
-    return AutoConfig.from_pretrained(str(hf_dir), local_files_only=True)
-
-
 def _cached_blocks(llm: LLMEngine) -> int:
     """Blocks of keys and values that a prompt could still be found to share."""
     pool: Any = llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
@@ -376,6 +368,7 @@ def _build_engine(
         config.tensor_parallel_size,
         on_cpu=not use_cuda(),
         expert_parallel=config.expert_parallel,
+        weights=config.weights,
     )
     patches.prepare_process()
     gpu_bytes = torch.cuda.mem_get_info()[1] if use_cuda() else None
@@ -387,7 +380,7 @@ def _build_engine(
             from vllm import EngineArgs, LLMEngine
 
         try:
-            return LLMEngine.from_engine_args(EngineArgs(**given))
+            return LLMEngine.from_engine_args(EngineArgs(**given, **fp8.overrides(config, hf_config)))
         except ValueError as error:  # vLLM's own checks of the settings: length, KV cache, divisibility
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise TempoError(f"rollout: vLLM cannot run {hf_dir}: {' '.join(lines)}") from error

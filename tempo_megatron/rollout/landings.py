@@ -29,7 +29,8 @@ from tempo_megatron.patching import kept, replace_function, replace_value
 from tempo_megatron.reshard.fp8 import scale_name, scale_shape
 from tempo_megatron.reshard.plan import Destination, Landing, Target
 from tempo_megatron.reshard.regions import Mapped, Region, matrix_shape
-from tempo_megatron.rollout import patches
+from tempo_megatron.rollout import fp8, patches
+from tempo_megatron.rollout.limits import read_hf_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -158,6 +159,7 @@ def foreseen_ranks(
         max_model_len=max_model_len or 64,
         kv_cache_memory_bytes=_ANY_CACHE if max_model_len is None else settings.kv_cache_bytes,
         block_size=KV_BLOCK,
+        **fp8.overrides(settings, read_hf_config(hf_dir)),
     )
     try:
         with patches.shielded_import():

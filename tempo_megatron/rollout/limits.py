@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
 
 from tempo_megatron.errors import TempoError
+from tempo_megatron.rollout import fp8
 
 #: vLLM's sizes on the CPU: CPUAttentionBackend.get_supported_head_sizes and CPUUnquantizedExperts.output_alignment.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -18,6 +21,7 @@ def check_model(
     *,
     on_cpu: bool,
     expert_parallel: bool = False,
+    weights: str = "trained",
 ) -> None:
     """Refuse by name what vLLM would meet as a bare assertion, or only at its first step with the whole model loaded.
 
@@ -44,6 +48,12 @@ def check_model(
             f"{file}: head_dim {head_dim} is not hidden_size {hf_config.hidden_size} / num_attention_heads {heads}, "
             "which vLLM's Qwen2 takes for it"
         )
+    if weights == "fp8":
+        if on_cpu and not fp8.cpu_multiplies():
+            raise TempoError(
+                "rollout.weights: fp8 takes a GPU that has FP8, or a CPU with AMX; fp8-emulated has the same weights"
+            )
+        fp8.check_blocks(file, hf_config, tensor_parallel_size)
     if not on_cpu:
         return
     if expert_parallel:
@@ -56,3 +66,10 @@ def check_model(
             f"{file}: hidden_size {hf_config.hidden_size} is not a multiple of {CPU_EXPERTS_ALIGNMENT}, as vLLM needs "
             "it for experts on the CPU"
         )
+
+
+def read_hf_config(hf_dir: str | Path) -> PretrainedConfig:
+    """Of the policy's folder; TempoError where it has none."""
+    if not (Path(hf_dir) / "config.json").is_file():
+        raise TempoError(f"{hf_dir}: no config.json; the rollout engine needs the policy's HF folder")
+    return AutoConfig.from_pretrained(str(hf_dir), local_files_only=True)

@@ -16,9 +16,9 @@ from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.parallel.device import device
 from tempo_megatron.parallel.distributed import gather_objects
-from tempo_megatron.reshard.fp8 import Blocks, Quantiser, RoundedSource
+from tempo_megatron.reshard.fp8 import Blocks, Quantiser, RoundedSource, quantised_tensors
 from tempo_megatron.reshard.holdings import Holdings, WeightSource
-from tempo_megatron.reshard.plan import Plan
+from tempo_megatron.reshard.plan import Destination, Plan
 from tempo_megatron.reshard.proof import Proof
 from tempo_megatron.reshard.transfer import Moved, Transfer
 from tempo_megatron.rollout.weights import RolloutReceiver, RolloutWeights
@@ -87,9 +87,10 @@ class WeightUpdater:
         began = time.perf_counter()
         transfer, receiver = self._prepared(source.holdings)
         if self._quantiser is not None:
-            source = RoundedSource.of(source, self._quantiser.run(source))
+            quantised = self._quantiser.run(source)
+            source = RoundedSource.of(source, quantised) if self._config.weights == "fp8-emulated" else quantised
         rank, world = dist.get_rank(), dist.get_world_size()
-        proof = Proof(transfer.plan, rank, device(), None if complete else self._in_turn(version))
+        proof = Proof(transfer.plan, rank, device(), None if complete else _in_turn(transfer.plan, version))
         proof_s = 0.0
 
         def see(target: int, matrix: torch.Tensor, is_lent: bool) -> None:
@@ -113,7 +114,7 @@ class WeightUpdater:
             version=version,
             moved=moved,
             proved=len(proof.index),
-            tensors=len(self._expected),
+            tensors=len(transfer.plan.holdings.shapes),
             whole_bytes=self._weights.destination.whole_bytes,
             seconds=now - began,
             proof_s=proof_s,
@@ -123,21 +124,35 @@ class WeightUpdater:
         if holdings is not self._planned_for or self._transfer is None or self._receiver is None:
             require_expected(holdings, self._expected)
             rank = dist.get_rank()
-            plan = self._agreed_plan(holdings)
+            destinations = self._destinations()
+            blocks = self._blocks(holdings, destinations)
+            held = blocks.holdings if self._config.weights == "fp8" and blocks is not None else holdings
+            plan = self._agreed_plan(held, destinations)
             group = dist.group.WORLD if dist.get_world_size() > 1 else None
             self._transfer = Transfer(plan, rank, group, device())
             self._receiver = self._weights.receiver(plan, rank)
-            if self._config.weights == "fp8-emulated":
-                blocks = Blocks(holdings, in_fp8(holdings.shapes))
-                self._quantiser = Quantiser(blocks, rank, group, device())
+            self._quantiser = None if blocks is None else Quantiser(blocks, rank, group, device())
             self._planned_for = holdings
         return self._transfer, self._receiver
 
-    def _agreed_plan(self, holdings: Holdings) -> Plan:
+    def _destinations(self) -> list[Destination]:
+        """Those of the first replica are everybody's: that others load alike is part of what is agreed."""
+        is_first = dist.get_rank() < self._config.tensor_parallel_size
+        sent = gather_objects(self._weights.destination if is_first else None)
+        return [destination for destination in sent if destination is not None]
+
+    def _blocks(self, holdings: Holdings, destinations: list[Destination]) -> Blocks | None:
+        """Of the tensors that the trainer's ranks quantise; TempoError where vLLM has no layer in FP8 and should."""
+        if self._config.weights == "fp8-emulated":
+            return Blocks(holdings, in_fp8(holdings.shapes))
+        names = quantised_tensors(destinations)
+        if bool(names) != (self._config.weights == "fp8"):
+            told = "holds no layer in FP8" if not names else f"holds layers in FP8, such as {min(names)}"
+            raise TempoError(f"rollout.weights: {self._config.weights}: vLLM {told}")
+        return Blocks(holdings, names) if names else None
+
+    def _agreed_plan(self, holdings: Holdings, destinations: list[Destination]) -> Plan:
         size, rank = self._config.tensor_parallel_size, dist.get_rank()
-        # those of the first replica are everybody's: that others load alike is part of what is agreed
-        sent = gather_objects(self._weights.destination if rank < size else None)
-        destinations = [destination for destination in sent if destination is not None]
         near = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         plan = Plan(holdings, destinations, self._config.bucket_mib << 20, near)
         alike = destinations[rank % size] == self._weights.destination
@@ -147,9 +162,6 @@ class WeightUpdater:
             raise RunError(f"rollout: rank {odd[0]} has another plan for the rollout's weights than rank 0")
         return plan
 
-    def _in_turn(self, version: int) -> set[str]:
-        return {name for n, name in enumerate(self._expected) if n % PROVED_IN_TURN == version % PROVED_IN_TURN}
-
     def _require_landed(self, differing: list[str], checked: int, version: int) -> None:
         for rank, names in enumerate(gather_objects(differing)):
             if names:
@@ -157,6 +169,11 @@ class WeightUpdater:
                     f"rollout: the weights of version {version} did not land: on rank {rank} {len(names)} of {checked} "
                     f"tensors differ from the trainer's, such as {names[0]}"
                 )
+
+
+def _in_turn(plan: Plan, version: int) -> set[str]:
+    """Of a plan's tensors, scales among them."""
+    return {name for n, name in enumerate(plan.holdings.shapes) if n % PROVED_IN_TURN == version % PROVED_IN_TURN}
 
 
 def in_fp8(names: Iterable[str]) -> list[str]:

@@ -104,6 +104,12 @@ def test_vllm_takes_our_settings_for_a_gpu(rollout: dict[str, Any]) -> None:
     assert families["olmo3"]["architecture"] == "TransformersForCausalLM"
 
 
+def test_vllm_holds_fp8_where_it_is_asked_to(rollout: dict[str, Any]) -> None:
+    for name in ("qwen3", "qwen3-moe"):
+        share, is_whole = rollout[name]["fp8"]
+        assert is_whole and 0.5 < share < 0.8, name
+
+
 def test_vllm_takes_our_samples(rollout: dict[str, Any]) -> None:
     assert rollout["sampling"] == {"n": 4, "seed": (1 << 62) - 1, "logprobs": 0, "flat": True}
 

@@ -25,10 +25,11 @@ import torch  # noqa: E402
 from tempo_megatron.config.schema import ParallelConfig, RolloutConfig  # noqa: E402
 from tempo_megatron.model.held import megatron_holdings  # noqa: E402
 from tempo_megatron.model.hf_tensors import expected_tensors  # noqa: E402
+from tempo_megatron.reshard.fp8 import quantised_tensors  # noqa: E402
 from tempo_megatron.reshard.plan import Plan  # noqa: E402
 from tempo_megatron.rollout import patches  # noqa: E402
 from tempo_megatron.rollout.engine import GenerationRequest, RolloutEngine, engine_arguments  # noqa: E402
-from tempo_megatron.rollout.landings import _in_place_of, foreseen_destinations  # noqa: E402
+from tempo_megatron.rollout.landings import _in_place_of, foreseen_destinations, foreseen_ranks  # noqa: E402
 from tests.model.parity_cases import FAMILIES, config_of  # noqa: E402
 
 #: Of vLLM's kernels on a GPU.
@@ -65,6 +66,15 @@ def planned_bytes(hf_dir: str, hf_config: Any) -> list[int]:
     holdings = megatron_holdings(hf_config, "actor", ParallelConfig(tensor_model_parallel_size=2), 2)
     plan = Plan(holdings, list(destinations), 64 << 20, 2)
     return [sum(target.nbytes for target in plan.destination_of(rank).targets) for rank in range(2)]
+
+
+def in_fp8(folder: Path, hf_config: Any) -> list[float]:
+    """Bytes of a replica's weights in FP8 by blocks of bfloat16's, and whether all linear layers' tensors come so."""
+    tensors = expected_tensors(hf_config, "actor")
+    settings = [RolloutConfig(dtype="bfloat16", weights=weights) for weights in ("fp8", "trained")]
+    fp8, plain = (next(iter(foreseen_ranks(folder, tensors, config, None))) for config in settings)
+    wanted = {name for name in tensors if name.endswith("_proj.weight")}
+    return [fp8.weights / plain.weights, quantised_tensors([fp8.destination]) == wanted]
 
 
 def classes_after_compilation(config: Any) -> dict[str, Any]:
@@ -114,6 +124,8 @@ def main() -> None:
         rollout = RolloutConfig(dtype="bfloat16", kv_cache_gib=1.0)
         config = engine_config(str(folder), rollout, 1)
         found[name] = decided(config) | {"bytes": planned_bytes(str(folder), hf_config)}
+        if name in ("qwen3", "qwen3-moe"):
+            found[name]["fp8"] = in_fp8(folder, hf_config)
         if name == "olmo3":
             found["classes"] = classes_after_compilation(config)
     print(json.dumps(found))

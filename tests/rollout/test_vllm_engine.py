@@ -26,9 +26,8 @@ from tempo_megatron.rollout.engine import (
     GenerationRequest,
     RolloutEngine,
     SampledResponse,
-    _read_hf_config,
 )
-from tempo_megatron.rollout.limits import CPU_EXPERTS_ALIGNMENT, CPU_HEAD_SIZES, check_model
+from tempo_megatron.rollout.limits import CPU_EXPERTS_ALIGNMENT, CPU_HEAD_SIZES, check_model, read_hf_config
 from tempo_megatron.rollout.update import require_expected
 from tests.rollout.tiny_models import (
     MAX_MODEL_LEN,
@@ -324,7 +323,7 @@ def test_an_update_that_lacks_a_tensor_fails(no_engine: None, qwen3: TinyModel) 
 def test_an_update_speaks_the_names_of_the_checkpoint(family: str, request: pytest.FixtureRequest) -> None:
     tiny: TinyModel = request.getfixturevalue(family)
     saved = {name: tensor.shape for name, tensor in load_file(tiny.folder / "model.safetensors").items()}
-    assert expected_tensors(_read_hf_config(tiny.folder), "actor") == saved
+    assert expected_tensors(read_hf_config(tiny.folder), "actor") == saved
     assert {name: tensor.shape for name, tensor in stream(tiny.first)} == saved
 
 

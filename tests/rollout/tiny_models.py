@@ -102,7 +102,7 @@ def random_prompt(seed: int, length: int) -> list[int]:
 
 
 @torch.no_grad()
-def _tiny(folder: Path, make: Callable[[], PreTrainedModel]) -> TinyModel:
+def tiny(folder: Path, make: Callable[[], PreTrainedModel]) -> TinyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         first = make().eval()
@@ -117,19 +117,19 @@ def _tiny(folder: Path, make: Callable[[], PreTrainedModel]) -> TinyModel:
 
 def tiny_qwen3(folder: Path) -> TinyModel:
     config = Qwen3Config(**_SHAPE, tie_word_embeddings=False)
-    return _tiny(folder, lambda: Qwen3ForCausalLM(config))
+    return tiny(folder, lambda: Qwen3ForCausalLM(config))
 
 
 def tiny_qwen2(folder: Path) -> TinyModel:
     """Tied, as the small ones are published; the window is switched off."""
     shape = _SHAPE | {"num_key_value_heads": 1, "sliding_window": 16, "use_sliding_window": False}
     config = Qwen2Config(**shape, max_window_layers=1, tie_word_embeddings=True)
-    return _tiny(folder, lambda: Qwen2ForCausalLM(config))
+    return tiny(folder, lambda: Qwen2ForCausalLM(config))
 
 
 def tiny_tied_llama(folder: Path) -> TinyModel:
     config = LlamaConfig(**_SHAPE, tie_word_embeddings=True)
-    return _tiny(folder, lambda: LlamaForCausalLM(config))
+    return tiny(folder, lambda: LlamaForCausalLM(config))
 
 
 def tiny_qwen3_moe(folder: Path) -> TinyModel:
@@ -140,7 +140,7 @@ def tiny_qwen3_moe(folder: Path) -> TinyModel:
         | {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 48},
         tie_word_embeddings=True,
     )
-    return _tiny(folder, lambda: Qwen3MoeForCausalLM(config))
+    return tiny(folder, lambda: Qwen3MoeForCausalLM(config))
 
 
 #: Far below MAX_MODEL_LEN, so that most positions lie beyond them.
@@ -155,11 +155,11 @@ def tiny_olmo3(folder: Path) -> TinyModel:
     shape |= {"sliding_window": OLMO3_WINDOW, "tie_word_embeddings": False}
     del shape["head_dim"]
     config = Olmo3Config(**shape, rope_scaling=yarn, rope_theta=500000.0)
-    tiny = _tiny(folder, lambda: Olmo3ForCausalLM(config))
+    made = tiny(folder, lambda: Olmo3ForCausalLM(config))
     published = config.to_dict() | {"rope_scaling": yarn, "rope_theta": 500000.0}
     del published["rope_parameters"]  # transformers 5's own form, which save_pretrained has written
     (folder / "config.json").write_text(json.dumps(published))
-    return tiny
+    return made
 
 
 def build(folder: Path, **changes: object) -> RolloutEngine:

@@ -10,6 +10,7 @@ import numpy as np
 from tempo_megatron.checkpoint.hf_read import load_hf_config
 from tempo_megatron.config.schema import Config
 from tempo_megatron.model.hf_tensors import expected_tensors
+from tempo_megatron.reshard.fp8 import Blocks, quantised_tensors
 from tempo_megatron.reshard.holdings import Holdings
 from tempo_megatron.reshard.plan import Plan
 from tempo_megatron.rollout.engine import load_vllm
@@ -53,7 +54,10 @@ def foresee_replicas(config: Config, hf_dir: Path, holdings: Holdings, ranks_per
     longest = data.max_prompt_tokens + data.max_response_tokens
     tensors = expected_tensors(load_hf_config(hf_dir), "actor")
     ranks = list(foreseen_ranks(hf_dir, tensors, config.rollout, longest))
-    plan = Plan(holdings, [rank.destination for rank in ranks], config.rollout.bucket_mib << 20, ranks_per_node)
+    destinations = [rank.destination for rank in ranks]
+    if names := quantised_tensors(destinations):
+        holdings = Blocks(holdings, names).holdings
+    plan = Plan(holdings, destinations, config.rollout.bucket_mib << 20, ranks_per_node)
     traffic = plan.traffic()
     return Replicas(
         size=len(ranks),

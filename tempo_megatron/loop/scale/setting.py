@@ -62,7 +62,8 @@ def find_setting(config: Config, job: ScaledJob) -> Setting:
     hf_config = load_hf_config(hf_dirs["actor"])
     if config.stage != "sft":
         size, experts = config.rollout.tensor_parallel_size, config.rollout.expert_parallel
-        check_model(str(hf_dirs["actor"]), hf_config, size, on_cpu=False, expert_parallel=experts)
+        weights = config.rollout.weights
+        check_model(str(hf_dirs["actor"]), hf_config, size, on_cpu=False, expert_parallel=experts, weights=weights)
     prompts = None
     missing = [name for name in config.data.train_files if not Path(name).is_file()]
     if not missing and config.stage != "sft" and (hf_dirs["actor"] / "tokenizer.json").is_file():
