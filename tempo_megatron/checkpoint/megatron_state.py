@@ -31,7 +31,7 @@ from tempo_megatron.checkpoint import inprocess_writer, own_state
 from tempo_megatron.checkpoint.faults import UNREADABLE, one_line
 from tempo_megatron.checkpoint.inprocess_writer import WrittenShard
 from tempo_megatron.errors import TempoError
-from tempo_megatron.model import fp8
+from tempo_megatron.model import fp8, te_scales
 from tempo_megatron.parallel.device import use_cuda
 from tempo_megatron.parallel.distributed import on_all_ranks, on_rank0
 from tempo_megatron.training.engine import MegatronEngine
@@ -111,13 +111,27 @@ def _metadata(engine: MegatronEngine) -> dict[str, Any]:
 def sharded_state(engine: MegatronEngine, *, optimizer: bool, loading: bool) -> dict[str, Any]:
     """What of the checkpoint's tensors this rank holds, as Megatron has it; within the engine's groups, collective."""
     metadata = {**_metadata(engine), "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    models = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(engine.models)}
+    if te_scales.are_in(engine.config):
+        for model in engine.models:
+            te_scales.make_room(model) if loading else te_scales.collect(model)
+    models = {
+        f"model{i}": _without_objects(model.sharded_state_dict(metadata=metadata))
+        for i, model in enumerate(engine.models)
+    }
     if not optimizer:
         return models
     return {
         **models,
         "optimizer": engine.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata),
     }
+
+
+def _without_objects(state: dict[str, Any]) -> dict[str, Any]:
+    """Without extra states: of Transformer Engine's layers pickles, of Megatron's own nothing.
+
+    A checkpoint of either layer spec would lack the other's. What is needed of them, ``te_scales`` has as tensors.
+    """
+    return {key: value for key, value in state.items() if not key.rpartition(".")[2].startswith("_extra_state")}
 
 
 def plan_role(engine: MegatronEngine, folder: Path) -> RoleSave:
@@ -185,6 +199,8 @@ def load_role(engine: MegatronEngine, folder: Path, *, optimizer: bool, skip_hea
                 raise TempoError(
                     f"{folder}: does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
                 )
+            if te_scales.are_in(engine.config) and any(fp8.is_state(key) for key in loaded[f"model{i}"]):
+                te_scales.restore(model)
         if optimizer:
             with one_line(TempoError, f"{folder}: {UNREADABLE}"):
                 loaded = dist_checkpointing.load(state, str(folder), strategy)
