@@ -22,7 +22,8 @@ cpu_shim.install()
 
 import torch  # noqa: E402
 
-from tempo_megatron.config.schema import ParallelConfig, RolloutConfig  # noqa: E402
+from tempo_megatron.config.rollout import RolloutConfig  # noqa: E402
+from tempo_megatron.config.schema import ParallelConfig  # noqa: E402
 from tempo_megatron.model.held import megatron_holdings  # noqa: E402
 from tempo_megatron.model.hf_tensors import expected_tensors  # noqa: E402
 from tempo_megatron.reshard.fp8 import quantised_tensors  # noqa: E402

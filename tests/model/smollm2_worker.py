@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from tempo_megatron.checkpoint.hf_engine import export_hf, load_initial_weights  # noqa: E402
 from tempo_megatron.checkpoint.hf_read import HFTensors, load_hf_config  # noqa: E402
 from tempo_megatron.checkpoint.hf_write import HFWriter  # noqa: E402
-from tempo_megatron.config.schema import ParallelConfig, RoleConfig, RolloutConfig  # noqa: E402
+from tempo_megatron.config.rollout import RolloutConfig  # noqa: E402
+from tempo_megatron.config.schema import ParallelConfig, RoleConfig  # noqa: E402
 from tempo_megatron.data.encode import encode_sft  # noqa: E402
 from tempo_megatron.data.sft import SftRecord  # noqa: E402
 from tempo_megatron.locate import InitSource  # noqa: E402

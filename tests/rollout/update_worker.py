@@ -18,7 +18,8 @@ from tempo_megatron.parallel import cpu_shim
 
 cpu_shim.install()
 
-from tempo_megatron.config.schema import RoleConfig, RolloutConfig  # noqa: E402
+from tempo_megatron.config.rollout import RolloutConfig  # noqa: E402
+from tempo_megatron.config.schema import RoleConfig  # noqa: E402
 from tempo_megatron.model.weights import load_hf_weights  # noqa: E402
 from tempo_megatron.parallel import distributed  # noqa: E402
 from tempo_megatron.parallel.distributed import gather_objects  # noqa: E402
