@@ -104,6 +104,15 @@ def test_vllm_takes_our_settings_for_a_gpu(rollout: dict[str, Any]) -> None:
     assert families["olmo3"]["architecture"] == "TransformersForCausalLM"
 
 
+def test_a_layers_delayed_scales_go_into_another(run_there: Run) -> None:
+    found = last_line(run_there("-m", "tests.cuda_env.te_scales_worker"))
+    assert found["length"] == 4 and found["same"]
+    assert found["kept"] == ["linear.fp8_history", "linear.fp8_scales"]
+    assert found["scale"] == [[1.0, 2.0, 1.0], [1.0, 1.0]]
+    assert found["newest"] == [[0.0, 1.0, 0.0], [0.0, 0.0]]
+    assert found["quantisers"] == [1.0, 2.0, 1.0], "what quantises refers to it"
+
+
 def test_vllm_holds_fp8_where_it_is_asked_to(rollout: dict[str, Any]) -> None:
     for name in ("qwen3", "qwen3-moe"):
         share, is_whole = rollout[name]["fp8"]
