@@ -90,6 +90,7 @@ class Row:
         compared: in words.
         mean_abs, max_abs: of the difference, nats; None where it is not one of log-probabilities, or there is none.
         found: in words.
+        kl_k3, ess: as ``mismatch/*`` has them; in the file alone.
     """
 
     cause: str
@@ -97,6 +98,8 @@ class Row:
     mean_abs: float | None
     max_abs: float | None
     found: str
+    kl_k3: float | None = None
+    ess: float | None = None
 
 
 class DoctorRuntime(Runtime):
@@ -494,7 +497,7 @@ def _content(path: Path) -> bytes | None:
 def _row(cause: str, compared: str, distance: LogProbDifference | None, found: str) -> Row:
     if distance is None:
         return Row(cause, compared, None, None, found)
-    return Row(cause, compared, distance.mean_abs, distance.max_abs, found)
+    return Row(cause, compared, distance.mean_abs, distance.max_abs, found, distance.kl_k3, distance.ess)
 
 
 def _conclusion(evidence: Evidence, diagnosis: Diagnosis, tokens: int) -> str:

@@ -33,6 +33,8 @@ class Case:
     #: The last rank is asked to save and end at every boundary, or first at the boundary of this number, and the run
     #: started again.
     stops: bool | int = False
+    #: vLLM has another last norm than it was sent.
+    spoils: bool = False
 
 
 def make_inputs(folder: Path, layers: int = 2) -> Inputs:
@@ -114,6 +116,7 @@ def run_cases(cases: list[Case], nproc: int, folder: Path, timeout_s: float) -> 
             "out": str(folder / f"{case.name}.pt"),
             "ends_in_error": case.ends_in_error,
             "stops": case.stops,
+            "spoils": case.spoils,
         }
         for case in cases
     ]

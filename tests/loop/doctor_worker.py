@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tempo_megatron import cli
 from tempo_megatron.parallel import cpu_shim
@@ -84,30 +83,12 @@ def growing_difference(patch: pytest.MonkeyPatch) -> None:
     _change_log_probs(patch, lambda log_probs: [x + 0.02 * (-1) ** i * i for i, x in enumerate(log_probs)])
 
 
-def _spoil_updates(patch: pytest.MonkeyPatch, how_many: int) -> None:
-    """vLLM has another norm than it was sent, after the first so many updates."""
-    right, left = RolloutEngine.update_weights, how_many
-
-    def spoil(model: Any) -> None:
-        with torch.no_grad():
-            model.model.norm.weight[::2].mul_(2)  # all of it would be another temperature
-
-    def wrong(self: RolloutEngine, *args: Any) -> None:
-        nonlocal left
-        right(self, *args)
-        if left > 0:
-            left -= 1
-            self._llm.apply_model(spoil)
-
-    patch.setattr(RolloutEngine, "update_weights", wrong)
-
-
 def stale_weights(patch: pytest.MonkeyPatch) -> None:
-    _spoil_updates(patch, 1)
+    em_runs.spoil_updates(patch, 1)
 
 
 def other_weights(patch: pytest.MonkeyPatch) -> None:
-    _spoil_updates(patch, 99)
+    em_runs.spoil_updates(patch, 99)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -1,7 +1,8 @@
 """Several small EM runs, one after the other, in one set of ranks; launched by the tests of this folder.
 
-``em_worker CASES.json``: a list of ``{"config", "overrides": [...], "out", "ends_in_error"}``; every case's rank 0
-writes ``OUT`` (torch file): what its steps sampled and computed, and the final weights or the error that ended it.
+``em_worker CASES.json``: a list of ``{"config", "overrides": [...], "out", "ends_in_error", "stops", "spoils"}``
+(``cases.Case``); every case's rank 0 writes ``OUT`` (torch file): what its steps sampled and computed, and the final
+weights or the error that ended it.
 """
 
 from __future__ import annotations
@@ -183,6 +184,24 @@ def asked_at_boundary(number: int) -> Iterator[None]:
         stopping.asked_by = asked_by
 
 
+def spoil_updates(patch: pytest.MonkeyPatch, how_many: int) -> None:
+    """vLLM has another norm than it was sent, after the first so many updates."""
+    right, left = RolloutEngine.update_weights, how_many
+
+    def spoil(model: Any) -> None:
+        with torch.no_grad():
+            model.model.norm.weight[::2].mul_(2)  # all of it would be another temperature
+
+    def wrong(self: RolloutEngine, *args: Any) -> None:
+        nonlocal left
+        right(self, *args)
+        if left > 0:
+            left -= 1
+            self._llm.apply_model(spoil)
+
+    patch.setattr(RolloutEngine, "update_weights", wrong)
+
+
 def stop_everywhere(config: Any, left_at: list[str], number: int) -> None:
     """One boundary a start, until only the last step's end is left to the caller, or once at that of this ``number``;
     notes the checkpoints, and keeps the first one behind an E-step in ``OUT/left``.
@@ -200,7 +219,20 @@ def stop_everywhere(config: Any, left_at: list[str], number: int) -> None:
         left_at.append(newest.name)
 
 
-def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool, stops: bool | int) -> None:
+def run_case(case: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if case["spoils"]:
+            spoil_updates(patch, 99)
+        _run(
+            case["config"],
+            case["overrides"],
+            Path(case["out"]),
+            ends_in_error=case["ends_in_error"],
+            stops=case["stops"],
+        )
+
+
+def _run(config_file: str, overrides: list[str], out: Path, *, ends_in_error: bool, stops: bool | int) -> None:
     config = load_config(config_file, overrides)
     samples: list[dict[str, Any]] = []
     seen: dict[str, list[dict[str, Any]]] = {"actor": [], "critic": []}
@@ -240,12 +272,6 @@ def run_case(config_file: str, overrides: list[str], out: Path, *, ends_in_error
 
 def main() -> None:
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        run_case(
-            case["config"],
-            case["overrides"],
-            Path(case["out"]),
-            ends_in_error=case["ends_in_error"],
-            stops=case["stops"],
-        )
+        run_case(case)
     for verifier in _verifiers.values():
         verifier.close()

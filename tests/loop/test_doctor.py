@@ -144,6 +144,7 @@ def test_engines_that_agree(found: tuple[Path, dict[str, dict[str, Any]]]) -> No
         by_cause.setdefault(row["cause"], []).append(row)
     assert list(by_cause) == ["", "weights", "kernel", "temperature", "position shift", "tokenizer", "top_p"]
     assert by_cause[""][0]["mean_abs"] < 1e-5
+    assert by_cause[""][0]["kl_k3"] < 1e-9 and by_cause[""][0]["ess"] > 1 - 1e-6
     assert [row["found"] for row in by_cause["kernel"][:2]] == ["agree", "agree"]
     assert by_cause["weights"][1]["found"] == "equal"
     assert all(row["mean_abs"] > 0.05 for row in by_cause["position shift"])
