@@ -34,6 +34,7 @@ from tempo_megatron.numerics.linear import (
     Unrounded,
     fp8_linear,
 )
+from tempo_megatron.parallel.device import device
 
 #: Megatron's names of recipes that have another here.
 _MEGATRON_RECIPES = {"current": "tensorwise"}
@@ -160,8 +161,8 @@ class WideRowLinear(_Float32Products, RowParallelLinear):
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this process's device has products of bfloat16; torch's own are else 20 times as slow as float32's."""
-    supported: bool = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this rank's device has products of bfloat16; torch's own are else 20 times as slow as float32's."""
+    supported: bool = device().type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
 

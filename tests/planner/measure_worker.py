@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ cpu_shim.install()
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 
 from tempo_megatron.checkpoint.megatron_state import plan_role  # noqa: E402
+from tempo_megatron.model import build as model_build  # noqa: E402
 from tempo_megatron.parallel.device import use_cuda  # noqa: E402
 from tempo_megatron.parallel.distributed import gather_objects, on_rank0, start  # noqa: E402
 from tempo_megatron.parallel.groups import ModelParallelGroups  # noqa: E402
@@ -63,7 +65,9 @@ def allocated(work: Callable[[], Any]) -> int:
 
 
 def build(case: PlanCase, groups: ModelParallelGroups) -> MegatronEngine:
-    engine = MegatronEngine(case.role, case.config, case.hf_config, groups, seed=1)  # type: ignore[arg-type]
+    # what is planned is the products of a GPU: without copies of their operands in float32
+    with mock.patch.object(model_build, "multiplies_bfloat16", return_value=True):
+        engine = MegatronEngine(case.role, case.config, case.hf_config, groups, seed=1)  # type: ignore[arg-type]
     with torch.no_grad():
         for model in engine.models:
             for parameter in model.parameters():
