@@ -9,6 +9,7 @@ input, weight and output forward, gradients of output and input backward; ``set_
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,8 +40,10 @@ def make_room(model: torch.nn.Module) -> None:
     """Give all layers the state, where there was no forward yet, and the buffers, which a checkpoint is to fill."""
     for layer in _linears(model):
         if not layer.fp8_meta_tensors_initialized:
-            layer.fp8_meta.update(recipe=get_fp8_recipe(layer.config), num_gemms=1)
-            layer.init_fp8_meta_tensors(layer.fp8_meta["recipe"])
+            recipe = get_fp8_recipe(layer.config)
+            layer.fp8_meta.update(recipe=recipe, num_gemms=1)
+            with _current(recipe):
+                layer.init_fp8_meta_tensors(recipe)
     collect(model)
 
 
@@ -50,6 +53,14 @@ def restore(model: torch.nn.Module) -> None:
         for state, of_theirs, of_ours in _kept(layer):
             state.amax_history[:, of_theirs].copy_(layer.get_buffer(HISTORY)[:, of_ours])
             state.scale[of_theirs].copy_(layer.get_buffer(SCALES)[of_ours])
+
+
+def _current(recipe: Any) -> AbstractContextManager[None]:
+    """Layers ask for the current recipe as well as for the one that they are given (module/linear.py)."""
+    from transformer_engine.pytorch import quantized_model_init
+
+    context: AbstractContextManager[None] = quantized_model_init(enabled=False, recipe=recipe)
+    return context
 
 
 def _linears(model: torch.nn.Module) -> Iterator[Any]:

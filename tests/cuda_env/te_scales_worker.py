@@ -6,7 +6,6 @@ Its state is made on the CPU, where a layer that has run on a GPU has it there. 
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tempo_megatron.parallel import cpu_shim  # noqa: E402
 cpu_shim.install()
 
 from megatron.core.fp8_utils import get_fp8_recipe  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from transformer_engine.pytorch import Linear, quantization  # noqa: E402
 
 from tempo_megatron.model import te_scales  # noqa: E402
@@ -30,15 +30,15 @@ LENGTH = 4
 
 def layer() -> Any:
     made = Linear(16, 16, bias=False, device="cpu")
-    # what get_fp8_recipe reads of Megatron's TransformerConfig
-    made.config = SimpleNamespace(
-        fp8="hybrid", fp8_recipe="delayed", fp8_margin=0, fp8_amax_history_len=LENGTH, fp8_amax_compute_algo="max",
-        fp8_interval=1, fp8_wgrad=True, tp_only_amax_red=False,
+    made.config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=1, fp8="hybrid", fp8_recipe="delayed",
+        fp8_amax_history_len=LENGTH, fp8_amax_compute_algo="max",
     )  # fmt: skip
     return torch.nn.ModuleDict({"linear": made})
 
 
 def main() -> None:
+    hopper.shown_to_transformer_engine()
     # a layer makes its state on "cuda" unless it is told otherwise
     state = quantization.DelayedScalingRecipeState
     original = state.__init__
@@ -57,7 +57,8 @@ def main() -> None:
     te_scales.restore(second)
     forward, backward = (second["linear"].fp8_meta[key] for key in ("scaling_fwd", "scaling_bwd"))
     # a forward would ask for this, and must find the state as it is
-    second["linear"].set_meta_tensor(True, recipe)
+    with te_scales._current(recipe):
+        second["linear"].set_meta_tensor(True, recipe)
     found = {
         "length": recipe.amax_history_len,
         "kept": sorted(kept),

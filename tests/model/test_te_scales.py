@@ -5,6 +5,7 @@ The real layers are in ``tests/cuda_env``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ class Layer(nn.Module):
 @pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(te_scales, "get_fp8_recipe", lambda config: config)
+    monkeypatch.setattr(te_scales, "_current", nullcontext)
 
 
 def kept_of(layer: Any) -> torch.Tensor:
