@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tempo_megatron.demo.study import precision
 from tempo_megatron.demo.study.ablations import BASELINE, SHOWN, present
@@ -222,6 +222,7 @@ def _precision(results: Results) -> Figure:
     curve.set_xlabel("policy updates")
     curve.set_ylim(-0.02, 1.02)
     mismatch.set_yscale("log")
+    mismatch.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
     mismatch.set_title("mean |log p(vLLM) - log p(trainer)|, nats", loc="left")
     auroc.set_title("AUROC of the gate, on D_L", loc="left")
     for ax in (mismatch, auroc):

@@ -58,7 +58,8 @@ SHOWN = (*COMPARED, f"{D_U}/{PASS}")
 CAPTION = (
     "Above: accuracy on D_U and its end less float32's of the same seed (a dot per seed, the mean with its 95 % "
     "interval; grey: float32's own seed noise). Below, means over seeds by step: how far log-probabilities of the "
-    "trainer are from vLLM's, and the moving average of the critic's AUROC on D_L, by which the gate opens."
+    "trainer are from vLLM's, and the moving average of the critic's AUROC on D_L, by which the gate opens; towards "
+    "the end of the seeds that still ran."
 )
 
 ARMS = (
