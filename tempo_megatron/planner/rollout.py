@@ -11,11 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tempo_megatron.config.rollout import RolloutConfig
-from tempo_megatron.numerics.fp8 import BLOCK
 from tempo_megatron.planner.sizes import ITEMSIZE, ModelSizes
 
 #: Tokens of a block: what ``rollout.engine`` asks for on the CPU, vLLM's default on a GPU.
 CPU_BLOCK, CUDA_BLOCK = 32, 16
+#: Rows and columns of a block in FP8: ``numerics.fp8.BLOCK``, which is not asked: a plan loads no torch.
+FP8_BLOCK = 128
 #: Rows of an embedding are padded to a multiple of it before they are cut.
 _VOCAB_PADDING = 64
 #: From here on groups are as large as the larger kind of layers.
@@ -106,5 +107,5 @@ def rollout_weights(sizes: ModelSizes, config: RolloutConfig) -> int:
     else:
         matrices += 3 * hidden * sizes.intermediate // size
     item = ITEMSIZE[config.dtype]
-    in_layers = matrices * (1 + 4 / BLOCK**2) if config.weights == "fp8" else matrices * item
+    in_layers = matrices * (1 + 4 / FP8_BLOCK**2) if config.weights == "fp8" else matrices * item
     return item * (vocab * (1 if sizes.tied else 2) + sizes.layers * layer + hidden) + round(sizes.layers * in_layers)

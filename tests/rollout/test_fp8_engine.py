@@ -20,7 +20,7 @@ from tempo_megatron.config.rollout import RolloutConfig
 from tempo_megatron.errors import RunError, TempoError
 from tempo_megatron.model.hf_tensors import expected_tensors
 from tempo_megatron.numerics.fp8 import BLOCK, Quantised
-from tempo_megatron.planner.rollout import rollout_weights
+from tempo_megatron.planner.rollout import FP8_BLOCK, rollout_weights
 from tempo_megatron.planner.sizes import ModelSizes
 from tempo_megatron.reshard import fp8 as blocks
 from tempo_megatron.reshard.fp8 import quantise, quantised_tensors
@@ -134,6 +134,7 @@ def test_the_plan_and_the_planner_count_what_is_held(engine: RolloutEngine, mode
     updater = engine._updater
     assert engine.last_update is not None
     assert engine.last_update.moved.received == updater.plan.traffic().received[0]
+    assert FP8_BLOCK == BLOCK
     config = RolloutConfig(weights="fp8", dtype="float32")
     sizes = ModelSizes.of(model.first.config.to_dict())
     targets = updater._weights.destination.targets
